@@ -1,0 +1,115 @@
+"""Recipes to frozen dataclasses: strict, with the nearest known name for a misspelt one.
+
+Recipes (`configs/`) import this module; it imports nothing heavy.
+"""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that isn't there: says what was found and the nearest known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    shown = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
+    return ValueError(f"unknown {kind} {name!r}: {hint}Known: {shown}")
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
+    """Parses the text behind a recipe's colon: `configs/x.py:ViT-Ti/16,epochs=90`.
+
+    The first item may leave out its name; it is then the first default's value. Values take the
+    type of their default (`None` and numbers by literal). Raises ValueError for an unknown name
+    or a value of another type.
+    """
+    values = dict(defaults)
+    for position, item in enumerate(filter(None, (arg or "").split(","))):
+        name, equals, text = item.partition("=")
+        if not equals:
+            if position:
+                raise ValueError(f"config argument {item!r} of {arg!r}: expected name=value")
+            name, text = next(iter(defaults)), item
+        if name not in defaults:
+            raise unknown("config argument", name, defaults)
+        values[name] = _parse_value(name, text, defaults[name])
+    return types.SimpleNamespace(**values)
+
+
+def _parse_value(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        raise ValueError(
+            f"config argument {name}={text}: expected {type(default).__name__}, "
+            f"such as {name}={default}"
+        )
+    return value
+
+
+def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
+    """Builds the frozen dataclass `cls` from nested mappings (a ConfigDict, or parsed JSON).
+
+    Raises ValueError that names the full path of a field that is unknown (with the nearest known
+    one), missing or of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise unknown(f"field of {path}", name, fields)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: set it in the recipe")
+    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, path)
+            except (TypeError, ValueError):
+                continue
+        return _convert(options[-1], value, path)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path} = {value!r}: expected the fields of {hint.__name__}")
+        return build(hint, value, path)
+    if origin in (dict, Mapping):
+        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ValueError(f"{path} = {value!r}: expected a list")
+        value = tuple(value)
+        if args[-1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise ValueError(f"{path} = {value!r}: expected {len(args)} items")
+        return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is not hint:
+        raise ValueError(f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}")
+    return value

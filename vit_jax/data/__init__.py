@@ -1,0 +1,1 @@
+"""What goes in: sources, decoding, augmentation, and the order of examples."""

@@ -1,0 +1,1 @@
+"""Where it runs: meshes, sharding rules, several hosts."""

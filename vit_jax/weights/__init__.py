@@ -1,0 +1,1 @@
+"""Other people's checkpoints, and fitting a checkpoint to another task."""
