@@ -1,1 +1,1 @@
-"""Vision Transformers in JAX: pretrain on accelerator meshes, transfer to small datasets, reproduce the paper's plots."""
+"""Vision Transformers in JAX: pretrain at scale, transfer to small data, redraw the paper's plots."""

@@ -4,12 +4,17 @@ Recipes (`configs/`) import this module; it imports nothing heavy.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from absl import app
+from ml_collections import config_flags
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -107,9 +112,38 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             args = (args[0],) * len(value)
         if len(args) != len(value):
             raise ValueError(f"{path} = {value!r}: expected {len(args)} items")
-        return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return tuple(
+            _convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is not hint:
-        raise ValueError(f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}")
+        raise ValueError(
+            f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}"
+        )
     return value
+
+
+def define_config_flag():
+    """The flag --config=FILE.py[:ARGUMENT], with --config.field=value for any field of the recipe.
+
+    A field that the recipe leaves at its default may be set too; `build` refuses unknown ones.
+    """
+    return config_flags.DEFINE_config_file(
+        "config", help_string="The recipe.", lock_config=False, accept_new_attributes=True
+    )
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
+    with explained_errors():
+        return app.parse_flags_with_usage(argv)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Ends the command with the message of what is wrong with its input, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Studies, benchmarks and launch scripts: run from the repository, imported by nothing."""

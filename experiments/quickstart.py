@@ -1,0 +1,194 @@
+"""Does pretraining help? A small model, an embedded pretraining set, real handwritten digits.
+
+python -m experiments.quickstart                    one seed, a few minutes on two cores
+python -m experiments.quickstart --seeds=0,1,2      as the README states it
+
+Runs the package's own commands, each resumable: a second call goes on where the first was stopped.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from absl import app, flags
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the runs and figures go.")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds to repeat everything with.")
+DATASET = flags.DEFINE_enum("dataset", "strokes", ["strokes", "fractals"], "What to pretrain on.")
+STEPS = flags.DEFINE_integer("steps", 0, "Pretraining steps; 0: the recipe's.")
+TRANSFER_STEPS = flags.DEFINE_integer("transfer_steps", 0, "Fine-tuning steps; 0: the recipe's.")
+
+SHOTS = (1, 5, 10, 25)
+STARTS = ("pretrained", "random weights")
+COLORS = {"pretrained": "#0072B2", "random weights": "#D55E00"}  # told apart by the colour-blind
+MARKERS = {"pretrained": "o", "random weights": "s"}
+
+
+def run_command(module: str, *arguments: str) -> None:
+    """Runs one of the package's commands, saying how."""
+    command = ["-m", f"vit_jax.{module}", *arguments]
+    print("\n$ python " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def run_seed(seed: int, folder: Path) -> dict:
+    """One seed's four measurements: the accuracies and where the curves lie."""
+    steps = f",steps={STEPS.value}" if STEPS.value else ""
+    transfer_steps = f":steps={TRANSFER_STEPS.value}" if TRANSFER_STEPS.value else ""
+    pretrained = folder / "pretrain"
+    run_command(
+        "pretrain",
+        f"--config=configs/pretrain/formula.py:dataset={DATASET.value}{steps}",
+        f"--workdir={pretrained}",
+        f"--config.seed={seed}",
+    )
+    fewshot = {}
+    for start in STARTS:
+        name = start.replace(" ", "_")
+        run_command(
+            "transfer",
+            f"--config=configs/transfer/digits.py{transfer_steps}",
+            f"--workdir={folder / name}",
+            f"--config.init={pretrained if start == 'pretrained' else ''}",
+            f"--config.seed={seed}",
+        )
+        output = folder / f"fewshot_{name}.json"
+        run_command(
+            "evaluate",
+            f"--checkpoint={pretrained}",
+            "--protocol=fewshot",
+            "--dataset=digits",
+            f"--shots={','.join(map(str, SHOTS))}",
+            f"--output={output}",
+            *([f"--random_weights", f"--seed={seed}"] if start != "pretrained" else []),
+        )
+        fewshot[start] = json.loads(output.read_text())
+    return {
+        "fewshot": fewshot,
+        "pretrain": read_records(pretrained),
+        "transfer": {start: read_records(folder / start.replace(" ", "_")) for start in STARTS},
+    }
+
+
+def read_records(workdir: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one metric."""
+    points = [(r["step"], r[name]) for r in records if name in r]
+    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
+
+
+def make_table(results: list[dict]) -> list[dict]:
+    """A row a measurement, with the mean and the spread over seeds of either start, in percent."""
+    rows = []
+    measures = {
+        f"few-shot, {shots} a class": lambda r, s, shots=shots: r["fewshot"][s][f"{shots}shot"]
+        for shots in SHOTS
+    }
+    measures["fine-tuned, all 1,198"] = lambda r, s: curve(r["transfer"][s], "test/accuracy")[1][-1]
+    for name, measure in measures.items():
+        row = {"accuracy on 599 held-out digits": name}
+        for start in STARTS:
+            values = [100 * measure(result, start) for result in results]
+            row[start] = f"{np.mean(values):.1f}"
+            if len(values) > 1:
+                row[start] += f" ± {np.std(values, ddof=1):.1f}"
+        rows.append(row)
+    return rows
+
+
+def draw(results: list[dict], folder: Path) -> list[Path]:
+    """The three figures; over several seeds, every seed's curve."""
+    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    figures = []
+
+    def save(figure, name):
+        figures.append(folder / f"{name}.png")
+        figure.savefig(figures[-1], dpi=150, bbox_inches="tight")
+        plt.close(figure)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for result in results:
+        left.plot(*curve(result["pretrain"], "loss"), color="#0072B2", alpha=0.8)
+        steps, values = curve(result["pretrain"], "validation/accuracy")
+        right.plot(steps, 100 * values, "o-", color="#0072B2", alpha=0.8)
+    left.set(xlabel="step", ylabel="training loss (nats)", title=f"Pretraining on {DATASET.value}")
+    right.set(xlabel="step", ylabel="upstream validation accuracy (%)", ylim=(0, 100))
+    right.set_title("Unseen instances of the same classes")
+    save(figure, "pretraining")
+
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    for start in STARTS:
+        for i, result in enumerate(results):
+            steps, values = curve(result["transfer"][start], "test/accuracy")
+            label = start if i == 0 else None
+            axes.plot(
+                steps, 100 * values, "-", marker=MARKERS[start], ms=4, color=COLORS[start], label=label
+            )
+    axes.set(xlabel="fine-tuning step", ylabel="test accuracy (%)", title="Transfer to digits")
+    axes.legend()
+    save(figure, "transfer")
+
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    for start in STARTS:
+        values = np.array(
+            [[100 * r["fewshot"][start][f"{shots}shot"] for shots in SHOTS] for r in results]
+        )
+        axes.errorbar(
+            SHOTS,
+            values.mean(axis=0),
+            values.std(axis=0, ddof=1) if len(values) > 1 else None,
+            marker=MARKERS[start],
+            color=COLORS[start],
+            capsize=3,
+            label=start,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(SHOTS, [str(s) for s in SHOTS])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="labelled images a class",
+        ylabel="test accuracy (%)",
+        title="Least squares on frozen features",
+    )
+    axes.legend()
+    save(figure, "fewshot")
+    return figures
+
+
+def main(_) -> None:
+    """Runs everything, prints the table and says where the figures are."""
+    start = time.perf_counter()
+    folder = Path(WORKDIR.value) / DATASET.value
+    results = [run_seed(int(seed), folder / f"seed{seed}") for seed in SEEDS.value]
+    figures = draw(results, folder)
+    table = make_table(results)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys())
+        writer.writeheader()
+        writer.writerows(table)
+
+    widths = [max([len(name), *(len(row[name]) for row in table)]) for name in table[0]]
+    print()
+    for cells in (table[0].keys(), *(row.values() for row in table)):
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)))
+    seeds = f"{len(results)} seed" + "s" * (len(results) > 1)
+    print(f"\nPercent, {seeds}; took {time.perf_counter() - start:.0f} s. Figures:")
+    for figure in figures:
+        print(f"  {figure}")
+    print(f"Runs, with metrics.jsonl and checkpoints: {folder}")
+
+
+if __name__ == "__main__":
+    app.run(main)

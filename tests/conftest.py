@@ -1,0 +1,29 @@
+"""Eight CPU devices, so that every test can use a mesh; golden files; small models."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """Reads a golden file: (parameters under published names, inputs and outputs)."""
+
+    def read(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            arrays = dict(file)
+        return tuple(
+            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            for prefix in ("params/", "io/")
+        )
+
+    return read

@@ -1,0 +1,203 @@
+"""The commands, started as their users start them: good input, bad input, and SIGKILL."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from vit_jax.training.metrics import CLOCK, read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--config.model.depth=1",
+    "--config.batch_size=8",
+    "--config.checkpoint.every=4",
+    "--config.log_every=1",
+    "--config.eval_every=10",
+    "--config.classification.validation.data.split=validation[:20]",
+    "--config.classification.validation.batch_size=8",
+)
+
+
+def start(module, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(module, *arguments):
+    process = start(module, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def pretrain(workdir, steps, *arguments):
+    config = f"--config=configs/pretrain/formula.py:classes=10,steps={steps}"
+    return ("pretrain", config, f"--workdir={workdir}", *TINY, *arguments)
+
+
+def checkpoint_arrays(workdir):
+    """Every array of the newest checkpoint: parameters and optimizer state."""
+    folder = workdir / "checkpoints"
+    newest = folder / max((p.name for p in folder.iterdir() if p.name.isdigit()), key=int)
+    arrays = {"step": newest.name}
+    for item in ("params", "training"):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(newest / item).item_metadata.tree
+            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=restore))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(path)] = leaf
+    return arrays
+
+
+def records(workdir):
+    clock = {*CLOCK, "seconds"}
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
+
+
+def test_pretrain_transfer_evaluate(tmp_path):
+    """The main job: the checkpoint walks through all three commands."""
+    code, _, err = command(*pretrain(tmp_path / "up", 12))
+    assert code == 0, err
+    assert "step 12/12" in err and "img/s" in err and "ETA" in err  # plain lines off a terminal
+    last = read_metrics(tmp_path / "up")[-1]
+    assert last["step"] == 12 and last["validation/examples"] == 20
+    resolved = json.loads((tmp_path / "up" / "config.json").read_text())
+    assert resolved["model"]["depth"] == 1 and resolved["optimizer"]["b2"] == 0.999
+
+    code, out, err = command(
+        "transfer",
+        "--config=configs/transfer/digits.py:steps=10",
+        f"--config.init={tmp_path / 'up'}",
+        f"--workdir={tmp_path / 'down'}",
+        "--config.model.depth=1",
+        "--config.batch_size=16",
+    )
+    assert code == 0, err
+    assert "initialised 2: head/bias, head/kernel" in out
+    accuracy = read_metrics(tmp_path / "down")[-1]["test/accuracy"]
+
+    evaluate = ("evaluate", f"--checkpoint={tmp_path / 'down'}", "--dataset=digits")
+    code, out, err = command(*evaluate, f"--output={tmp_path / 'result.json'}")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["accuracy"] == accuracy and result["examples"] == 599
+
+    fewshot = (*evaluate, "--protocol=fewshot", "--shots=1,5", "--seeds=2")
+    results = [json.loads(command(*fewshot, *extra)[1]) for extra in ((), ("--random_weights",))]
+    assert {"1shot", "5shot", "5shot_std"} == results[0].keys() - {"1shot_std"}
+    assert results[0] != results[1]
+
+
+def test_killed_at_any_moment_resumes_exactly(tmp_path):
+    """SIGKILL between steps, during a save and at random; then bit-identical to never killed."""
+    steps = 60
+    code, _, err = command(*pretrain(tmp_path / "whole", steps))
+    assert code == 0, err
+
+    workdir = tmp_path / "killed"
+    folder, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    began_at = []
+
+    def lines():
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def saving():
+        return folder.is_dir() and any(not p.name.isdigit() for p in folder.iterdir())
+
+    rng = random.Random(0)
+    moments = [
+        lambda: lines() >= 6,
+        lambda: lines() >= 15 and saving(),
+        lambda: lines() >= 25 and rng.random() < 0.2,
+        lambda: lines() >= 40 and saving(),
+    ]
+    for moment in moments:
+        process = start(*pretrain(workdir, steps))
+        while not moment():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        began_at.append(lines())
+    assert began_at[-1] < steps
+    code, _, err = command(*pretrain(workdir, steps))
+    assert code == 0, err
+    assert "resuming" in err
+
+    expected, found = checkpoint_arrays(tmp_path / "whole"), checkpoint_arrays(workdir)
+    assert expected.keys() == found.keys() and len(expected) > 30
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+    assert records(workdir) == records(tmp_path / "whole")
+
+
+def test_another_config_is_refused(tmp_path):
+    assert command(*pretrain(tmp_path, 4))[0] == 0
+    before = (tmp_path / "config.json").read_text()
+    code, _, err = command(*pretrain(tmp_path, 4, "--config.optimizer.b1=0.8"))
+    assert code == 1
+    assert "optimizer.b1: 0.9 there, 0.8 here" in err and "Traceback" not in err
+    assert (tmp_path / "config.json").read_text() == before
+    code, _, err = command(*pretrain(tmp_path, 4, "--config.log_every=2"))  # may change
+    assert code == 0, err
+    assert "is finished: 4 steps" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.variant=ViT-nan/8"], "did you mean 'ViT-nano/8'"),
+        (["--config.data.dataset=digit"], "did you mean 'digits'"),
+        (["--config.data.dataset=cifar10"], "tfds build cifar10 --file_format=array_record"),
+        (["--config.data.split=trian"], "did you mean 'train'"),
+        (["--config.bacth_size=8"], "did you mean 'batch_size'"),
+        (["--config.optimizer.nam=sgd"], "did you mean 'name'"),
+        (["--config.modle.depth=2"], "did you mean 'model'"),
+        (["--config.accumulation=3"], "does not divide over 1 devices x 3 microbatches"),
+        (["--config.image_size=30"], "use a multiple of 8 (24 or 32)"),
+        (["--config.data.preprocess=resise"], "did you mean 'resize'"),
+        (["--config.epochs=3.0"], "set exactly one of them"),
+        (["--workdir="], "say where to keep this run with --workdir"),
+        (["--workdir=/proc/run"], "/proc/run"),
+    ],
+)
+def test_bad_input_is_explained_at_once(tmp_path, arguments, message):
+    if arguments == ["--config.data.dataset=cifar10"]:
+        arguments = [*arguments, f"--config.data.data_dir={tmp_path}"]
+    began = time.monotonic()
+    code, _, err = command(*pretrain(tmp_path / "run", 4, *arguments))
+    assert code == 1, err
+    assert message in err
+    assert "Traceback" not in err and "compiled" not in err
+    assert time.monotonic() - began < 60
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    assert command(*pretrain(tmp_path / "up", 4))[0] == 0
+    transfer = ("transfer", "--config=configs/transfer/digits.py", f"--workdir={tmp_path / 'down'}")
+    code, _, err = command(*transfer, f"--config.init={tmp_path / 'up'}")  # depth 4 against 1
+    assert code == 1
+    assert "Transformer/encoderblock_3/LayerNorm_0/bias (96,): not in the checkpoint" in err
+    assert "Traceback" not in err
+    code, _, err = command(*transfer, f"--config.init={tmp_path / 'nothing'}")
+    assert code == 1
+    assert "no checkpoint at" in err

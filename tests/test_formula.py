@@ -1,0 +1,135 @@
+"""Laws and goldens of the formula-driven sets."""
+
+import hashlib
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from vit_jax.data.formula import Fractals, Strokes
+
+both = pytest.mark.parametrize("formula", [Strokes, Fractals])
+
+
+def digest(source, indices) -> str:
+    return hashlib.sha256(b"".join(source[i]["image"].tobytes() for i in indices)).hexdigest()
+
+
+@both
+def test_images_are_a_function_of_seed_and_index(formula):
+    source = formula(1000, num_classes=50, seed=7)
+    indices = [3, 0, 999, 51, 500]
+    expected = digest(source, indices)
+
+    assert digest(formula(1000, num_classes=50, seed=7), indices) == expected
+    for i in reversed(range(40)):  # another order of access
+        source[i]
+    assert digest(source, indices) == expected
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda i: source[i]["image"], indices * 5))
+    joined = b"".join(image.tobytes() for image in images[:5])
+    assert hashlib.sha256(joined).hexdigest() == expected
+    assert all(np.array_equal(a, b) for a, b in zip(images[:5], images[-5:], strict=True))
+
+
+@both
+def test_another_process_draws_the_same(formula):
+    source = formula(100, num_classes=10)
+    code = (
+        "import pickle, sys, hashlib\n"
+        "source = pickle.load(sys.stdin.buffer)\n"
+        "images = b''.join(source[i]['image'].tobytes() for i in (9, 1))\n"
+        "print(hashlib.sha256(images).hexdigest())"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(source),
+        env={"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert output.decode().strip() == digest(source, [9, 1])
+
+
+@both
+def test_first_selects_a_range_of_one_set(formula):
+    whole, part = formula(200, num_classes=20), formula(50, num_classes=20, first=100)
+    for i in (0, 17, 49):
+        assert part[i]["label"] == whole[100 + i]["label"]
+        np.testing.assert_array_equal(part[i]["image"], whole[100 + i]["image"])
+    far = formula(20, num_classes=20, first=2**60)
+    assert len({image["image"].tobytes() for image in [*far, *part]}) == 70
+
+
+@both
+def test_seed_changes_classes_and_instances(formula):
+    def class_mean(seed, first):
+        source = formula(40 * 5, num_classes=5, seed=seed, first=first)
+        return np.mean([source[i]["image"] for i in range(0, 200, 5)], axis=0)
+
+    def distance(a, b):
+        return np.abs(a - b).mean()
+
+    mine, again, other = class_mean(0, 0), class_mean(0, 200), class_mean(1, 0)
+    assert distance(mine, other) > 2 * distance(mine, again)
+    assert digest(formula(9), range(9)) != digest(formula(9, seed=2**40), range(9))
+
+
+@both
+@pytest.mark.parametrize("size", [8, 32, 65])
+def test_examples(formula, size):
+    source = formula(30, num_classes=7, image_size=size)
+    assert len(source) == 30
+    for i in (0, np.int64(29)):
+        example = source[i]
+        assert type(example["label"]) is int
+        assert example["image"].shape == (size, size, 3)
+        assert example["image"].dtype == np.uint8
+        assert example["image"].max() > 100  # something to see
+        assert example["image"].mean() < 160  # on a dark background
+
+
+@both
+@pytest.mark.parametrize("size", [33, 1000])
+def test_every_prefix_is_class_balanced(formula, size):
+    source = formula(size, num_classes=11, first=4, image_size=8)
+    counts = np.bincount([source[i]["label"] for i in range(33)], minlength=11)
+    assert counts.tolist() == [3] * 11
+
+
+@both
+def test_images_of_a_class_are_alike(formula):
+    num_classes = 50
+    source = formula(40 * num_classes, num_classes=num_classes)
+    images = np.stack([example["image"].mean(axis=2) for example in source])
+    images = images.reshape(40, num_classes, -1) / 255
+    means = images[:30].mean(axis=0)
+    distances = ((images[30:, :, None] - means) ** 2).sum(axis=-1)  # [10, true class, class]
+    accuracy = (distances.argmin(axis=-1) == np.arange(num_classes)).mean()
+    assert accuracy > 0.4  # chance is 0.02
+    assert len(np.unique(images.reshape(len(source), -1), axis=0)) == len(source)
+
+
+@both
+def test_errors(formula):
+    source = formula(10)
+    for i in (10, -1):
+        with pytest.raises(IndexError, match=f"example {i}: expected 0 to 9"):
+            source[i]
+    with pytest.raises(TypeError):
+        source[1.0]
+    for fields in (
+        {"num_examples": 0},
+        {"num_classes": 0},
+        {"image_size": 7},
+        {"seed": -1},
+        {"first": -1},
+        {"first": 2**62},
+        {"num_classes": 10.0},
+    ):
+        ((name, value),) = fields.items()
+        with pytest.raises(ValueError, match=f"{name}={value}: expected an int from"):
+            formula(**{"num_examples": 10, **fields})

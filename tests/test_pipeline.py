@@ -1,0 +1,345 @@
+import gc
+import io
+import itertools
+import multiprocessing
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.pipeline import eval_batches, global_indices, train_batches
+from vit_jax.data.sources import Source, open_source
+
+BILLIONS = 3_000_000_000
+
+
+def source_of(num_examples, num_classes=10):
+    """Example i is a 4 x 4 image whose pixels hold i."""
+    records = [
+        {
+            "image": np.full((4, 4), i % 256, np.uint8) + np.uint8(i // 256),
+            "label": i % num_classes,
+        }
+        for i in range(num_examples)
+    ]
+    return Source(records, num_classes)
+
+
+class Endless:
+    """As long as the formula-driven sets can be; the label tells the index."""
+
+    def __len__(self):
+        return BILLIONS
+
+    def __getitem__(self, index):
+        return {"image": np.full((4, 4), index % 251, np.uint8), "label": index}
+
+
+def train(source, steps, **options):
+    options = {
+        "batch_size": 8,
+        "image_size": (4, 4),
+        "preprocess": "pad_crop(1)|flip",
+        "seed": 3,
+        "num_threads": 1,
+    } | options
+    batches = train_batches(source, **options)
+    taken = list(itertools.islice(batches, steps))
+    batches.close()
+    return taken
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+# The order.
+
+
+@pytest.mark.parametrize("num_examples", [1, 2, 10, 1797, 70_000])
+def test_each_epoch_visits_every_example_once(num_examples):
+    for epoch in (0, 1, 7):
+        seen = global_indices(5, epoch, num_examples, num_examples)
+        assert seen.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(seen), np.arange(num_examples))
+
+
+def test_the_order_is_one_stream_whatever_the_batch_size():
+    stream = global_indices(1, 0, 120, 10)
+    for batch_size in (1, 3, 8, 40):
+        steps = [global_indices(1, n, batch_size, 10) for n in range(120 // batch_size)]
+        np.testing.assert_array_equal(np.concatenate(steps), stream)
+
+
+@pytest.mark.parametrize("num_examples", [10, 1797, 100_000])
+def test_epochs_and_seeds_differ(num_examples):
+    orders = [
+        tuple(global_indices(seed, epoch * num_examples // 10, 10, num_examples))
+        for seed in (0, 1, 2**63)
+        for epoch in (0, 1, 2, 100_000)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
+def test_the_order_is_pinned():
+    """A change here reorders the data of every run that is resumed: say so in the changelog."""
+    assert global_indices(0, 0, 8, 1000).tolist() == [459, 206, 222, 162, 711, 814, 350, 890]
+    assert global_indices(1, 2, 4, 10).tolist() == [6, 3, 7, 2]
+    assert global_indices(0, 0, 3, 1_281_167).tolist() == [556536, 1036854, 1046717]
+    assert global_indices(7, 10**7, 2, BILLIONS).tolist() == [2293753357, 2215602293]
+
+
+def test_billions_of_examples_are_shuffled_without_a_table():
+    start = time.perf_counter()
+    seen = np.concatenate([global_indices(0, step, 4096, BILLIONS) for step in (0, 1, 500_000)])
+    assert time.perf_counter() - start < 5
+    assert len(np.unique(seen)) == len(seen)
+    assert 0 <= seen.min() < seen.max() < BILLIONS
+    assert seen.mean() == pytest.approx(BILLIONS / 2, rel=0.04)
+    # Step 10**7 lies in epoch 13.
+    later = global_indices(0, 10**7, 4096, BILLIONS)
+    assert len(np.unique(later)) == 4096
+
+
+def chi_square(counts):
+    return ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+
+
+@pytest.mark.parametrize("num_examples", [5, 1000, 100_000, BILLIONS])
+def test_the_order_is_uniform_over_seeds(num_examples):
+    """Where an example lands, and how far apart two neighbours land, is uniform."""
+    bins, seeds = 5, 2000
+    pairs = np.array([global_indices(seed, 0, 2, num_examples) for seed in range(seeds)])
+    landed = np.bincount(pairs[:, 0] * bins // num_examples, minlength=bins)
+    assert chi_square(landed) < 18.5  # one in a thousand, 4 degrees of freedom
+    gap = (pairs[:, 1] - pairs[:, 0]) % num_examples
+    bins = min(50, num_examples - 1)
+    apart = np.bincount((gap - 1) * bins // (num_examples - 1), minlength=bins)
+    assert chi_square(apart) < (18.5 if bins == 4 else 86)  # one in a thousand, 49
+
+
+# The batches.
+
+
+def test_a_batch_holds_its_examples():
+    source = source_of(100)
+    for step, batch in enumerate(train(source, 3, preprocess="resize")):
+        index = global_indices(3, step, 8, 100)
+        assert batch["image"].shape == (8, 4, 4, 3)
+        assert batch["image"].dtype == np.uint8
+        assert batch["label"].dtype == np.int32
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], index)
+        np.testing.assert_array_equal(batch["label"], index % 10)
+
+
+@pytest.mark.parametrize("num_examples", [3, 100])
+def test_processes_share_the_global_batch(num_examples):
+    source = source_of(num_examples)
+    whole = train(source, 4)
+    for count in (2, 4):
+        parts = [train(source, 4, process_index=k, process_count=count) for k in range(count)]
+        joined = [
+            {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+            for step in zip(*parts, strict=True)
+        ]
+        assert_same(joined, whole)
+
+
+def test_threads_do_not_change_the_batches():
+    source = source_of(100)
+    for num_threads in (0, 8):
+        assert_same(train(source, 12, num_threads=num_threads), train(source, 12))
+
+
+def test_worker_processes_do_not_change_the_batches():
+    source = open_source("digits", "train")
+    options = {"preprocess": "affine|pad_crop(1)", "image_size": (8, 8), "start_step": 5}
+    ours = train(source, 7, num_workers=2, num_threads=2, **options)
+    assert_same(ours, train(source, 7, **options))
+    assert not multiprocessing.active_children()
+
+
+def test_restart_in_the_middle_equals_uninterrupted():
+    source = source_of(20)
+    whole = train(source, 9)
+    for start_step in (1, 4, 8):
+        assert_same(train(source, 9 - start_step, start_step=start_step), whole[start_step:])
+
+
+def test_random_preprocessing_differs_between_epochs_and_examples():
+    records = [{"image": np.arange(16, dtype=np.uint8).reshape(4, 4), "label": 0}] * 4
+    (batch,) = train(Source(records, 1), 1, batch_size=64)
+    assert len({image.tobytes() for image in batch["image"]}) > 10
+
+
+def test_endless_source_is_read_lazily():
+    source = Source(Endless(), BILLIONS)
+    (batch,) = train(source, 1, start_step=10**6, preprocess="resize", batch_size=512)
+    expected = global_indices(3, 10**6, 512, BILLIONS)
+    np.testing.assert_array_equal(batch["label"], expected.astype(np.int32))
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], expected % 251)
+
+
+def test_multi_label_is_padded_with_minus_one():
+    image = np.zeros((4, 4), np.uint8)
+    labels = ([2, 0], [], [1], np.array([0, 1, 2]))
+    records = [{"image": image, "label": label} for label in labels]
+    source = Source(records, 3, labels_per_example=4)
+    (batch,) = eval_batches(source, batch_size=5, image_size=(4, 4), preprocess="resize")
+    assert batch["label"].dtype == np.int32
+    expected = [[2, 0, -1, -1], [-1] * 4, [1, -1, -1, -1], [0, 1, 2, -1], [-1] * 4]
+    np.testing.assert_array_equal(batch["label"], expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_evaluation_counts_each_example_once(batch_size):
+    source = source_of(300)
+    for count in (1, 2, 4):
+        rows = batch_size * count  # a global batch that divides
+        processes = [
+            list(
+                eval_batches(
+                    source,
+                    batch_size=rows,
+                    image_size=(4, 4),
+                    preprocess="resize",
+                    process_index=k,
+                    process_count=count,
+                    num_threads=2,
+                )
+            )
+            for k in range(count)
+        ]
+        assert {len(batches) for batches in processes} == {-(-300 // rows)}
+        whole = {
+            key: np.concatenate([p[key] for step in zip(*processes, strict=True) for p in step])
+            for key in processes[0][0]
+        }
+        mask, index = whole["mask"], whole["index"]
+        assert mask.dtype == bool
+        assert index.dtype == np.int64
+        np.testing.assert_array_equal(index[mask], np.arange(300))
+        assert (index[~mask] == -1).all()
+        assert (whole["label"][~mask] == -1).all()
+        np.testing.assert_array_equal(whole["label"][mask], np.arange(300) % 10)
+        assert (whole["image"][~mask] == 0).all()
+        first = np.stack([source[i]["image"][0, 0] for i in range(300)])
+        np.testing.assert_array_equal(whole["image"][mask][:, 0, 0, 0], first)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_stops_at_a_broken_example_and_names_it(num_workers):
+    records = list(source_of(10).records)
+    options = {"batch_size": 4, "image_size": (4, 4), "preprocess": "pad_crop(1)"}
+    expected = list(eval_batches(Source(records, 10), **options))
+    records[9] = {"image": b"\xff\xd8\xff\xe0", "label": 0}
+    batches = eval_batches(Source(records, 10), num_workers=num_workers, **options)
+    assert_same([next(batches), next(batches)], expected[:2])
+    with pytest.raises(ValueError, match="example 9: cannot decode 4 bytes"):
+        next(batches)
+
+
+# The errors.
+
+
+@pytest.mark.parametrize("iterate", [eval_batches, train_batches])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 100, "process_count": 8}, "use a multiple of 8 (96 or 104)"),
+        ({"batch_size": 3, "process_count": 4}, "use a multiple of 4 (4 or 8)"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
+        ({"image_size": (8, 8), "preprocess": "flip"}, "image of 4 x 4, expected 8 x 8: add `res"),
+        ({"preprocess": "resise"}, "did you mean 'resize'"),
+        ({"source": Source((), 10)}, "the source is empty"),
+        (
+            {"source": Source([{"image": b"GIF?", "label": 0}], 10)},
+            "example 0: cannot decode 4 bytes",
+        ),
+        (
+            {"source": Source([{"image": np.zeros((4, 4), np.uint8), "label": -1}], 10)},
+            "example 0: label -1: expected 0 <= label < 10",
+        ),
+        (
+            {"source": Source([{"image": np.zeros((4, 4), np.uint8), "label": [1, 2]}], 10)},
+            "example 0: it has 2 labels: expected one",
+        ),
+        (
+            {"source": Source([{"image": np.zeros((4, 4), np.uint8), "label": []}], 10)},
+            "example 0: it has 0 labels: expected one",
+        ),
+        (
+            {
+                "source": Source(
+                    [{"image": np.zeros((4, 4), np.uint8), "label": [1, 2, 3]}],
+                    10,
+                    labels_per_example=2,
+                )
+            },
+            "example 0: it has 3 labels: expected up to 2",
+        ),
+    ],
+)
+def test_errors_come_at_once(iterate, change, message):
+    options = {
+        "source": source_of(5),
+        "batch_size": 8,
+        "image_size": (4, 4),
+        "preprocess": "resize",
+    }
+    if iterate is train_batches:
+        options["seed"] = 0
+    with pytest.raises(ValueError) as error:
+        iterate(**(options | change))
+    assert message in str(error.value)
+
+
+def test_seed_out_of_range():
+    with pytest.raises(ValueError, match="seed -1: expected"):
+        train(source_of(5), 1, seed=-1)
+
+
+# The resources.
+
+
+def grain_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_threads_stop(how):
+    assert wait_until(lambda: not grain_threads())
+    batches = train_batches(
+        source_of(50), batch_size=4, image_size=(4, 4), preprocess="flip", seed=0, num_threads=3
+    )
+    next(batches)
+    assert grain_threads()
+    if how == "close":
+        batches.close()
+    del batches
+    gc.collect()
+    assert wait_until(lambda: not grain_threads())
+
+
+def test_jpeg_bytes_run_in_many_threads():
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(256, size=(50, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    source = Source([{"image": file.getvalue(), "label": i % 10} for i in range(40)], 10)
+    options = {"preprocess": "inception_crop|flip", "image_size": (16, 16)}
+    assert_same(train(source, 10, num_threads=8, **options), train(source, 10, **options))

@@ -1,0 +1,211 @@
+"""Laws of the step: the same numbers on every mesh, with accumulation, scan and remat."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from vit_jax.models.transformer import unstack_layers
+from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.parallel.mesh import (
+    MeshConfig,
+    make_mesh,
+    put_batch,
+    replicated,
+    state_shardings,
+    use_mesh,
+)
+from vit_jax.training.optimizer import (
+    OptimizerConfig,
+    ScheduleConfig,
+    make_optimizer,
+    make_schedule,
+    match_rules,
+)
+from vit_jax.training.step import (
+    LossConfig,
+    example_losses,
+    init_state,
+    make_targets,
+    make_train_step,
+)
+
+STEPS = 5
+# The softmax doesn't see the keys' biases: their gradients are rounding errors, which AdamW would
+# scale up to whole steps but for an epsilon above them.
+ADAMW = OptimizerConfig(weight_decay=0.1, eps=1e-6)
+
+
+def run(
+    mesh=MeshConfig(),
+    accumulation=1,
+    ema_decay=None,
+    optimizer=ADAMW,
+    loss=LossConfig(),
+    labels=None,
+    steps=STEPS,
+    **model_options,
+):
+    """Trains a small model for a few steps: (final state, metrics of every step)."""
+    options = {"variant": "ViT-nano/8", "depth": 2, "dtype": "float32", "dropout": 0.2}
+    model = build_model(ModelConfig(**{**options, **model_options}), 5, (16, 16))
+    schedule_config = ScheduleConfig(peak=1e-3, warmup=2)
+    schedule = make_schedule(schedule_config, STEPS)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    optimizer_config = optimizer
+    optimizer = make_optimizer(optimizer_config, schedule, schedule_config.peak, params)
+    mesh_config = dataclasses.replace(mesh, min_size=2**8)
+    mesh = make_mesh(mesh_config)
+    first = partial(init_state, model, optimizer, use_ema=ema_decay is not None)
+    key = jax.random.key(0)
+    shardings = state_shardings(mesh, mesh_config, jax.eval_shape(first, key))
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        loss,
+        seed=3,
+        trainable=jax.tree.map(bool, match_rules(optimizer_config.lr_multipliers, params)),
+        accumulation=accumulation,
+        ema_decay=ema_decay,
+    )
+    rng = np.random.default_rng(0)
+    history = []
+    with use_mesh(mesh):
+        state = jax.jit(first, out_shardings=shardings)(key)
+        step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+        for _ in range(steps):
+            batch = {
+                "image": rng.integers(0, 256, (32, 16, 16, 3)).astype(np.uint8),
+                "label": np.arange(32, dtype=np.int32) % 5 if labels is None else labels,
+            }
+            state, metrics = step(state, put_batch(mesh, batch))
+            history.append(jax.device_get(metrics))
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+def assert_same(a, b):
+    """Equal up to the order of float32 sums."""
+    for left, right in zip(a[1], b[1], strict=True):
+        for name in left:
+            np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=0), a[0].params, b[0].params)
+
+
+def test_it_learns(plain):
+    _, history = plain
+    assert [float(m["learning_rate"]) for m in history] == pytest.approx(
+        [0.0, 5e-4, 1e-3, 7.5e-4, 2.5e-4]
+    )
+    assert history[0]["loss"] == pytest.approx(np.log(5), abs=1e-5)  # the head starts at zero
+    assert history[-1]["loss"] < history[0]["loss"] - 0.01  # the same labels every step
+    assert all(0 <= m["accuracy"] <= 1 for m in history)
+    assert all(np.isfinite(list(m.values())).all() for m in history)
+    assert history[-1]["param_norm"] != history[0]["param_norm"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (4, 2), (2, 4)])
+def test_every_mesh_computes_the_same(plain, mesh):
+    sharded = run(mesh=MeshConfig(data=mesh[0], fsdp=mesh[1]))
+    kernel = sharded[0].params["embedding"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * mesh[1] == kernel.size  # really split
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sharded[0].opt_state)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mu/embedding/kernel")
+    ]
+    assert [m.sharding for m in moments] == [kernel.sharding]  # and its moment with it
+    assert_same(plain, sharded)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_no_number(plain, accumulation):
+    assert_same(plain, run(accumulation=accumulation))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scan_and_remat_change_no_number(plain, remat):
+    state, history = run(scan=True, remat=remat)
+    state = dataclasses.replace(state, params=unstack_layers(state.params, 2))
+    assert_same(plain, (state, history))
+
+
+def test_dropout_and_seed_matter(plain):
+    without = run(dropout=0.0)
+    assert abs(plain[1][-1]["loss"] - without[1][-1]["loss"]) > 1e-4
+
+
+def test_ema_is_the_running_average():
+    decay = 0.9
+    _, after = zip(*[(n, run(steps=n, ema_decay=decay)[0]) for n in (1, 2, 3)], strict=True)
+    initial = run(steps=0)[0].params["embedding"]["kernel"]
+    expected = np.asarray(initial)
+    for state in after:
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["embedding"]["kernel"])
+        np.testing.assert_allclose(state.ema["embedding"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+    assert run(steps=1)[0].ema is None
+
+
+def test_frozen_parameters_stay_and_cost_no_gradient(plain):
+    optimizer = OptimizerConfig(lr_multipliers=(("head/.*", 1.0), (".*", 0.0)), weight_decay=0.1)
+    state, history = run(optimizer=optimizer)
+    initial = run(steps=0)[0]
+    for name in ("embedding", "Transformer", "pos_embedding"):
+        jax.tree.map(np.testing.assert_array_equal, state.params[name], initial.params[name])
+    assert state.params["head"]["kernel"].any()
+    assert history[1]["grad_norm"] < plain[1][1]["grad_norm"]
+
+
+def test_losses_against_the_textbook():
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) * 3
+    labels = np.array([0, 2, 1, 1])
+    targets = make_targets(labels, 3)
+    softmax = -log_softmax(logits, axis=-1)[np.arange(4), labels]
+    np.testing.assert_allclose(
+        example_losses(LossConfig("softmax"), logits, targets), softmax, rtol=1e-5
+    )
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    one_hot = np.eye(3)[labels]
+    sigmoid = -(one_hot * np.log(p) + (1 - one_hot) * np.log(1 - p)).sum(-1)
+    np.testing.assert_allclose(
+        example_losses(LossConfig("sigmoid"), logits, targets), sigmoid, rtol=1e-5
+    )
+    smoothed = one_hot * 0.9 + 0.1 / 3
+    np.testing.assert_allclose(
+        example_losses(LossConfig("softmax", 0.1), logits, targets),
+        -(smoothed * log_softmax(logits, axis=-1)).sum(-1),
+        rtol=1e-5,
+    )
+
+
+def test_several_labels_an_image():
+    targets = make_targets(jnp.array([[0, 2, -1], [1, -1, -1], [-1, -1, -1]]), 4)
+    np.testing.assert_array_equal(targets, [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    logits = jnp.array([[1.0, 2.0, 3.0, 4.0]] * 3)
+    one, both = (
+        example_losses(LossConfig("softmax"), logits, make_targets(jnp.array(labels), 4))[0]
+        for labels in ([[0, -1]], [[0, 2]])
+    )
+    other = example_losses(LossConfig("softmax"), logits[:1], make_targets(jnp.array([2]), 4))[0]
+    assert both == pytest.approx((one + other) / 2, rel=1e-6)
+    labels = np.stack([np.arange(32) % 5, np.arange(32) % 3], axis=1).astype(np.int32)
+    _, history = run(labels=labels, loss=LossConfig("sigmoid"), steps=2)
+    assert np.isfinite(history[-1]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"name": "hinge"}, "'softmax' or 'sigmoid'"), ({"label_smoothing": 1.0}, "label_smoothing")],
+)
+def test_bad_losses(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**options)

@@ -1,0 +1,212 @@
+"""Preprocessing on the host, written as a string: `"inception_crop|flip"`.
+
+An operation is a function (image, rng, size, *arguments) -> image on uint8 [H, W, 3]. Crops and
+`resize` end at `size`, so a recipe states the image size once; `flip` and `affine` keep the size.
+
+Images are resized bilinearly with antialiasing (Pillow). The published pipelines resize with
+TensorFlow's bilinear, which does not antialias; weights transfer between the two.
+"""
+
+import ast
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.config import unknown
+
+Size = tuple[int, int]  # height, width
+Preprocess = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def resize(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """The whole image, its aspect ratio not kept."""
+    return _resize_box(image, size, (0, 0, image.shape[1], image.shape[0]))
+
+
+def inception_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    min_area: float = 0.05,
+    max_area: float = 1.0,
+) -> np.ndarray:
+    """A random part of the image, resized (Szegedy et al., arXiv:1409.4842, section 6).
+
+    Drawn as TensorFlow's `sample_distorted_bounding_box` does: width / height uniform in
+    [3/4, 4/3], then the height uniform among those for which the part covers `min_area` to
+    `max_area` of the image and fits inside; the whole image if 100 attempts fail.
+    """
+    if not 0 < min_area <= max_area <= 1:
+        raise ValueError(f"expected 0 < min_area <= max_area <= 1, found {min_area} and {max_area}")
+    image_height, image_width = image.shape[:2]
+    area = image_height * image_width
+    for _ in range(100):
+        aspect = rng.uniform(3 / 4, 4 / 3)
+        lowest = max(1, round(math.sqrt(min_area * area / aspect)))
+        highest = round(math.sqrt(max_area * area / aspect))
+        highest = min(highest, image_height, int(image_width / aspect))
+        if lowest <= highest:
+            height = int(rng.integers(lowest, highest, endpoint=True))
+            width = max(1, round(height * aspect))
+            top = int(rng.integers(image_height - height, endpoint=True))
+            left = int(rng.integers(image_width - width, endpoint=True))
+            return _resize_box(image, size, (left, top, left + width, top + height))
+    return resize(image, rng, size)
+
+
+def random_crop(
+    image: np.ndarray, rng: np.random.Generator, size: Size, fraction: float
+) -> np.ndarray:
+    """A random crop of the image resized to size / fraction; BiT fine-tunes with 384 / 448 = 0.857.
+
+    Kolesnikov et al., arXiv:1912.11370, section 3.3.
+    """
+    return _crop(resize(image, rng, _enlarge(size, fraction)), size, rng)
+
+
+def central_crop(
+    image: np.ndarray, rng: np.random.Generator, size: Size, fraction: float
+) -> np.ndarray:
+    """The centre of the image, its aspect ratio kept, resized to just cover size / fraction.
+
+    With 0.875 and 224: the smaller side to 256, then the central 224 x 224.
+    """
+    enlarged = _enlarge(size, fraction)
+    scale = max(enlarged[0] / image.shape[0], enlarged[1] / image.shape[1])
+    covering = (round(image.shape[0] * scale), round(image.shape[1] * scale))
+    return _crop(resize(image, rng, covering), size)
+
+
+def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
+    """A random crop of the image with a black border of `pixels` on each side; for small images."""
+    if not (isinstance(pixels, int) and pixels >= 0):
+        raise ValueError(f"expected a whole number of pixels, found {pixels}")
+    return _crop(np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0))), size, rng)
+
+
+def flip(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """The image or its mirror image, with equal probability."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def affine(  # noqa: PLR0917 (a spec gives them by position)
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    degrees: float = 10,
+    scale: float = 0.1,
+    shift: float = 0.05,
+) -> np.ndarray:
+    """Rotated, scaled and shifted about its centre; what comes into view is black.
+
+    Args:
+      degrees: the angle is uniform in +-degrees.
+      scale: the scale is uniform in 1 +- scale.
+      shift: both shifts are uniform in +-shift, as fractions of the image's sides.
+    """
+    if degrees < 0 or not 0 <= scale < 1 or shift < 0:
+        raise ValueError(f"expected degrees, shift >= 0 and 0 <= scale < 1, found {scale=}")
+    height, width = image.shape[:2]
+    angle = math.radians(rng.uniform(-degrees, degrees))
+    zoom = rng.uniform(1 - scale, 1 + scale)
+    center_x, center_y = width / 2, height / 2
+    to_x = center_x + width * rng.uniform(-shift, shift)
+    to_y = center_y + height * rng.uniform(-shift, shift)
+    # Pillow maps a pixel of the output to its origin: x = cos x' + sin y' + offset, ...
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    matrix = (
+        *(cos, sin, center_x - cos * to_x - sin * to_y),
+        *(-sin, cos, center_y + sin * to_x - cos * to_y),
+    )
+    moved = Image.fromarray(image).transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
+    return np.asarray(moved)
+
+
+OPS = {
+    op.__name__: op
+    for op in (resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine)
+}
+
+
+def parse_preprocess(spec: str, image_size: Size) -> Preprocess:
+    """Builds the preprocessing that `spec` describes, such as `"random_crop(0.857)|flip"`.
+
+    Args:
+      spec: operations joined by `|`, each with literal arguments by position or by name.
+      image_size: height and width in pixels of what the crops and `resize` return.
+
+    Returns:
+      (uint8 [H, W, 3], np.random.Generator) -> uint8 image, a function of these two alone.
+
+    Raises:
+      ValueError: an unknown operation, or arguments that it does not take.
+    """
+    steps = [_parse_op(text.strip(), image_size) for text in spec.split("|")]
+
+    def preprocess(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        for step in steps:
+            image = step(image, rng)
+        return image
+
+    return preprocess
+
+
+def _parse_op(text: str, size: Size) -> Preprocess:
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name = call.func.id
+        args = [ast.literal_eval(value) for value in call.args]
+        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read preprocessing op {text!r}: expected a name with literal arguments, "
+            "such as central_crop(0.875)"
+        ) from error
+    if name not in OPS:
+        raise unknown("preprocessing op", name, OPS)
+    signature = inspect.signature(OPS[name])
+    try:
+        arguments = signature.bind(None, None, size, *args, **kwargs).arguments
+        step = functools.partial(OPS[name], **dict(list(arguments.items())[2:]))
+        step(np.zeros((*size, 3), np.uint8), np.random.default_rng(0))  # are the values in range?
+    except (TypeError, ValueError) as error:
+        shown = ", ".join(map(str, list(signature.parameters.values())[3:]))
+        raise ValueError(f"preprocessing op {text!r}: {error}; expected {name}({shown})") from error
+    return step
+
+
+def _resize_box(image: np.ndarray, size: Size, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The pixels inside box (left, top, right, bottom), resized to `size`."""
+    if image.shape[:2] == size and box == (0, 0, size[1], size[0]):
+        return image
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)
+
+
+def _enlarge(size: Size, fraction: float) -> Size:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"expected 0 < fraction <= 1, found {fraction}")
+    return (round(size[0] / fraction), round(size[1] / fraction))
+
+
+def _crop(image: np.ndarray, size: Size, rng: np.random.Generator | None = None) -> np.ndarray:
+    """A random crop, or without `rng` the central one."""
+    spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
+    if spare_height < 0 or spare_width < 0:
+        raise ValueError(
+            f"cannot crop {size[0]} x {size[1]} out of {image.shape[0]} x {image.shape[1]} pixels: "
+            "add `resize` before the crop"
+        )
+    if rng is None:
+        top, left = spare_height // 2, spare_width // 2
+    else:
+        top = int(rng.integers(spare_height, endpoint=True))
+        left = int(rng.integers(spare_width, endpoint=True))
+    return image[top : top + size[0], left : left + size[1]]

@@ -1,0 +1,30 @@
+"""Pretrains a model on a large dataset, from random weights.
+
+python -m vit_jax.pretrain --config=configs/pretrain/strokes.py --workdir=runs/strokes
+
+Any field of the recipe is a flag: --config.batch_size=512 --config.model.variant=ViT-S/16. The same
+command resumes a run that was stopped, at the step of its newest checkpoint.
+"""
+
+from absl import app, flags
+
+from vit_jax import config as configuration
+from vit_jax.parallel import multihost
+from vit_jax.training import loop
+
+CONFIG = configuration.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+
+
+def main(_) -> None:
+    """Builds the run from its flags, and trains."""
+    with configuration.explained_errors():
+        config = configuration.build(loop.TrainConfig, CONFIG.value.to_dict())
+        multihost.initialize(DISTRIBUTED.value)
+        run = loop.prepare(config, WORKDIR.value)
+    loop.train(run)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=configuration.parse_flags)

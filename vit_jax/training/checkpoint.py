@@ -1,0 +1,164 @@
+"""Checkpoints: asynchronous, atomic, resumable. The only importer of orbax.
+
+A checkpoint is a folder `workdir/checkpoints/STEP` of four items: `params`, `ema` (when kept),
+`training` (the step and the optimizer's state) and `model`, a JSON description with which the
+parameters can be used without the run's config.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vit_jax.parallel.multihost import is_main
+from vit_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep; there is always a checkpoint of the last step."""
+
+    every: int = 1000  # steps
+    keep_last: int = 1  # the newest ones
+    keep_every: int | None = None  # and forever those whose step is a multiple of this
+
+    def __post_init__(self):
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint.{name} = {value}: expected at least 1")
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig):
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last, keep_period=config.keep_every
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint; one that a killed process left half-written is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, description: dict[str, Any]) -> None:
+        """Begins to save in the background; a folder appears under its name only when complete."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        items["model"] = ocp.args.JsonSave(description)
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint, onto the shardings of `state`, a tree of arrays or shapes."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
+        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
+        return TrainState(params=restored.params, ema=restored.get("ema"), **restored.training)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits until what is being saved is complete."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _split(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
+    return items if state.ema is None else {**items, "ema": state.ema}
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Any]]:
+    """Reads a model: (parameters as a nested dict of numpy arrays, description).
+
+    `path` is a run's workdir, whose newest checkpoint is taken, or one checkpoint's folder. The
+    running average (EMA) is taken where one was kept. FileNotFoundError says what is there.
+    """
+    path = Path(path).absolute()
+    if (path / "checkpoints").is_dir():
+        if not (steps := _steps(path)):
+            raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
+        path = path / "checkpoints" / str(max(steps))
+    if not (path / "params").is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`) or one "
+            "checkpoint's folder (it holds `params/`)"
+        )
+    name = "ema" if (path / "ema").is_dir() else "params"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(path / name).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        params = reader.restore(path / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        description = reader.restore(path / "model", args=ocp.args.JsonRestore())
+    return params, description
+
+
+def open_workdir(
+    workdir: str, config: dict[str, Any], *, may_change: tuple[str, ...]
+) -> tuple[Path, int]:
+    """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
+
+    `may_change` names the fields (dotted; a prefix covers what is below it) that a restart may set
+    otherwise. Raises ValueError for an empty name, and for a folder with checkpoints of a run whose
+    config differs in anything else, showing the differences; OSError if it can't be written.
+    """
+    if not workdir:
+        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+    path = Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
+    step = max(_steps(path), default=0)
+    file = path / "config.json"
+    if step and file.exists():
+        changed = [
+            f"  {name}: {before!r} there, {now!r} here"
+            for name, before, now in _differences(
+                json.loads(file.read_text()), json.loads(json.dumps(config))
+            )
+            if not any(name == field or name.startswith(field + ".") for field in may_change)
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another config, at step {step}:\n"
+                + "\n".join(changed)
+                + "\nUse another --workdir, or the same config to resume."
+            )
+    return path, step
+
+
+def keep_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
+    if is_main():
+        partial = workdir / "config.json.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+
+
+def _steps(workdir: Path) -> list[int]:
+    """The complete checkpoints: orbax gives a folder its number when all of it is written."""
+    folder = workdir / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(
+                old.get(key), new.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if old == new else [(name, old, new)]

@@ -1,0 +1,363 @@
+"""Restore -> step -> log -> evaluate -> checkpoint: the loop of both pretraining and transfer.
+
+`prepare` finds what is wrong before anything is compiled; `train` then runs. The order at a step's
+end is: records flushed, evaluation, checkpoint. So everything up to a checkpoint's step has been
+recorded when it exists, and a run restarted from it repeats nothing and loses nothing.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vit_jax.analysis.flops import PEAK_FLOPS, training_flops
+from vit_jax.data.pipeline import DataConfig, train_batches
+from vit_jax.data.sources import Source, open_source
+from vit_jax.evaluation.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
+from vit_jax.models.variants import Model, ModelConfig, build_model
+from vit_jax.parallel.mesh import (
+    MeshConfig,
+    check_batch_size,
+    local_rows,
+    make_mesh,
+    put_batch,
+    put_tree,
+    replicated,
+    state_shardings,
+    use_mesh,
+)
+from vit_jax.training.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    keep_config,
+    open_workdir,
+)
+from vit_jax.training.metrics import Metrics, Stopwatch
+from vit_jax.training.optimizer import (
+    OptimizerConfig,
+    Schedule,
+    ScheduleConfig,
+    make_optimizer,
+    make_schedule,
+    match_rules,
+)
+from vit_jax.training.step import LossConfig, TrainState, init_state, make_train_step, start_state
+
+# A restart may set these otherwise: they change a run's speed or what is seen of it, nothing else.
+MAY_CHANGE = (
+    "accumulation",
+    "checkpoint",
+    "classification",
+    "data.data_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "eval_every",
+    "fewshot",
+    "log_every",
+    "mesh",
+    "model.remat",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A recipe. Exactly one of `steps` and `epochs` says how long."""
+
+    model: ModelConfig
+    data: DataConfig
+    image_size: int  # pixels, of a square
+    batch_size: int  # of all processes
+    schedule: ScheduleConfig
+    steps: int | None = None
+    epochs: float | None = None
+    seed: int = 0  # of the initial parameters, the data's order and dropout
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
+    accumulation: int = 1  # microbatches of which a step takes the mean gradient
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 50
+    eval_every: int | None = None  # steps; None: at the end alone
+    classification: dict[str, ClassificationConfig] = dataclasses.field(default_factory=dict)
+    fewshot: dict[str, FewshotConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
+            )
+        for name in ("accumulation", "log_every", "eval_every", "steps", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, checked, with nothing computed yet."""
+
+    config: TrainConfig
+    workdir: Path
+    mesh: Mesh
+    source: Source
+    model: Model
+    steps: int
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    evaluators: dict[str, Callable[[dict], dict[str, float]]]
+    shapes: TrainState  # of shapes
+    shardings: TrainState  # of shardings
+    resumed_step: int
+    loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
+
+
+def prepare(
+    config: TrainConfig,
+    workdir: str,
+    load: Callable[[Model, dict], dict] | None = None,
+) -> Run:
+    """Builds and checks all parts of a run without compiling anything.
+
+    `load(model, shapes)` gives the parameters to start from, where there are others than random
+    ones; shapes stay in its result where fresh values belong. It isn't called on resuming.
+
+    Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulation)
+    data = config.data
+    source = open_source(data.dataset, data.split, data.data_dir)
+    model = build_model(config.model, source.num_classes, (config.image_size, config.image_size))
+    steps = config.steps or math.ceil(config.epochs * len(source) / config.batch_size)
+    schedule = make_schedule(config.schedule, steps)
+
+    key = jax.random.key(config.seed)
+    params = jax.eval_shape(model.init, key)
+    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    use_ema = config.ema_decay is not None
+    shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
+    evaluators = {
+        **{
+            name: make_classification(c, model, mesh, config.loss)
+            for name, c in config.classification.items()
+        },
+        **{name: make_fewshot(c, model, mesh) for name, c in config.fewshot.items()},
+    }
+    path, resumed_step = open_workdir(workdir, dataclasses.asdict(config), may_change=MAY_CHANGE)
+    return Run(
+        config=config,
+        workdir=path,
+        mesh=mesh,
+        source=source,
+        model=model,
+        steps=steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        evaluators=evaluators,
+        shapes=shapes,
+        shardings=state_shardings(mesh, config.mesh, shapes),
+        resumed_step=resumed_step,
+        loaded=load(model, params) if load and not resumed_step else None,
+    )
+
+
+def train(run: Run) -> dict[str, float]:
+    """Runs to the last step, from the newest checkpoint if there is one; returns the last record.
+
+    Raises FloatingPointError when the loss or a parameter is no longer finite; the last checkpoint
+    is then from before.
+    """
+    config = run.config
+    keep_config(run.workdir, dataclasses.asdict(config))
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(use_mesh(run.mesh))
+        checkpoints = enter(Checkpoints(run.workdir, config.checkpoint))
+        metrics = enter(Metrics(run.workdir, run.steps, run.resumed_step))
+        state = _first_state(run, checkpoints)
+        start = int(state.step)
+        if start:
+            metrics.say(f"resuming {run.workdir} from step {start} of {run.steps}")
+        if start >= run.steps:
+            metrics.say(f"{run.workdir} is finished: {run.steps} steps")
+            return metrics.last()
+
+        stopwatch = Stopwatch()
+        batches = _batches(run, start)
+        stack.callback(batches.close)
+        batch = next(batches)
+        step = _compile(run, state, batch)
+        metrics.say(f"compiled in {stopwatch.reset():.1f} s")
+        recorder = _Recorder(run, metrics, stopwatch, start)
+        for done in range(start + 1, run.steps + 1):
+            state, values = step(state, batch)
+            recorder.add(done, values)  # fetches the step before, while this one runs
+            last = done == run.steps
+            if not last:
+                with stopwatch.waiting():
+                    batch = next(batches)
+            evaluates = last or (config.eval_every and done % config.eval_every == 0)
+            saves = last or done % config.checkpoint.every == 0
+            if evaluates or saves:
+                recorder.flush()
+            if evaluates:
+                _evaluate(run, state, done, metrics, stopwatch)
+            if saves:
+                with stopwatch.paused():
+                    checkpoints.save(state, describe(run.model))
+        return metrics.last()
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What must be known of a model to use its parameters: kept in every checkpoint as JSON."""
+    return {
+        "model": dataclasses.asdict(model.config),
+        "num_classes": model.num_classes,
+        "image_size": list(model.image_size),
+    }
+
+
+def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    if run.resumed_step:
+        as_placed = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
+            run.shapes,
+            run.shardings,
+        )
+        return checkpoints.restore(as_placed)
+    use_ema = run.config.ema_decay is not None
+    key = jax.random.key(run.config.seed)
+    if run.loaded is None:
+        # Born sharded: no device, and no host, ever holds more than its part.
+        born = jax.jit(
+            partial(init_state, run.model, run.optimizer, use_ema=use_ema),
+            out_shardings=run.shardings,
+        )
+        return born(key)
+    fresh = jax.jit(run.model.init, out_shardings=run.shardings.params)(key)
+    params = jax.tree.map(
+        lambda loaded, new, sharding: (
+            put_tree(loaded, sharding) if isinstance(loaded, np.ndarray) else new
+        ),
+        run.loaded,
+        fresh,
+        run.shardings.params,
+    )
+    born = jax.jit(
+        partial(start_state, optimizer=run.optimizer, use_ema=use_ema),
+        out_shardings=run.shardings,
+    )
+    return born(params)
+
+
+def _batches(run: Run, start: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices, from that of step `start` on; transfers overlap with the step."""
+    config = run.config
+    local = train_batches(
+        run.source,
+        config.data,
+        batch_size=config.batch_size,
+        image_size=run.model.image_size,
+        seed=config.seed,
+        start_step=start,
+        rows=local_rows(run.mesh, config.batch_size),
+    )
+    for batch in local:
+        yield put_batch(run.mesh, batch)
+
+
+def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
+    """The compiled step; other shapes than these are an error later, never a recompilation."""
+    config = run.config
+    trainable = jax.tree.map(bool, match_rules(config.optimizer.lr_multipliers, run.shapes.params))
+    step = make_train_step(
+        run.model,
+        run.optimizer,
+        run.schedule,
+        config.loss,
+        seed=config.seed,
+        trainable=trainable,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )
+    out = (run.shardings, replicated(run.mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+
+
+def _evaluate(
+    run: Run, state: TrainState, step: int, metrics: Metrics, stopwatch: Stopwatch
+) -> None:
+    with stopwatch.paused():
+        params = state.params if state.ema is None else state.ema
+        for name, evaluator in run.evaluators.items():
+            start = time.perf_counter()
+            values = {f"{name}/{key}": value for key, value in evaluator(params).items()}
+            metrics.write(step, {**values, "seconds": time.perf_counter() - start})
+            metrics.say(
+                f"step {step}  " + "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+            )
+
+
+class _Recorder:
+    """Fetches each step's metrics once the next step is under way, and records those due."""
+
+    def __init__(self, run: Run, metrics: Metrics, stopwatch: Stopwatch, start: int):
+        self._run, self._metrics, self._stopwatch = run, metrics, stopwatch
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._checked = self._recorded = start
+        config = run.config
+        self._flops = training_flops(run.model) * config.batch_size
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        previous, self._pending = self._pending, (step, values)
+        if previous:
+            self._record(*previous, must_check=False)
+
+    def flush(self) -> None:
+        if self._pending:
+            self._record(*self._pending, must_check=True)
+        self._pending = None
+
+    def _record(self, step: int, values: dict[str, jax.Array], must_check: bool) -> None:
+        jax.block_until_ready(values)  # never more than two steps under way
+        config = self._run.config
+        due = step % config.log_every == 0 or step == self._run.steps
+        if not (due or must_check):
+            return
+        fetched = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not all(map(math.isfinite, fetched.values())):
+            raise FloatingPointError(
+                f"not finite after step {step}: {fetched}. It was finite after step "
+                f"{self._checked}; the last checkpoint in {self._run.workdir} is good. Lower the "
+                "learning rate, lengthen the warm-up, clip gradients, or look at the data of "
+                f"steps {self._checked + 1} to {step}."
+            )
+        self._checked = step
+        if not due:
+            return
+        seconds, waited = self._stopwatch.lap(step - self._recorded)
+        self._recorded = step
+        fetched["img_per_sec"] = config.batch_size / seconds
+        fetched["img_per_sec_per_device"] = fetched["img_per_sec"] / jax.device_count()
+        fetched["input_wait"] = waited
+        if self._peak:
+            fetched["mfu"] = self._flops / seconds / self._peak
+        self._metrics.write(step, fetched)
+        self._metrics.progress(step, fetched, seconds)

@@ -1,0 +1,137 @@
+"""What a run says while it runs: `metrics.jsonl`, TensorBoard when installed, a progress line."""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from vit_jax.parallel.multihost import is_main
+
+# Measured by the clock: the only values that differ between a run and its repetition.
+CLOCK = ("img_per_sec", "img_per_sec_per_device", "mfu", "input_wait", "seconds")
+
+
+class Metrics:
+    """Writes one JSON record a line, {"step": n, name: value, ...}, and shows progress.
+
+    On resuming from step n, records of later steps, which will be made again, are cut off, and
+    with them a line that a killed process left unfinished.
+    """
+
+    def __init__(self, workdir: Path, steps: int, resumed_step: int = 0):
+        self._bar = None
+        self._file = None
+        self._board = None
+        self._steps = steps
+        self._workdir = workdir
+        if not is_main():
+            return
+        path = workdir / "metrics.jsonl"
+        _truncate(path, resumed_step)
+        self._file = path.open("a", buffering=1)
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records scalars of a step; they are on the disk's way when this returns."""
+        if not self._file:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
+        """Shows loss, speed and time to go: a bar on a terminal, a line elsewhere."""
+        shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['img_per_sec']:,.0f}"}
+        if "mfu" in values:
+            shown["MFU"] = f"{values['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        to_go = seconds_per_step * (self._steps - step)
+        shown["ETA"] = tqdm.format_interval(to_go)
+        self.say(f"step {step}/{self._steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def say(self, text: str) -> None:
+        """A line of text for people."""
+        if is_main():
+            tqdm.write(text, file=sys.stderr)
+
+    def last(self) -> dict[str, float]:
+        """The newest value of everything recorded."""
+        records = read_metrics(self._workdir) if is_main() else []
+        return {name: value for record in records for name, value in record.items()}
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for resource in (self._bar, self._file, self._board):
+            if resource is not None:
+                resource.close()
+
+
+class Stopwatch:
+    """Time of training alone."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> float:
+        """Starts anew; returns the seconds since the last start."""
+        now = time.perf_counter()
+        seconds = now - getattr(self, "_start", now)
+        self._start, self._waited = now, 0.0
+        return seconds
+
+    def lap(self, steps: int) -> tuple[float, float]:
+        """(seconds a step, share of them that waited for input) since the last lap."""
+        waited = self._waited
+        seconds = self.reset()
+        return seconds / steps, waited / seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is inside as waiting for input."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what is inside: evaluation, checkpoints."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """All records of a run."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

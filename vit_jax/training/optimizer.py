@@ -1,0 +1,260 @@
+"""Learning-rate schedules, optimizers and the rules that treat parameters differently.
+
+One update, with gradients g, parameters p and the learning rate lr(t) of a `ScheduleConfig`:
+
+    clip         g <- g * min(1, clip_norm / |g|)         |g| over all trainable parameters
+    direction    u <- the optimizer's step for g          the only stage that remembers gradients
+    decay        u <- u + decay * p                       decoupled: it isn't in the moments
+    multiplier   u <- multiplier * u
+    rate, sign   p <- p - lr(t) * u                       t counts the updates before this one
+
+A parameter whose multiplier is 0 is frozen: its gradient enters nothing, not even the norm, so the
+compiler can drop it, and the optimizer keeps no state for it.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.config import unknown
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Rules = tuple[tuple[str, float], ...]
+
+DECAYS = ("constant", "linear", "cosine", "rsqrt")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
+WEIGHT_DECAY_CONVENTIONS = ("multiplied", "independent")
+MOMENTUM_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """A learning rate that warms up linearly from 0 to `peak`, then decays.
+
+    constant and rsqrt don't depend on the run's length before their `cooldown`, so one run's
+    checkpoints can be cooled down after any number of steps ("Scaling Vision Transformers",
+    arXiv 2106.04560, section 3.5).
+
+    Raises ValueError for an unknown decay and for values that make no schedule.
+    """
+
+    peak: float
+    warmup: int = 10_000  # steps
+    decay: str = "cosine"
+    end: float = 0.0  # the final learning rate of linear, cosine and cooldown
+    timescale: int = 10_000  # steps, of rsqrt
+    cooldown: int = 0  # steps, the last ones; of constant and rsqrt
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise unknown("decay", self.decay, DECAYS)
+        if self.peak <= 0 or not 0 <= self.end <= self.peak:
+            raise ValueError(f"peak={self.peak}, end={self.end}: expected 0 <= end <= peak > 0")
+        if self.warmup < 0 or self.cooldown < 0 or self.timescale <= 0:
+            raise ValueError(
+                f"warmup={self.warmup}, cooldown={self.cooldown}, timescale={self.timescale}: "
+                "expected warmup >= 0, cooldown >= 0 and timescale > 0"
+            )
+        if self.decay in ("linear", "cosine") and self.cooldown:
+            raise ValueError(
+                f"cooldown={self.cooldown} with decay {self.decay!r}, which reaches `end` by "
+                "itself: use constant or rsqrt, or cooldown=0"
+            )
+        if self.decay in ("constant", "rsqrt") and self.end and not self.cooldown:
+            raise ValueError(
+                f"end={self.end}: decay {self.decay!r} ends there only after a cooldown: set one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What `make_optimizer` makes; each rule is (regex, value), see `match_rules`.
+
+    The two conventions of weight decay are both decoupled (Loshchilov & Hutter, arXiv 1711.05101):
+    "multiplied", the ViT paper's, is p -= lr(t) * weight_decay * p; "independent", big_vision's, is
+    p -= lr(t) / peak * weight_decay * p. So 0.1 multiplied is 1e-4 independent at a peak of 1e-3.
+    A learning-rate multiplier scales the decay as well, in both (big_vision's doesn't).
+
+    Raises ValueError for unknown names and for values out of range.
+    """
+
+    name: str = "adamw"
+    b1: float = 0.9  # momentum, of every optimizer
+    b2: float = 0.999  # AdamW's second moment; the most that Adafactor's may reach
+    eps: float = 1e-8  # AdamW's
+    momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
+    weight_decay: float = 0.0
+    weight_decay_convention: str = "multiplied"
+    weight_decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))  # factors of weight_decay
+    lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise unknown("optimizer", self.name, OPTIMIZERS)
+        if self.weight_decay_convention not in WEIGHT_DECAY_CONVENTIONS:
+            raise unknown(
+                "weight_decay_convention", self.weight_decay_convention, WEIGHT_DECAY_CONVENTIONS
+            )
+        if self.momentum_dtype is not None and self.momentum_dtype not in MOMENTUM_DTYPES:
+            raise unknown("momentum_dtype", self.momentum_dtype, MOMENTUM_DTYPES)
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise ValueError(
+                f"b1={self.b1}, b2={self.b2}, eps={self.eps}: expected 0 <= b1, b2 < 1 and eps > 0"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
+        values = [self.weight_decay, *(v for _, v in self.weight_decay_rules + self.lr_multipliers)]
+        if min(values) < 0:
+            raise ValueError(f"weight decay or multiplier {min(values)}: expected 0 or more")
+
+
+def make_schedule(config: ScheduleConfig, steps: int) -> Schedule:
+    """The learning rate of each of `steps` updates: int32 [] step -> float32 [], jit-compatible.
+
+    As big_vision's (utils.py, create_learning_rate_schedule): 0 at step 0, `peak` at step `warmup`,
+    `end` at step `steps`, which is one after the last update's. rsqrt is
+    peak / sqrt(1 + (t - warmup) / timescale); a cooldown multiplies whatever is left above `end`
+    with a line from 1 to 0.
+
+    Raises ValueError if warm-up and cooldown don't fit into `steps`.
+    """
+    peak, end, warmup, cooldown = config.peak, config.end, config.warmup, config.cooldown
+    if steps < 1 or warmup + cooldown > steps:
+        raise ValueError(
+            f"warmup={warmup} and cooldown={cooldown} don't fit into {steps} steps: "
+            "shorten them or train for longer"
+        )
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        decaying = jnp.maximum(step - warmup, 0)
+        progress = jnp.minimum(decaying / max(steps - warmup, 1), 1)
+        match config.decay:
+            case "constant":
+                rate = peak
+            case "linear":
+                rate = end + (peak - end) * (1 - progress)
+            case "cosine":
+                rate = end + (peak - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
+            case "rsqrt":
+                rate = peak / jnp.sqrt(1 + decaying / config.timescale)
+        if cooldown:
+            rate = end + (rate - end) * jnp.clip((steps - step) / cooldown, 0, 1)
+        if warmup:
+            rate = rate * jnp.minimum(step / warmup, 1)
+        return jnp.asarray(rate, jnp.float32)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: Schedule, peak: float, params: Any
+) -> optax.GradientTransformation:
+    """The optimizer of the module's docstring, for parameters with the tree of `params`.
+
+    `params` may hold arrays or shapes; only its paths are read. `peak` is the schedule's. In the
+    state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They have its
+    shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is [1]).
+
+    Raises ValueError if every parameter is frozen, and what `match_rules` raises.
+    """
+    multipliers = match_rules(config.lr_multipliers, params)
+    trained = jax.tree.map(bool, multipliers)
+    if not any(jax.tree.leaves(trained)):
+        raise ValueError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
+
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        optax.masked(optax.chain(clip, _direction(config)), trained),
+        _add_weight_decay(config, peak, params),
+        optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def match_rules(rules: Rules, params: Any) -> Any:
+    """The tree of `params` with, for each parameter, the value of the first rule that matches.
+
+    A rule is (regex, value); the regex must match a parameter's whole path, such as
+    "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel".
+
+    Raises ValueError for a parameter without a rule, and for a rule that isn't a regex or decides
+    for no parameter, be it mistyped or behind broader rules; only ".*" may decide nothing.
+    """
+    try:
+        regexes = [re.compile(pattern) for pattern, _ in rules]
+    except re.error as error:
+        raise ValueError(f"rule {error.pattern!r} isn't a regular expression: {error}") from error
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    deciding = [
+        next((i for i, regex in enumerate(regexes) if regex.fullmatch(path)), None)
+        for path in paths
+    ]
+    if None in deciding:
+        path = paths[deciding.index(None)]
+        raise ValueError(f"no rule matches parameter {path!r}: add one, such as ('.*', value)")
+    for i, (pattern, _) in enumerate(rules):
+        if i in deciding or pattern == ".*":
+            continue
+        if not any(map(regexes[i].fullmatch, paths)):
+            near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0))
+            raise ValueError(f"rule {pattern!r} matches no parameter's whole path; nearest: {near}")
+        raise ValueError(f"rule {rules[i]} decides nothing: move it before the broader rules")
+    return tree.unflatten(rules[i][1] for i in deciding)
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    match config.name:
+        case "adamw":
+            return optax.scale_by_adam(
+                config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype
+            )
+        case "sgd":
+            return optax.trace(config.b1, accumulator_dtype=config.momentum_dtype)
+        case "adafactor":
+            return _adafactor(config)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor as in "Scaling Vision Transformers", section 3.4, and big_vision's optax.py.
+
+    Of Shazeer & Stern's (arXiv 1804.04235) it keeps the factored second moment with
+    beta2_t = 1 - t^-0.8, bounded by b2, and drops the update clipping and the scaling by the
+    parameters' size. The momentum is of the directions, without bias correction.
+    """
+
+    def b2(count: jax.Array, exponent: float) -> jax.Array:
+        return jnp.minimum(config.b2, 1 - (count + 1.0) ** -exponent)
+
+    # A scan over 32 layers or more stacks biases into matrices of this size: they are factored too.
+    second_moment = optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=b2)
+    momentum = optax.ema(config.b1, debias=False, accumulator_dtype=config.momentum_dtype)
+    return optax.chain(second_moment, momentum)
+
+
+def _add_weight_decay(
+    config: OptimizerConfig, peak: float, params: Any
+) -> optax.GradientTransformation:
+    if not config.weight_decay:
+        return optax.identity()
+    factors = match_rules(config.weight_decay_rules, params)
+    independent = config.weight_decay_convention == "independent"
+    decay = config.weight_decay / (peak if independent else 1)
+
+    def add(u: jax.Array, p: jax.Array, factor: float) -> jax.Array:
+        return u + decay * factor * p if factor else u
+
+    return optax.stateless(lambda updates, params: jax.tree.map(add, updates, params, factors))
+
+
+def _multiply(update: jax.Array, multiplier: float) -> jax.Array:
+    # 0 * update would compute a frozen parameter's gradient, and spread its nan.
+    return multiplier * update if multiplier else jnp.zeros_like(update)

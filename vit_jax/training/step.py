@@ -1,0 +1,149 @@
+"""The training step: state and batch in, state and metrics out. Pure; no I/O.
+
+Letters in shapes: B global batch, A microbatches, C classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.models.variants import Model
+from vit_jax.parallel.mesh import constrain_batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on; the order of the data is a function of `step`."""
+
+    step: jax.Array  # int32 []: updates made
+    params: dict
+    opt_state: Any
+    ema: dict | None  # the parameters' running average (Polyak), or None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """`softmax` cross-entropy, or `sigmoid`: binary cross-entropies, summed over the classes."""
+
+    name: str = "softmax"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss {self.name!r}: expected 'softmax' or 'sigmoid'")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
+
+
+def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Classes [B], or [B, K] padded with -1 for several an image -> [B, C] of 0 and 1."""
+    one_hot = jax.nn.one_hot(labels, num_classes)
+    return one_hot if labels.ndim == 1 else one_hot.max(axis=1)
+
+
+def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The loss of each example: logits [B, C], targets [B, C] -> [B].
+
+    Label smoothing e moves the targets to t * (1 - e) + e / C. Softmax shares the probability
+    equally among an image's labels.
+    """
+    num_classes = logits.shape[-1]
+    if config.name == "softmax":
+        targets = targets / jnp.maximum(targets.sum(-1, keepdims=True), 1.0)
+    targets = targets * (1.0 - config.label_smoothing) + config.label_smoothing / num_classes
+    if config.name == "softmax":
+        return optax.softmax_cross_entropy(logits, targets)
+    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+
+
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
+) -> TrainState:
+    """A fresh state. Under `jit` with `out_shardings` it is born sharded."""
+    return start_state(model.init(key), optimizer, use_ema)
+
+
+def start_state(params: dict, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
+    """Step 0 from given parameters."""
+    ema = jax.tree.map(jnp.copy, params) if use_ema else None  # a copy: both are donated
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    loss: LossConfig,
+    *,
+    seed: int,
+    trainable: Any,
+    accumulation: int = 1,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
+
+    `trainable`, a tree of bools, says of which parameters a gradient is computed at all.
+
+    Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update),
+    `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
+    soon as a parameter isn't).
+    """
+
+    def loss_fn(params, batch, keys):
+        params = jax.tree.map(
+            lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable
+        )
+        logits = model.apply(params, batch["image"], keys).logits
+        targets = make_targets(batch["label"], model.num_classes)
+        hits = jnp.take_along_axis(targets, logits.argmax(-1)[:, None], axis=1)
+        return example_losses(loss, logits, targets).mean(), hits.mean()
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        rows = jnp.arange(batch["image"].shape[0])
+        keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+        gradients = _accumulate(grad_fn, accumulation, state.params, batch, keys)
+        (loss_value, accuracy), grads = gradients
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        metrics = {
+            "loss": loss_value,
+            "accuracy": accuracy,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def _accumulate(grad_fn, accumulation: int, params, batch, keys):
+    """Means of the loss, accuracy and gradients over microbatches, one after another."""
+    if accumulation == 1:
+        return grad_fn(params, batch, keys)
+
+    def split(x):  # [B, ...] -> [A, B/A, ...], every A-th row together: no row changes its device
+        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    microbatches = constrain_batch(jax.tree.map(split, (batch, keys)), axis=1)
+
+    def add(total, microbatch):
+        return jax.tree.map(jnp.add, total, grad_fn(params, *microbatch)), None
+
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
+    return jax.tree.map(lambda x: x / accumulation, total)
