@@ -34,7 +34,13 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "prepare": ["tensorflow-cpu>=2.18,<3"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
-        "test": ["chex>=0.1.90,<0.2", "hypothesis>=6.100,<7", "pytest>=8,<10", "ruff>=0.9,<1"],
+        "test": [
+            "chex>=0.1.90,<0.2",
+            "hypothesis>=6.100,<7",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.9,<1",
+        ],
         "tpu": ["jax[tpu]"],
     },
 )

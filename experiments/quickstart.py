@@ -68,7 +68,7 @@ def run_seed(seed: int, folder: Path) -> dict:
             "--dataset=digits",
             f"--shots={','.join(map(str, SHOTS))}",
             f"--output={output}",
-            *([f"--random_weights", f"--seed={seed}"] if start != "pretrained" else []),
+            *(["--random_weights", f"--seed={seed}"] if start != "pretrained" else []),
         )
         fewshot[start] = json.loads(output.read_text())
     return {
@@ -134,7 +134,13 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
             steps, values = curve(result["transfer"][start], "test/accuracy")
             label = start if i == 0 else None
             axes.plot(
-                steps, 100 * values, "-", marker=MARKERS[start], ms=4, color=COLORS[start], label=label
+                steps,
+                100 * values,
+                "-",
+                marker=MARKERS[start],
+                ms=4,
+                color=COLORS[start],
+                label=label,
             )
     axes.set(xlabel="fine-tuning step", ylabel="test accuracy (%)", title="Transfer to digits")
     axes.legend()

@@ -1,9 +1,15 @@
 """Eight CPU devices, so that every test can use a mesh; golden files; small models."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiled programs are kept for the session, so that the commands that tests start over and over
+# don't compile the same step each time. Worker processes of the tests inherit the folder.
+CACHE = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np

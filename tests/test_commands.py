@@ -56,8 +56,9 @@ def checkpoint_arrays(workdir):
     newest = folder / max((p.name for p in folder.iterdir() if p.name.isdigit()), key=int)
     arrays = {"step": newest.name}
     for item in ("params", "training"):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(newest / item).item_metadata.tree
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler) as reader:
+            tree = handler.metadata(newest / item).tree
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=restore))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -170,7 +171,7 @@ def test_another_config_is_refused(tmp_path):
         (["--config.data.split=trian"], "did you mean 'train'"),
         (["--config.bacth_size=8"], "did you mean 'batch_size'"),
         (["--config.optimizer.nam=sgd"], "did you mean 'name'"),
-        (["--config.modle.depth=2"], "did you mean 'model'"),
+        (["--config.modle.depth=2"], 'Did you mean "model"'),
         (["--config.accumulation=3"], "does not divide over 1 devices x 3 microbatches"),
         (["--config.image_size=30"], "use a multiple of 8 (24 or 32)"),
         (["--config.data.preprocess=resise"], "did you mean 'resize'"),

@@ -18,6 +18,35 @@ def digest(source, indices) -> str:
     return hashlib.sha256(b"".join(source[i]["image"].tobytes() for i in indices)).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("formula", "pixels", "sha256"),
+    [
+        (
+            Strokes,
+            [0, 0, 3, 77, 255, 255, 255, 84, 0, 0],
+            (
+                "c215c3e667b3fd0d506c825419625197fe76a80f3b3c4ea55c98a2cff89b6f23",
+                "5779845ed44444d95f814cb98c3f566944a0b89e0e8c4d0bd6a9f570033e7687",
+            ),
+        ),
+        (
+            Fractals,
+            [0, 0, 0, 254, 255, 252, 234, 239, 241, 12],
+            (
+                "218db2f6e25f2445d44f5350fdbd40917ee53c5aa013e71390784c94f4fdb982",
+                "3dec07da2b89027140c288b2ff7f7bf7930daf8f0ca80b5ad4bb4946aad43797",
+            ),
+        ),
+    ],
+)
+def test_golden_pixels(formula, pixels, sha256):
+    # The same on every machine. A change here changes what published models were trained on.
+    source = formula(10_000, num_classes=100, seed=3)
+    assert source[1234]["image"][16, 2:30:3].max(axis=1).tolist() == pixels
+    assert digest(source, range(9_900, 10_000)) == sha256[0]
+    assert digest(formula(10, num_classes=4, image_size=57), range(10)) == sha256[1]
+
+
 @both
 def test_images_are_a_function_of_seed_and_index(formula):
     source = formula(1000, num_classes=50, seed=7)
@@ -93,9 +122,9 @@ def test_examples(formula, size):
 
 
 @both
-@pytest.mark.parametrize("size", [33, 1000])
-def test_every_prefix_is_class_balanced(formula, size):
-    source = formula(size, num_classes=11, first=4, image_size=8)
+@pytest.mark.parametrize("num_examples", [33, 1000])
+def test_every_prefix_is_class_balanced(formula, num_examples):
+    source = formula(num_examples, num_classes=11, first=4, image_size=8)
     counts = np.bincount([source[i]["label"] for i in range(33)], minlength=11)
     assert counts.tolist() == [3] * 11
 

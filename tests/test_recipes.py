@@ -55,7 +55,7 @@ def reduce(values):
     return values
 
 
-@pytest.mark.parametrize(("path", "argument"), recipes())
+@pytest.mark.parametrize(("path", "argument"), list(recipes()))
 def test_recipe(path, argument, tmp_path):
     kind = {"pretrain": loop.TrainConfig, "transfer": TransferConfig}[path.parent.name]
     config = build(kind, load(path, argument))

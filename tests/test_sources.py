@@ -110,6 +110,12 @@ def test_formula_splits(name):
         assert part[i]["label"] == train[5 + i]["label"]
 
 
+def test_no_training_split_reaches_the_validation_examples():
+    assert len(open_source("strokes", f"train[{2**60 - 1}:{2**60}]")) == 1
+    with pytest.raises(ValueError, match=f"expected to end by {2**60}"):
+        open_source("strokes", f"train[{2**60}:{2**60 + 5}]")
+
+
 def test_formula_classes_default_to_1000():
     assert open_source("strokes", "train").num_classes == 1000
 

@@ -1,1 +1,1 @@
-"""Vision Transformers in JAX: pretrain at scale, transfer to small data, redraw the paper's plots."""
+"""Vision Transformers in JAX: pretraining at scale, transfer, and the paper's scaling plots."""

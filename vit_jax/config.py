@@ -13,7 +13,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from absl import app
+import ml_collections
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 
@@ -124,6 +125,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def recipe(**fields: Any) -> ml_collections.ConfigDict:
+    """What a recipe's `get_config` returns: its fields, and room for those of every group."""
+    groups = ("checkpoint", "data", "loss", "mesh", "model", "optimizer", "schedule")
+    return ml_collections.ConfigDict({**{group: {} for group in groups}, **fields})
+
+
 def define_config_flag():
     """The flag --config=FILE.py[:ARGUMENT], with --config.field=value for any field of the recipe.
 
@@ -137,7 +144,13 @@ def define_config_flag():
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
     with explained_errors():
-        return app.parse_flags_with_usage(argv)
+        try:
+            arguments = app.parse_flags_with_usage(argv)
+        except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
+            raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+    return arguments
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Fine-tunes a checkpoint on another dataset (arXiv 2010.11929, section 4.1 and appendix B.1.1).
+r"""Fine-tunes a checkpoint on another dataset (arXiv 2010.11929, section 4.1 and appendix B.1.1).
 
 python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=runs/strokes \
     --workdir=runs/digits

@@ -1,38 +1,40 @@
-"""Small models on an embedded, formula-driven set: no data, no download, minutes on two cores.
+r"""Small models on an embedded, formula-driven set: no data, no download, minutes on two cores.
 
 python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/strokes
-python -m vit_jax.pretrain --config=configs/pretrain/formula.py:dataset=fractals --workdir=runs/fractals
+python -m vit_jax.pretrain --config=configs/pretrain/formula.py:dataset=fractals \
+    --workdir=runs/fractals
 
 Our own recipe.
 """
 
 import ml_collections
 
-from vit_jax.config import parse_arg
+from vit_jax.config import parse_arg, recipe
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: [variant][,dataset=strokes|fractals][,classes=N][,steps=N]."""
     arg = parse_arg(arg, variant="ViT-nano/8", dataset="strokes", classes=200, steps=800)
-    return ml_collections.ConfigDict(
-        {
-            "model": {"variant": arg.variant, "pool": "gap", "dtype": "float32"},
-            "image_size": 32,
-            "data": {
-                "dataset": f"{arg.dataset}/{arg.classes}",
-                "split": "train",
-                "preprocess": "resize",
-            },
-            "batch_size": 128,
-            "steps": arg.steps,
-            "schedule": {"peak": 3e-3, "warmup": arg.steps // 10, "decay": "cosine"},
-            "optimizer": {"name": "adamw", "weight_decay": 0.05},
-            "checkpoint": {"every": 200},
-            "eval_every": 200,
-            "classification": {
-                "validation": {
-                    "data": {"dataset": f"{arg.dataset}/{arg.classes}", "split": "validation[:2000]"}
+    return recipe(
+        model={"variant": arg.variant, "pool": "gap", "dtype": "float32"},
+        image_size=32,
+        data={
+            "dataset": f"{arg.dataset}/{arg.classes}",
+            "split": "train",
+            "preprocess": "resize",
+        },
+        batch_size=128,
+        steps=arg.steps,
+        schedule={"peak": 3e-3, "warmup": arg.steps // 10, "decay": "cosine"},
+        optimizer={"name": "adamw", "weight_decay": 0.05},
+        checkpoint={"every": 200},
+        eval_every=200,
+        classification={
+            "validation": {
+                "data": {
+                    "dataset": f"{arg.dataset}/{arg.classes}",
+                    "split": "validation[:2000]",
                 }
-            },
-        }
+            }
+        },
     )

@@ -1,7 +1,8 @@
-"""The paper's own pretraining runs on ImageNet and ImageNet-21k (arXiv 2010.11929, Table 3).
+r"""The paper's own pretraining runs on ImageNet and ImageNet-21k (arXiv 2010.11929, Table 3).
 
-python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-B/16 --workdir=runs/b16 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k --workdir=runs/l16
+python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-B/16 --workdir=runs/b16
+python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+    --workdir=runs/l16 --distributed
 
 Expected, ImageNet validation at 224 px before fine-tuning (the authors, in issue 62 of
 google-research/vision_transformer): from ImageNet alone B/32 69.19, B/16 74.79, L/32 66.90,
@@ -13,7 +14,10 @@ big_vision's.
 
 import ml_collections
 
-from vit_jax.config import parse_arg
+from vit_jax.config import parse_arg, recipe
+
+# The tanh layer of the pretraining head is as wide as the model.
+WIDTHS = {"ViT-Ti": 192, "ViT-S": 384, "ViT-B": 768, "ViT-L": 1024, "ViT-H": 1280}
 
 DATASETS = {
     "imagenet2012": {
@@ -44,41 +48,35 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, variant="ViT-B/16", dataset="imagenet2012", epochs=0.0)
     if arg.dataset not in DATASETS:
         raise ValueError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
-    recipe = DATASETS[arg.dataset]
+    hparams = DATASETS[arg.dataset]
     evaluation = {"dataset": arg.dataset, "preprocess": "central_crop(0.875)"}
-    return ml_collections.ConfigDict(
-        {
-            "model": {
-                "variant": arg.variant,
-                "representation_size": REPRESENTATION_SIZE.get(arg.variant.split("/")[0], 768),
-                "dropout": 0.1,
-                "head_bias": recipe["head_bias"],
-                "scan": True,
-            },
-            "image_size": 224,
-            "data": {
-                "dataset": arg.dataset,
-                "split": recipe["train"],
-                "preprocess": "inception_crop|flip",
-            },
-            "batch_size": 4096,
-            "epochs": arg.epochs or recipe["epochs"],
-            "loss": {"name": "sigmoid"},
-            "schedule": {"warmup": 10_000, **recipe["schedule"]},
-            "optimizer": {
-                "name": "adamw",
-                "weight_decay": recipe["weight_decay"],
-                "clip_norm": recipe["clip_norm"],
-            },
-            "checkpoint": {"every": 1000, "keep_every": 50_000},
-            "eval_every": 5000,
-            "classification": {
-                name: {"data": {**evaluation, "split": recipe[name]}, "batch_size": 4096}
-                for name in ("validation", "test")
-            },
-        }
+    return recipe(
+        model={
+            "variant": arg.variant,
+            "representation_size": WIDTHS[arg.variant.split("/")[0]],
+            "dropout": 0.1,
+            "head_bias": hparams["head_bias"],
+            "scan": True,
+        },
+        image_size=224,
+        data={
+            "dataset": arg.dataset,
+            "split": hparams["train"],
+            "preprocess": "inception_crop|flip",
+        },
+        batch_size=4096,
+        epochs=arg.epochs or hparams["epochs"],
+        loss={"name": "sigmoid"},
+        schedule={"warmup": 10_000, **hparams["schedule"]},
+        optimizer={
+            "name": "adamw",
+            "weight_decay": hparams["weight_decay"],
+            "clip_norm": hparams["clip_norm"],
+        },
+        checkpoint={"every": 1000, "keep_every": 50_000},
+        eval_every=5000,
+        classification={
+            name: {"data": {**evaluation, "split": hparams[name]}, "batch_size": 4096}
+            for name in ("validation", "test")
+        },
     )
-
-
-# The width of each size: the tanh layer of the pretraining head is as wide as the model.
-REPRESENTATION_SIZE = {"ViT-Ti": 192, "ViT-S": 384, "ViT-B": 768, "ViT-L": 1024, "ViT-H": 1280}

@@ -1,31 +1,30 @@
-"""Fine-tunes on scikit-learn's handwritten digits: 1,797 images of 8x8, a third held out.
+r"""Fine-tunes on scikit-learn's handwritten digits: 1,797 images of 8x8, a third held out.
 
-python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=runs/strokes --workdir=runs/digits
+python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=runs/strokes \
+    --workdir=runs/digits
 
 Our own recipe, for the checkpoints of configs/pretrain/formula.py.
 """
 
 import ml_collections
 
-from vit_jax.config import parse_arg
+from vit_jax.config import parse_arg, recipe
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: [variant][,steps=N]."""
     arg = parse_arg(arg, variant="ViT-nano/8", steps=200)
-    return ml_collections.ConfigDict(
-        {
-            "init": "",
-            "model": {"variant": arg.variant, "pool": "gap", "dtype": "float32"},
-            "image_size": 32,
-            "data": {"dataset": "digits", "split": "train", "preprocess": "resize|pad_crop(3)"},
-            "batch_size": 64,
-            "steps": arg.steps,
-            "schedule": {"peak": 1e-3, "warmup": arg.steps // 10, "decay": "cosine"},
-            "optimizer": {"name": "adamw", "weight_decay": 0.05},
-            "log_every": 10,
-            "eval_every": 20,
-            "checkpoint": {"every": 100},
-            "classification": {"test": {"data": {"dataset": "digits", "split": "test"}}},
-        }
+    return recipe(
+        init="",
+        model={"variant": arg.variant, "pool": "gap", "dtype": "float32"},
+        image_size=32,
+        data={"dataset": "digits", "split": "train", "preprocess": "resize|pad_crop(3)"},
+        batch_size=64,
+        steps=arg.steps,
+        schedule={"peak": 1e-3, "warmup": arg.steps // 10, "decay": "cosine"},
+        optimizer={"name": "adamw", "weight_decay": 0.05},
+        log_every=10,
+        eval_every=20,
+        checkpoint={"every": 100},
+        classification={"test": {"data": {"dataset": "digits", "split": "test"}}},
     )

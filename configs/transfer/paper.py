@@ -1,6 +1,7 @@
-"""The paper's fine-tuning (arXiv 2010.11929, Table 4 and appendix B.1.1).
+r"""The paper's fine-tuning (arXiv 2010.11929, Table 4 and appendix B.1.1).
 
-python -m vit_jax.transfer --config=configs/transfer/paper.py:cifar10 --config.init=runs/b16 --workdir=runs/cifar10
+python -m vit_jax.transfer --config=configs/transfer/paper.py:cifar10 --config.init=runs/b16 \
+    --workdir=runs/cifar10
 
 Of Table 4: SGD with momentum 0.9, batch 512, cosine decay, no weight decay, gradients clipped at 1,
 384 px, and the base learning rate to be chosen on a held-out part of the training split:
@@ -11,7 +12,7 @@ CIFAR-10 98.95, CIFAR-100 91.67, ImageNet 83.97, Flowers 99.38, Pets 94.43 %.
 
 import ml_collections
 
-from vit_jax.config import parse_arg
+from vit_jax.config import parse_arg, recipe
 
 # Training split, test split, steps, warm-up.
 DATASETS = {
@@ -29,27 +30,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.dataset not in DATASETS:
         raise ValueError(f"dataset={arg.dataset}: this recipe is for {', '.join(DATASETS)}")
     train, test, steps, warmup = DATASETS[arg.dataset]
-    return ml_collections.ConfigDict(
-        {
-            "init": "",
-            "model": {"variant": arg.variant},
-            "image_size": arg.size,
-            "data": {
-                "dataset": arg.dataset,
-                "split": train,
-                "preprocess": "random_crop(0.857)|flip",
-            },
-            "batch_size": 512,
-            "steps": steps,
-            "schedule": {"peak": arg.lr, "warmup": warmup, "decay": "cosine"},
-            "optimizer": {"name": "sgd", "momentum_dtype": "bfloat16"},
-            "checkpoint": {"every": 500},
-            "eval_every": 500,
-            "classification": {
-                "test": {
-                    "data": {"dataset": arg.dataset, "split": test, "preprocess": "resize"},
-                    "batch_size": 512,
-                }
-            },
-        }
+    return recipe(
+        init="",
+        model={"variant": arg.variant},
+        image_size=arg.size,
+        data={
+            "dataset": arg.dataset,
+            "split": train,
+            "preprocess": "random_crop(0.857)|flip",
+        },
+        batch_size=512,
+        steps=steps,
+        schedule={"peak": arg.lr, "warmup": warmup, "decay": "cosine"},
+        optimizer={"name": "sgd", "momentum_dtype": "bfloat16"},
+        checkpoint={"every": 500},
+        eval_every=500,
+        classification={
+            "test": {
+                "data": {"dataset": arg.dataset, "split": test, "preprocess": "resize"},
+                "batch_size": 512,
+            }
+        },
     )

@@ -93,7 +93,7 @@ def flip(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def affine(  # noqa: PLR0917 (a spec gives them by position)
+def affine(
     image: np.ndarray,
     rng: np.random.Generator,
     size: Size,

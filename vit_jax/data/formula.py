@@ -74,7 +74,7 @@ class Strokes(_FormulaSet):
         v = _uniform(32, self.seed, INSTANCE, index)
 
         count = 1 + int(3 * u[0])
-        points = (u[3:] + _between(-0.08, 0.08, v[:24])).reshape(3, 4, 2)
+        points = (u[3:] + _between(-0.12, 0.12, v[:24])).reshape(3, 4, 2)
         for stroke in range(1, count):
             if u[stroke] < 0.5:
                 points[stroke, 0] = points[stroke - 1, 3]
@@ -89,7 +89,7 @@ class Strokes(_FormulaSet):
         step = curve[..., 1:] - curve[..., :-1]
         length = np.sqrt(step[0] * step[0] + step[1] * step[1]).reshape(-1, 1)
         middle = ((curve[..., 1:] + curve[..., :-1]) / 2).reshape(2, -1, 1)
-        radius = size * _between(0.05, 0.16, v[30])
+        radius = size * _between(0.06, 0.16, v[30])
         bump = 1 - np.square((np.arange(size) + 0.5 - middle) / radius)
         bump = np.square(np.maximum(bump, 0))
         bump[0] *= length / length.max()
@@ -172,7 +172,7 @@ def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
     xy = np.stack([cos * x - sin * xy[1], sin * x + cos * xy[1]])
     axes = tuple(range(1, xy.ndim))
     low, high = xy.min(axis=axes, keepdims=True), xy.max(axis=axes, keepdims=True)
-    scale = size * _between(0.75, 1.05, u[3]) / np.maximum((high - low).max(), 1e-3)
+    scale = size * _between(0.8, 1.05, u[3]) / np.maximum((high - low).max(), 1e-3)
     shift = size * _between(-0.05, 0.05, u[4:6]).reshape(low.shape)
     return (xy - (low + high) / 2) * scale + size / 2 + shift
 

@@ -9,7 +9,7 @@ Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import grain
@@ -52,62 +52,52 @@ def global_indices(seed: int, step: int, batch_size: int, num_examples: int) -> 
 
 def train_batches(
     source: Source,
+    data: DataConfig,
     *,
     batch_size: int,
     image_size: tuple[int, int],
-    preprocess: str,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 8,
-    num_workers: int = 0,
-    prefetch: int = 4,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over this process's batches of steps start_step, start_step + 1, ... without end.
 
-    Process k of P gets rows k * B / P to (k + 1) * B / P - 1 of the global batch. Close the
-    iterator, or drop it, to stop its threads and processes.
+    Close the iterator, or drop it, to stop its threads and processes.
 
     Args:
       source: the examples.
+      data: how to preprocess them, and how eagerly.
       batch_size: B, of all processes together.
       image_size: H, W.
-      preprocess: see `augment.parse_preprocess`.
       seed: of the order and of the random preprocessing, 0 <= seed < 2**64.
       start_step: the first step to yield: how to resume.
-      process_index, process_count: k and P.
-      num_threads, num_workers, prefetch: see `DataConfig`.
+      rows: int [b], this process's rows of the global batch; all of them by default.
 
     Returns:
       Iterator of {"image": uint8 [b, H, W, 3], "label": int32 [b], or for a multi-label source
       [b, K] padded with -1}.
 
     Raises:
-      ValueError: at once for a batch that does not divide or a preprocessing that does not work on
-        the first example; while iterating for a broken example.
+      ValueError: at once for a preprocessing that does not work on the first example; while
+        iterating for a broken example.
     """
-    read = _batch_reader(source, preprocess, image_size, seed)
-    rows = _local_rows(batch_size, process_index, process_count)
+    read = _batch_reader(source, data.preprocess, image_size, seed)
+    rows = _checked_rows(batch_size, rows)
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
+        positions = [step * batch_size + row for row in rows]
         return read(_stream(seed, positions, len(source)), positions)
 
-    return _run_ahead(batch, range(start_step, 1 << 62), num_threads, num_workers, prefetch)
+    return _run_ahead(batch, range(start_step, 1 << 62), data)
 
 
 def eval_batches(
     source: Source,
+    data: DataConfig,
     *,
     batch_size: int,
     image_size: tuple[int, int],
-    preprocess: str,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 8,
-    num_workers: int = 0,
-    prefetch: int = 4,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over every example exactly once, in order; all processes yield as many batches.
 
@@ -123,24 +113,24 @@ def eval_batches(
     Raises:
       ValueError: as `train_batches`.
     """
-    read = _batch_reader(source, preprocess, image_size, seed=0)
-    rows = _local_rows(batch_size, process_index, process_count)
+    read = _batch_reader(source, data.preprocess, image_size, seed=0)
+    rows = _checked_rows(batch_size, rows)
     num_batches = -(-len(source) // batch_size)
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        index = np.arange(rows.start, rows.stop, dtype=np.int64) + step * batch_size
+        index = np.array(rows, np.int64) + step * batch_size
         index[index >= len(source)] = -1
         return read(index, index) | {"mask": index >= 0, "index": index}
 
-    return _run_ahead(batch, range(num_batches), num_threads, num_workers, prefetch)
+    return _run_ahead(batch, range(num_batches), data)
 
 
-def _stream(seed: int, positions: range, num_examples: int) -> np.ndarray:
-    """The examples at these positions of the training stream: int64 [len(positions)]."""
+def _stream(seed: int, positions: Iterable[int], num_examples: int) -> np.ndarray:
+    """The examples at these positions of the training stream: int64."""
     order = (
         _epoch_order(seed, p // num_examples, num_examples)(p % num_examples) for p in positions
     )
-    return np.fromiter(order, np.int64, len(positions))
+    return np.fromiter(order, np.int64)
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,18 +148,15 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], in
     )
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:
+def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
     """This process's rows of the global batch."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}: expected 0 <= index < count")
-    if batch_size < 1 or batch_size % process_count:
-        good = max(batch_size // process_count, 1) * process_count
-        raise ValueError(
-            f"batch size {batch_size} does not divide over {process_count} processes: "
-            f"use a multiple of {process_count} ({good} or {good + process_count})"
-        )
-    local = batch_size // process_count
-    return range(process_index * local, (process_index + 1) * local)
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: expected at least 1")
+    if rows is None:
+        return list(range(batch_size))
+    if not len(rows) or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ValueError(f"rows {rows} of a batch of {batch_size}: expected some, each within it")
+    return [int(row) for row in rows]
 
 
 def _batch_reader(source: Source, preprocess: str, image_size: tuple[int, int], seed: int):
@@ -225,15 +212,13 @@ def _valid_labels(label, source: Source) -> np.ndarray:
 def _run_ahead(
     batch: Callable[[int], dict[str, np.ndarray]],
     steps: range,
-    num_threads: int,
-    num_workers: int,
-    prefetch: int,
+    data: DataConfig,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over batch(step) for the steps, in order."""
-    if num_workers and not flags.FLAGS.is_parsed():
+    if data.num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
-    threads = grain.ReadOptions(num_threads, max(prefetch, num_threads))
-    workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=1)
+    threads = grain.ReadOptions(data.num_threads, max(data.prefetch, data.num_threads))
+    workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
     dataset = grain.MapDataset.source(steps).map(batch).to_iter_dataset(threads)
     batches = iter(dataset.mp_prefetch(workers))
     try:

@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,10 @@ def _boundary(text: str | None, size: int, default: int) -> int:
 @dataclass(frozen=True)
 class _Concatenated(Sequence):
     parts: tuple[Sequence, ...]
-    starts: tuple[int, ...]
-    length: int
+    starts: tuple[int, ...]  # of the parts, and the end
 
     def __len__(self) -> int:
-        return self.length
+        return self.starts[-1]
 
     def __getitem__(self, index):
         part = bisect_right(self.starts, index) - 1
@@ -146,10 +146,7 @@ def _read_split(
     parts = tuple(read(*part) for part in parse_split(split, sizes, dataset, unbounded))
     if len(parts) == 1:
         return parts[0]
-    ends = [0]
-    for part in parts:
-        ends.append(ends[-1] + len(part))
-    return _Concatenated(parts, tuple(ends[:-1]), ends[-1])
+    return _Concatenated(parts, tuple(accumulate(map(len, parts), initial=0)))
 
 
 def _open_digits(split: str) -> Source:
@@ -172,12 +169,12 @@ def _open_formula(name: str, split: str) -> Source:
     formula, num_classes = FORMULAS[match[1]], int(match[2] or 1000)
     first = {"train": 0, "validation": VALIDATION_FIRST}
 
-    def read(split: str, start: int, stop: int) -> Sequence:
-        return formula(stop - start, num_classes=num_classes, first=first[split] + start)
+    def read(part: str, start: int, stop: int) -> Sequence:
+        if stop > VALIDATION_FIRST:
+            raise ValueError(f"split {split!r} of {name}: expected to end by {VALIDATION_FIRST}")
+        return formula(stop - start, num_classes=num_classes, first=first[part] + start)
 
     records = _read_split(split, FORMULA_SIZES, name, read, unbounded=["train"])
-    if len(records) > VALIDATION_FIRST:
-        raise ValueError(f"split {split!r} of {name}: expected at most {VALIDATION_FIRST} examples")
     return Source(records, num_classes)
 
 
@@ -206,8 +203,8 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> Source:
     decoders = {f: tfds.decode.SkipDecoding() for f in images}
     sizes = {s: info.num_examples for s, info in builder.info.splits.items()}
 
-    def read(split: str, start: int, stop: int) -> Sequence:
-        return builder.as_data_source(split=f"{split}[{start}:{stop}]", decoders=decoders)
+    def read(part: str, start: int, stop: int) -> Sequence:
+        return builder.as_data_source(split=f"{part}[{start}:{stop}]", decoders=decoders)
 
     records = _read_split(split, sizes, name, read)
     names = tuple(classes.names)
@@ -222,7 +219,7 @@ def _tfds_builder(name: str, data_dir: str | None):
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
-        root = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
+        root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         found = [path.name for path in root.iterdir()] if root.exists() else []
         registered = tfds.list_builders(with_community_datasets=False)
         raise unknown("dataset", name, {"digits", *FORMULAS, *found, *registered}) from error

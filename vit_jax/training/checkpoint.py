@@ -95,8 +95,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Any]]:
             "checkpoint's folder (it holds `params/`)"
         )
     name = "ema" if (path / "ema").is_dir() else "params"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(path / name).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
+        tree = handler.metadata(path / name).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         params = reader.restore(path / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

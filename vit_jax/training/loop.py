@@ -121,6 +121,7 @@ class Run:
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
     resumed_step: int
+    batches: Iterator[dict[str, np.ndarray]]  # this process's, from the resumed step on
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
 
 
@@ -170,6 +171,15 @@ def prepare(
         shapes=shapes,
         shardings=state_shardings(mesh, config.mesh, shapes),
         resumed_step=resumed_step,
+        batches=train_batches(
+            source,
+            data,
+            batch_size=config.batch_size,
+            image_size=model.image_size,
+            seed=config.seed,
+            start_step=resumed_step,
+            rows=local_rows(mesh, config.batch_size),
+        ),
         loaded=load(model, params) if load and not resumed_step else None,
     )
 
@@ -196,8 +206,8 @@ def train(run: Run) -> dict[str, float]:
             return metrics.last()
 
         stopwatch = Stopwatch()
-        batches = _batches(run, start)
-        stack.callback(batches.close)
+        stack.callback(run.batches.close)
+        batches = (put_batch(run.mesh, batch) for batch in run.batches)
         batch = next(batches)
         step = _compile(run, state, batch)
         metrics.say(f"compiled in {stopwatch.reset():.1f} s")
@@ -263,22 +273,6 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
         out_shardings=run.shardings,
     )
     return born(params)
-
-
-def _batches(run: Run, start: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices, from that of step `start` on; transfers overlap with the step."""
-    config = run.config
-    local = train_batches(
-        run.source,
-        config.data,
-        batch_size=config.batch_size,
-        image_size=run.model.image_size,
-        seed=config.seed,
-        start_step=start,
-        rows=local_rows(run.mesh, config.batch_size),
-    )
-    for batch in local:
-        yield put_batch(run.mesh, batch)
 
 
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
