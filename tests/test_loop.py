@@ -1,0 +1,227 @@
+"""The loop, in this process: resuming, stopping, keeping, evaluating."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.config import build
+from vit_jax.training import checkpoint, loop
+from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.training.metrics import CLOCK, Metrics, read_metrics
+
+
+def config(**changes):
+    values = {
+        "model": {"variant": "ViT-nano/8", "depth": 1, "dtype": "float32", "pool": "gap"},
+        "data": {"dataset": "digits", "preprocess": "resize|flip"},
+        "image_size": 16,
+        "batch_size": 16,
+        "steps": 8,
+        "schedule": {"peak": 1e-3, "warmup": 2},
+        "checkpoint": {"every": 3},
+        "log_every": 1,
+        **changes,
+    }
+    return build(loop.TrainConfig, values)
+
+
+def run(workdir, **changes):
+    return loop.train(loop.prepare(config(**changes), str(workdir)))
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def deterministic(records):
+    return [{k: v for k, v in r.items() if k not in {*CLOCK, "seconds"}} for r in records]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step):
+    """Breaks the loop off after `step`, as an error of any kind would."""
+    add = loop._Recorder.add
+
+    def stopping(self, done, values):
+        if done == step:
+            raise Stopped
+        add(self, done, values)
+
+    monkeypatch.setattr(loop._Recorder, "add", stopping)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 8, "min_size": 64}])
+def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, mesh, ema_decay):
+    evaluation = {
+        "classification": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
+        "eval_every": 3,
+        "ema_decay": ema_decay,
+        "mesh": mesh,
+    }
+    run(tmp_path / "whole", **evaluation)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 5)
+        run(tmp_path / "stopped", **evaluation)
+    assert saved_steps(tmp_path / "stopped") == [3]
+    run(tmp_path / "stopped", **evaluation)
+    ours, theirs = (load_checkpoint(tmp_path / name)[0] for name in ("whole", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    ours, theirs = (read_metrics(tmp_path / name) for name in ("whole", "stopped"))
+    assert deterministic(ours) == deterministic(theirs)
+    assert [r["step"] for r in ours if "test/accuracy" in r] == [3, 6, 8]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    first = run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run(tmp_path) == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """The update of step 5 breaks; it is found at step 6 at the latest, before the save."""
+    step = loop._compile
+
+    def breaking(run, state, batch):
+        compiled = step(run, state, batch)
+
+        def wrapped(state, batch):
+            state, values = compiled(state, batch)
+            if int(state.step) >= 5:
+                values = {**values, "param_norm": values["param_norm"] * np.nan}
+            return state, values
+
+        return wrapped
+
+    monkeypatch.setattr(loop, "_compile", breaking)
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, log_every=100)
+    text = str(error.value)
+    assert "not finite after step 6" in text and "steps 4 to 6" in text
+    assert "finite after step 3" in text
+    assert saved_steps(tmp_path) == [3]
+    monkeypatch.undo()
+    run(tmp_path, log_every=100)
+    assert saved_steps(tmp_path) == [8]
+
+
+def test_a_real_divergence_is_noticed(tmp_path):
+    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
+        run(
+            tmp_path,
+            schedule={"peak": 1e38, "warmup": 0, "decay": "constant"},
+            optimizer={"name": "sgd", "clip_norm": None},
+        )
+
+
+def test_what_is_kept(tmp_path):
+    run(tmp_path, steps=10, checkpoint={"every": 1, "keep_last": 2, "keep_every": 4})
+    assert saved_steps(tmp_path) == [4, 8, 9, 10]
+    params, description = load_checkpoint(tmp_path / "checkpoints" / "4")
+    newest, _ = load_checkpoint(tmp_path)
+    assert np.abs(params["embedding"]["kernel"] - newest["embedding"]["kernel"]).max() > 0
+    assert description["num_classes"] == 10 and description["image_size"] == [16, 16]
+    assert description["model"]["variant"] == "ViT-nano/8"
+
+
+def test_epochs_count_the_examples(tmp_path):
+    prepared = loop.prepare(config(steps=None, epochs=1.5), str(tmp_path))
+    assert prepared.steps == int(np.ceil(1.5 * 1198 / 16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"b1": 0.8}}, "optimizer.b1: 0.9 there, 0.8 here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"steps": 9}, "steps: 8 there, 9 here"),
+    ],
+)
+def test_what_matters_may_not_change(tmp_path, changes, message):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        loop.prepare(config(**changes), str(tmp_path))
+
+
+def test_speed_may_change(tmp_path, monkeypatch):
+    """Another mesh, remat and accumulation go on with the same run."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 5)
+        run(tmp_path / "a")
+    model = {"variant": "ViT-nano/8", "depth": 1, "dtype": "float32", "pool": "gap"}
+    run(
+        tmp_path / "a",
+        mesh={"fsdp": 4, "min_size": 64},
+        accumulation=2,
+        model={**model, "remat": "full"},
+    )
+    run(tmp_path / "b")
+    ours, theirs = (load_checkpoint(tmp_path / name)[0] for name in "ab")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
+
+
+def test_an_unfinished_line_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    with Metrics(tmp_path, steps=5, resumed_step=2) as metrics:
+        metrics.write(3, {"loss": 1.0})
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    with Metrics(tmp_path, steps=5, resumed_step=1):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+
+
+def test_checkpoints_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_workdirs(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="say where to keep this run"):
+        loop.prepare(config(), "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        loop.prepare(config(), str(tmp_path / "file"))
+    monkeypatch.setattr(checkpoint.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="not writable"):
+        loop.prepare(config(), str(tmp_path))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_compiled_step_never_recompiles(tmp_path):
+    prepared = loop.prepare(config(), str(tmp_path))
+    with loop.use_mesh(prepared.mesh):
+        key = jax.random.key(0)
+        state = jax.jit(
+            lambda key: loop.init_state(prepared.model, prepared.optimizer, key, use_ema=False),
+            out_shardings=prepared.shardings,
+        )(key)
+        batch = loop.put_batch(prepared.mesh, next(prepared.batches))
+        step = loop._compile(prepared, state, batch)
+        prepared.batches.close()
+        with pytest.raises(TypeError):
+            step(state, {**batch, "image": batch["image"][:8]})
+
+
+def test_config_errors():
+    for changes, message in [
+        ({"epochs": 1.0}, "set exactly one"),
+        ({"steps": None}, "set exactly one"),
+        ({"log_every": 0}, "log_every = 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"checkpoint": {"every": 0}}, "checkpoint.every = 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
+    assert dataclasses.asdict(config())["optimizer"]["name"] == "adamw"
