@@ -13,18 +13,18 @@ from vit_jax.config import parse_arg, recipe
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: [variant][,steps=N]."""
-    arg = parse_arg(arg, variant="ViT-nano/8", steps=200)
+    arg = parse_arg(arg, variant="ViT-nano/8", steps=400)
     return recipe(
         init="",
         model={"variant": arg.variant, "pool": "gap", "dtype": "float32"},
         image_size=32,
-        data={"dataset": "digits", "split": "train", "preprocess": "resize|pad_crop(3)"},
+        data={"dataset": "digits", "split": "train", "preprocess": "resize|affine"},
         batch_size=64,
         steps=arg.steps,
-        schedule={"peak": 1e-3, "warmup": arg.steps // 10, "decay": "cosine"},
+        schedule={"peak": 3e-3, "warmup": arg.steps // 10, "decay": "cosine"},
         optimizer={"name": "adamw", "weight_decay": 0.05},
-        log_every=10,
-        eval_every=20,
+        log_every=20,
+        eval_every=50,
         checkpoint={"every": 100},
         classification={"test": {"data": {"dataset": "digits", "split": "test"}}},
     )

@@ -70,7 +70,7 @@ class Strokes(_FormulaSet):
 
     def _draw(self, label: int, index: int) -> np.ndarray:
         size = self.image_size
-        u = _uniform(27, self.seed, CLASS, label)
+        u = _character(self.seed, label)
         v = _uniform(32, self.seed, INSTANCE, index)
 
         count = 1 + int(3 * u[0])
@@ -175,6 +175,12 @@ def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
     scale = size * _between(0.8, 1.05, u[3]) / np.maximum((high - low).max(), 1e-3)
     shift = size * _between(-0.05, 0.05, u[4:6]).reshape(low.shape)
     return (xy - (low + high) / 2) * scale + size / 2 + shift
+
+
+@lru_cache(maxsize=2**16)
+def _character(seed: int, label: int) -> np.ndarray:
+    """What makes a class of strokes: float64 [27] in [0, 1), a count, two joins, 12 points."""
+    return _uniform(27, seed, CLASS, label)
 
 
 @lru_cache(maxsize=64)
