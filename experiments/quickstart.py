@@ -8,6 +8,7 @@ Runs the package's own commands, each resumable: a second call goes on where the
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,7 +37,10 @@ def run_command(module: str, *arguments: str) -> None:
     """Runs one of the package's commands, saying how."""
     command = ["-m", f"vit_jax.{module}", *arguments]
     print("\n$ python " + " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    # The two fine-tunings run one program: what the first compiled, the second finds.
+    cache = str(Path(WORKDIR.value).absolute() / "compiled")
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    subprocess.run([sys.executable, *command], check=True, env=environment)
 
 
 def run_seed(seed: int, folder: Path) -> dict:

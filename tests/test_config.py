@@ -44,7 +44,10 @@ def test_nested_mappings():
         ({"name": "x", "several": {"a": {"rte": 1}}}, "config.several.a 'rte'"),
         ({"name": 3}, "config.name = 3: expected str, found int"),
         ({"name": "x", "inner": 3}, "config.inner = 3: expected the fields of Inner"),
-        ({"name": "x", "inner": {"rate": "high"}}, "config.inner.rate = 'high': expected float, found str"),
+        (
+            {"name": "x", "inner": {"rate": "high"}},
+            "config.inner.rate = 'high': expected float, found str",
+        ),
         ({"name": "x", "steps": 1.5}, "config.steps = 1.5: expected int, found float"),
         ({"name": "x", "flag": 1}, "config.flag = 1: expected bool, found int"),
         ({"name": "x", "pair": [1, 2, 3]}, "expected 2 items"),
