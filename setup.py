@@ -1,4 +1,6 @@
-"""Packaging. Bounds: the lowest versions that the tests passed with, and the next that may break."""
+"""Packaging. Upper bounds are the next versions that may break something."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -6,7 +8,7 @@ setup(
     name="vit_jax",
     version="0.1.0",
     description="Vision Transformers in JAX: pretrain at scale, transfer, redraw the paper's plots",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),

@@ -115,6 +115,7 @@ def make_table(results: list[dict]) -> list[dict]:
 def draw(results: list[dict], folder: Path) -> list[Path]:
     """The three figures; over several seeds, every seed's curve."""
     plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    plt.rcParams["figure.constrained_layout.use"] = True
     figures = []
 
     def save(figure, name):
@@ -129,7 +130,7 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
         right.plot(steps, 100 * values, "o-", color="#0072B2", alpha=0.8)
     left.set(xlabel="step", ylabel="training loss (nats)", title=f"Pretraining on {DATASET.value}")
     right.set(xlabel="step", ylabel="upstream validation accuracy (%)", ylim=(0, 100))
-    right.set_title("Unseen instances of the same classes")
+    right.set_title("New instances of its classes")
     save(figure, "pretraining")
 
     figure, axes = plt.subplots(figsize=(5.5, 4))
@@ -155,10 +156,13 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
         values = np.array(
             [[100 * r["fewshot"][start][f"{shots}shot"] for shots in SHOTS] for r in results]
         )
+        # The spread over seeds; of one seed, over the draws of its shots.
+        draws = [results[0]["fewshot"][start][f"{shots}shot_std"] for shots in SHOTS]
+        spread = values.std(axis=0, ddof=1) if len(values) > 1 else 100 * np.array(draws)
         axes.errorbar(
             SHOTS,
             values.mean(axis=0),
-            values.std(axis=0, ddof=1) if len(values) > 1 else None,
+            spread,
             marker=MARKERS[start],
             color=COLORS[start],
             capsize=3,
