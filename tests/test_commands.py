@@ -176,6 +176,11 @@ def test_another_config_is_refused(tmp_path):
         (["--config.image_size=30"], "use a multiple of 8 (24 or 32)"),
         (["--config.data.preprocess=resise"], "did you mean 'resize'"),
         (["--config.epochs=3.0"], "set exactly one of them"),
+        (["--config=configs/pretrain/none.py"], "configs/pretrain/none.py"),
+        (
+            ["--config.classification.validation.data.preprocess=crop"],
+            "unknown preprocessing op 'crop'",
+        ),
         (["--workdir="], "say where to keep this run with --workdir"),
         (["--workdir=/proc/run"], "/proc/run"),
     ],

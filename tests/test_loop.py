@@ -1,8 +1,10 @@
 """The loop, in this process: resuming, stopping, keeping, evaluating."""
 
 import dataclasses
+import io
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -179,6 +181,32 @@ def test_an_unfinished_line_is_cut_off(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, monkeypatch):
+    values = {"loss": 1.25, "img_per_sec": 12345.0, "mfu": 0.456}
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Metrics(tmp_path, steps=100) as metrics:
+            metrics.progress(40, values, seconds_per_step=2.0)
+        shown[stream.isatty()] = stream.getvalue()
+    assert "40/100" in shown[True] and "loss=1.2500" in shown[True] and "MFU=45.6%" in shown[True]
+    line = "step 40/100  loss 1.2500  img/s 12,345  MFU 45.6%  ETA 02:00\n"
+    assert shown[False] == line
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with Metrics(tmp_path, steps=5) as metrics:
+        metrics.write(3, {"loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path)
@@ -190,6 +218,8 @@ def test_checkpoints_that_are_not_there(tmp_path):
 def test_workdirs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="say where to keep this run"):
         loop.prepare(config(), "")
+    with pytest.raises(ValueError, match="expected a local folder"):
+        loop.prepare(config(), "gs://bucket/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         loop.prepare(config(), str(tmp_path / "file"))

@@ -136,9 +136,11 @@ def define_config_flag():
 
     A field that the recipe leaves at its default may be set too; `build` refuses unknown ones.
     """
-    return config_flags.DEFINE_config_file(
+    flag = config_flags.DEFINE_config_file(
         "config", help_string="The recipe.", lock_config=False, accept_new_attributes=True
     )
+    flags.mark_flag_as_required("config")
+    return flag
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig, eval_batches
+from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
+from vit_jax.evaluation.features import make_batches
 from vit_jax.models.variants import Model
-from vit_jax.parallel.mesh import check_batch_size, local_rows, put_batch, replicated
+from vit_jax.parallel.mesh import replicated
 from vit_jax.training.step import LossConfig, example_losses, make_targets
 
 
@@ -34,7 +35,7 @@ def make_classification(
         raise ValueError(
             f"{config.data.dataset} has {source.num_classes} classes, the model {model.num_classes}"
         )
-    check_batch_size(config.batch_size, mesh)
+    batches = make_batches(source, config.data, model, mesh, config.batch_size)
 
     def count(params, batch):
         logits = model.apply(params, batch["image"]).logits
@@ -50,15 +51,7 @@ def make_classification(
     count = jax.jit(count, out_shardings=replicated(mesh))
 
     def evaluate(params: dict) -> dict[str, float]:
-        batches = eval_batches(
-            source,
-            config.data,
-            batch_size=config.batch_size,
-            image_size=model.image_size,
-            rows=local_rows(mesh, config.batch_size),
-        )
-        counted = [count(params, put_batch(mesh, batch)) for batch in batches]
-        totals = jax.device_get(counted)
+        totals = [jax.device_get(count(params, batch)) for batch in batches()]
         examples = sum(int(t["examples"]) for t in totals)
         return {
             "accuracy": sum(int(t["correct"]) for t in totals) / examples,

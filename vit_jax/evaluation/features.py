@@ -1,6 +1,6 @@
-"""Frozen representations of a whole dataset."""
+"""Whole datasets through a model: batches on the mesh, and frozen representations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -11,30 +11,47 @@ from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import check_batch_size, local_rows, put_batch, replicated
 
+Batches = Callable[[], Iterator[dict[str, jax.Array]]]
 
-def make_extractor(
-    model: Model, mesh: Mesh, batch_size: int
-) -> Callable[[dict, Source, DataConfig], tuple[np.ndarray, np.ndarray]]:
-    """(params, source, data) -> (features float32 [N, D], labels [N] or [N, K]), in dataset order.
 
-    Every process gets all of them.
+def make_batches(
+    source: Source, data: DataConfig, model: Model, mesh: Mesh, batch_size: int
+) -> Batches:
+    """A function that iterates over the dataset, in global batches as `eval_batches` makes them.
+
+    ValueError at once, not at the first evaluation hours later, for a batch that doesn't divide or
+    a preprocessing that doesn't work.
     """
     check_batch_size(batch_size, mesh)
 
-    def forward(params, batch):
-        return model.apply(params, batch["image"]).features, batch["label"], batch["mask"]
-
-    forward = jax.jit(forward, out_shardings=replicated(mesh))
-
-    def extract(params: dict, source: Source, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-        batches = eval_batches(
+    def read() -> Iterator[dict[str, np.ndarray]]:
+        return eval_batches(
             source,
             data,
             batch_size=batch_size,
             image_size=model.image_size,
             rows=local_rows(mesh, batch_size),
         )
-        found = [jax.device_get(forward(params, put_batch(mesh, batch))) for batch in batches]
+
+    read().close()
+    return lambda: (put_batch(mesh, batch) for batch in read())
+
+
+def make_extractor(
+    model: Model, mesh: Mesh
+) -> Callable[[dict, Batches], tuple[np.ndarray, np.ndarray]]:
+    """(params, batches) -> (features float32 [N, D], labels [N] or [N, K]), in dataset order.
+
+    Every process gets all of them.
+    """
+
+    def forward(params, batch):
+        return model.apply(params, batch["image"]).features, batch["label"], batch["mask"]
+
+    forward = jax.jit(forward, out_shardings=replicated(mesh))
+
+    def extract(params: dict, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+        found = [jax.device_get(forward(params, batch)) for batch in batches()]
         features = np.concatenate([f[mask] for f, _, mask in found])
         labels = np.concatenate([label[mask] for _, label, mask in found])
         return features, labels

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.features import make_extractor
+from vit_jax.evaluation.features import make_batches, make_extractor
 from vit_jax.models.variants import Model
 
 BIAS = 100.0
@@ -79,16 +79,17 @@ def make_fewshot(
 
     Opens the datasets at once, so that a missing one is found before anything is trained.
     """
-    data = config.data
-    train = open_source(data.dataset, data.split, data.data_dir)
-    test = open_source(data.dataset, config.test_split, data.data_dir)
-    extract = make_extractor(model, mesh, config.batch_size)
+    data, batches = config.data, []
+    for split in (data.split, config.test_split):
+        source = open_source(data.dataset, split, data.data_dir)
+        if source.labels_per_example is not None:
+            raise ValueError(f"{data.dataset} has several labels an image: few-shot takes one")
+        batches.append(make_batches(source, data, model, mesh, config.batch_size))
+    extract = make_extractor(model, mesh)
 
     def evaluate(params: dict) -> dict[str, float]:
-        features, labels = extract(params, train, data)
-        test_features, test_labels = extract(params, test, data)
-        if labels.ndim > 1:
-            raise ValueError(f"{data.dataset} has several labels an image: few-shot takes one")
+        features, labels = extract(params, batches[0])
+        test_features, test_labels = extract(params, batches[1])
         result = {}
         for shots in config.shots:
             accuracies = []

@@ -116,6 +116,8 @@ def open_workdir(
     """
     if not workdir:
         raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+    if "://" in workdir:
+        raise ValueError(f"workdir {workdir}: expected a local folder; mount the bucket as one")
     path = Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
