@@ -1,8 +1,10 @@
-"""Packaging. Upper bounds are the next versions that may break something."""
+"""Packaging. Lower bounds are what the tests ran with, upper ones the next that may break them."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+JAX = ">=0.10.2,<0.13"
 
 setup(
     name="vit_jax",
@@ -16,33 +18,28 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<1",
-        "flax>=0.12,<0.13",
-        "grain>=0.2.12,<0.3",
+        "chex>=0.1.90,<0.2",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
         "importlib_resources>=6.0,<8",  # tensorflow-datasets needs it and doesn't say so
-        "jax>=0.10,<0.13",
+        f"jax{JAX}",
         "matplotlib>=3.8,<4",
         "ml_collections>=1.0,<2",
         "numpy>=2.0,<3",
-        "optax>=0.2.6,<0.3",
-        "orbax-checkpoint>=0.12,<1",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<1",
         "pillow>=11,<14",
         "scikit-learn>=1.5,<2",
         "scipy>=1.13,<2",
-        "tensorflow-datasets>=4.9.8,<5",
+        "tensorflow-datasets>=4.9.10,<5",
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]"],
-        "gcs": ["gcsfs>=2024.6"],
+        "cuda": [f"jax[cuda12]{JAX}"],
+        "gcs": ["gcsfs>=2024.6,<2028"],
         "prepare": ["tensorflow-cpu>=2.18,<3"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
-        "test": [
-            "chex>=0.1.90,<0.2",
-            "hypothesis>=6.100,<7",
-            "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
-            "ruff>=0.9,<1",
-        ],
-        "tpu": ["jax[tpu]"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"],
+        "tpu": [f"jax[tpu]{JAX}"],
     },
 )

@@ -1,5 +1,6 @@
 """Fitting a checkpoint to another model: every tensor accounted for."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_layers_are_stacked_as_the_target_has_them(scan):
     for source in (loop, jax.device_get(stack_layers(loop, 2))):
         adapted, _ = adapt(source, target, grid=(4, 4))
         expected = {**expected, "head": target["head"]}
-        jax.tree.map(np.testing.assert_array_equal, adapted, expected)
+        chex.assert_trees_all_equal(adapted, expected)
 
 
 def test_another_resolution_resizes_position_embeddings():
@@ -101,4 +102,4 @@ def test_official_names(golden):
     np.testing.assert_array_equal(ours["pos_embedding"], position[:, 1:])
     np.testing.assert_array_equal(ours["cls"], published["cls"] + position[:, :1])
     assert sum(a.size for a in ours.values()) == sum(a.size for a in published.values()) - 48
-    jax.tree.map(np.testing.assert_array_equal, flatten(unflatten(ours)), ours)
+    chex.assert_trees_all_equal(flatten(unflatten(ours)), ours)

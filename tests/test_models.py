@@ -1,5 +1,6 @@
 """The models agree with the reference code, and with themselves whatever changes only speed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,11 +114,9 @@ def test_scan_and_remat_change_no_number():
             results[scan, remat] = params, value, grads
     params, value, grads = results[False, "none"]
     for other_params, other_value, other_grads in results.values():
-        jax.tree.map(np.testing.assert_array_equal, params, other_params)
+        chex.assert_trees_all_equal(params, other_params)
         np.testing.assert_allclose(value, other_value, rtol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads
-        )
+        chex.assert_trees_all_close(grads, other_grads, atol=1e-6, rtol=1e-4)
 
 
 def test_remat_really_recomputes():
@@ -183,7 +182,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32():
 def test_layers_stack_and_unstack():
     params = init(small(depth=3))
     stacked = stack_layers(params, 3)
-    jax.tree.map(np.testing.assert_array_equal, params, unstack_layers(stacked, 3))
+    chex.assert_trees_all_equal(params, unstack_layers(stacked, 3))
     assert jax.tree.structure(stacked) == jax.tree.structure(init(small(depth=3, scan=True)))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +99,7 @@ def assert_same(a, b):
     for left, right in zip(a[1], b[1], strict=True):
         for name in left:
             np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=0), a[0].params, b[0].params)
+    chex.assert_trees_all_close(a[0].params, b[0].params, atol=1e-5, rtol=0)
 
 
 def test_it_learns(plain):
@@ -160,7 +161,7 @@ def test_frozen_parameters_stay_and_cost_no_gradient(plain):
     state, history = run(optimizer=optimizer)
     initial = run(steps=0)[0]
     for name in ("embedding", "Transformer", "pos_embedding"):
-        jax.tree.map(np.testing.assert_array_equal, state.params[name], initial.params[name])
+        chex.assert_trees_all_equal(state.params[name], initial.params[name])
     assert state.params["head"]["kernel"].any()
     assert history[2]["grad_norm"] < plain[1][2]["grad_norm"]
 

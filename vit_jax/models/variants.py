@@ -7,6 +7,7 @@ The rest of the package sees only `build_model` and, on the model, `init`, `appl
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -66,6 +67,8 @@ class Model:
 
         With `keys` [B], a PRNG key an image, dropout is on; without them it is off.
         """
+        chex.assert_shape(images, (None, *self.image_size, 3))
+        chex.assert_shape(images, (None, *self.image_size, 3))
         return self.module.apply({"params": params}, normalize(images), keys)
 
     def intermediates(self, params: dict, images: jax.Array) -> dict[str, jax.Array]:
