@@ -18,6 +18,11 @@ import matplotlib as mpl
 import numpy as np
 from absl import app, flags
 
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source
+from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares
+from vit_jax.training.metrics import read_metrics
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -40,7 +45,8 @@ def run_command(module: str, *arguments: str) -> None:
     # The two fine-tunings run one program: what the first compiled, the second finds.
     cache = str(Path(WORKDIR.value).absolute() / "compiled")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
-    subprocess.run([sys.executable, *command], check=True, env=environment)
+    if subprocess.run([sys.executable, *command], check=False, env=environment).returncode:
+        sys.exit(f"error: vit_jax.{module} stopped, see above; a second call goes on from there")
 
 
 def run_seed(seed: int, folder: Path) -> dict:
@@ -77,14 +83,26 @@ def run_seed(seed: int, folder: Path) -> dict:
         fewshot[start] = json.loads(output.read_text())
     return {
         "fewshot": fewshot,
-        "pretrain": read_records(pretrained),
-        "transfer": {start: read_records(folder / start.replace(" ", "_")) for start in STARTS},
+        "pretrain": read_metrics(pretrained),
+        "transfer": {start: read_metrics(folder / start.replace(" ", "_")) for start in STARTS},
     }
 
 
-def read_records(workdir: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def raw_pixels(shots: int) -> float:
+    """Few-shot accuracy on the digits' 64 pixels: what any features have to beat."""
+    pixels, labels = [], []
+    for split in ("train", "test"):
+        source = open_source("digits", split)
+        examples = [source[i] for i in range(len(source))]
+        pixels.append(np.stack([e["image"].reshape(-1) for e in examples]).astype(np.float32))
+        labels.append(np.array([e["label"] for e in examples]))
+    config = FewshotConfig(DataConfig("digits"))
+    accuracies = []
+    for seed in range(config.seeds):
+        index = draw_shots(labels[0], shots, seed)
+        predicted = least_squares(pixels[0][index], labels[0][index], pixels[1], config.l2)
+        accuracies.append(np.mean(predicted == labels[1]))
+    return float(np.mean(accuracies))
 
 
 def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -95,21 +113,25 @@ def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def make_table(results: list[dict]) -> list[dict]:
     """A row a measurement, with the mean and the spread over seeds of either start, in percent."""
-    rows = []
-    measures = {
-        f"few-shot, {shots} a class": lambda r, s, shots=shots: r["fewshot"][s][f"{shots}shot"]
-        for shots in SHOTS
-    }
-    measures["fine-tuned, all 1,198"] = lambda r, s: curve(r["transfer"][s], "test/accuracy")[1][-1]
-    for name, measure in measures.items():
-        row = {"accuracy on 599 held-out digits": name}
+
+    def row(name, measure, pixels=""):
+        cells = {"accuracy on 599 held-out digits": name}
         for start in STARTS:
             values = [100 * measure(result, start) for result in results]
-            row[start] = f"{np.mean(values):.1f}"
-            if len(values) > 1:
-                row[start] += f" ± {np.std(values, ddof=1):.1f}"
-        rows.append(row)
-    return rows
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells[start] = f"{np.mean(values):.1f}{spread}"
+        return {**cells, "raw pixels": pixels}
+
+    def fewshot(shots):
+        pixels = f"{100 * raw_pixels(shots):.1f}"
+        return row(
+            f"few-shot, {shots} a class", lambda r, s: r["fewshot"][s][f"{shots}shot"], pixels
+        )
+
+    fine_tuned = row(
+        "fine-tuned on all 1,198", lambda r, s: curve(r["transfer"][s], "test/accuracy")[1][-1]
+    )
+    return [*map(fewshot, SHOTS), fine_tuned]
 
 
 def draw(results: list[dict], folder: Path) -> list[Path]:
@@ -168,13 +190,15 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
             capsize=3,
             label=start,
         )
+    pixels = [100 * raw_pixels(shots) for shots in SHOTS]
+    axes.plot(SHOTS, pixels, "^:", color="0.4", label="raw pixels")
     axes.set_xscale("log")
     axes.set_xticks(SHOTS, [str(s) for s in SHOTS])
     axes.minorticks_off()
     axes.set(
         xlabel="labelled images a class",
         ylabel="test accuracy (%)",
-        title="Least squares on frozen features",
+        title="Few-shot: least squares on features",
     )
     axes.legend()
     save(figure, "fewshot")

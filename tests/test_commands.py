@@ -79,7 +79,7 @@ def test_pretrain_transfer_evaluate(tmp_path):
     last = read_metrics(tmp_path / "up")[-1]
     assert last["step"] == 12 and last["validation/examples"] == 20
     resolved = json.loads((tmp_path / "up" / "config.json").read_text())
-    assert resolved["model"]["depth"] == 1 and resolved["optimizer"]["b2"] == 0.999
+    assert resolved["model"]["depth"] == 1 and resolved["optimizer"]["eps"] == 1e-8
 
     code, out, err = command(
         "transfer",
