@@ -28,12 +28,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         schedule={"peak": 8e-3, "warmup": 3 * arg.steps // 8, "decay": "cosine"},
         optimizer={"name": "adamw", "b2": 0.98, "weight_decay": 1e-4},
         checkpoint={"every": 200},
-        eval_every=200,
+        eval_every=max(arg.steps // 4, 1),
         classification={
             "validation": {
                 "data": {
                     "dataset": f"{arg.dataset}/{arg.classes}",
-                    "split": "validation[:2000]",
+                    "split": "validation[:1000]",
                 }
             }
         },
