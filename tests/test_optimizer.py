@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from vit_jax.parallel.mesh import path_name
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -57,7 +58,7 @@ def head_kernel(params):
 
 def paths_and_leaves(state):
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return [(jax.tree_util.keystr(k, simple=True, separator="/"), leaf) for k, leaf in leaves]
+    return [(path_name(k), leaf) for k, leaf in leaves]
 
 
 def assert_trees_equal(a, b):

@@ -15,6 +15,7 @@ from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
     make_mesh,
+    path_name,
     put_batch,
     replicated,
     state_shardings,
@@ -122,7 +123,7 @@ def test_every_mesh_computes_the_same(plain, mesh):
     moments = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(sharded[0].opt_state)
-        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mu/embedding/kernel")
+        if path_name(path).endswith("mu/embedding/kernel")
     ]
     assert [m.sharding for m in moments] == [kernel.sharding]  # and its moment with it
     assert_same(plain, sharded)

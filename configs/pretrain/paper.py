@@ -14,7 +14,7 @@ big_vision's.
 
 import ml_collections
 
-from vit_jax.config import parse_arg, recipe
+from vit_jax.config import parse_arg, recipe, unknown
 
 # The tanh layer of the pretraining head is as wide as the model.
 WIDTHS = {"ViT-Ti": 192, "ViT-S": 384, "ViT-B": 768, "ViT-L": 1024, "ViT-H": 1280}
@@ -48,12 +48,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, variant="ViT-B/16", dataset="imagenet2012", epochs=0.0)
     if arg.dataset not in DATASETS:
         raise ValueError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
+    size = arg.variant.split("/")[0]
+    if size not in WIDTHS:
+        raise unknown("model of this recipe", size, WIDTHS)
     hparams = DATASETS[arg.dataset]
     evaluation = {"dataset": arg.dataset, "preprocess": "central_crop(0.875)"}
     return recipe(
         model={
             "variant": arg.variant,
-            "representation_size": WIDTHS[arg.variant.split("/")[0]],
+            "representation_size": WIDTHS[size],
             "dropout": 0.1,
             "head_bias": hparams["head_bias"],
             "scan": True,

@@ -7,8 +7,7 @@ moments with them; `data` replicates them. Any shape of mesh computes the same n
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -134,8 +133,6 @@ def put_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-@contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> AbstractContextManager:
     """Makes `mesh` the one that `constrain_batch` means."""
-    with jax.set_mesh(mesh):
-        yield
+    return jax.set_mesh(mesh)

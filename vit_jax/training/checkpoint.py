@@ -51,12 +51,9 @@ class Checkpoints:
 
     def save(self, state: TrainState, description: dict[str, Any]) -> None:
         """Begins to save in the background; a folder appears under its name only when complete."""
-        step = int(state.step)
-        if step == self.latest_step():
-            return
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
         items["model"] = ocp.args.JsonSave(description)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint, onto the shardings of `state`, a tree of arrays or shapes."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.config import unknown
+from vit_jax.parallel.mesh import path_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
@@ -193,7 +194,7 @@ def match_rules(rules: Rules, params: Any) -> Any:
     except re.error as error:
         raise ValueError(f"rule {error.pattern!r} isn't a regular expression: {error}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    paths = [path_name(keys) for keys, _ in leaves]
     deciding = [
         next((i for i, regex in enumerate(regexes) if regex.fullmatch(path)), None)
         for path in paths
