@@ -13,7 +13,7 @@ from vit_jax import config as configuration
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
 from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
-from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.models.variants import described_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training.checkpoint import load_checkpoint
@@ -49,11 +49,7 @@ def evaluate() -> dict[str, float]:
     """The result that the flags ask for."""
     mesh = make_mesh(MeshConfig())
     params, description = load_checkpoint(CHECKPOINT.value)
-    model = build_model(
-        configuration.build(ModelConfig, description["model"], "model"),
-        description["num_classes"],
-        tuple(description["image_size"]),
-    )
+    model = described_model(description)
     if RANDOM.value:
         params = jax.device_get(jax.jit(model.init)(jax.random.key(SEED.value)))
 

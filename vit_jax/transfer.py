@@ -11,11 +11,11 @@ import dataclasses
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.models.variants import Model
+from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
-from vit_jax.weights.adapt import adapt
+from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt
 
 CONFIG = configuration.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
@@ -24,11 +24,11 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes 
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(loop.TrainConfig):
-    """A recipe that starts from `init`, a run's workdir or a checkpoint's folder."""
+    """A recipe that starts from a checkpoint."""
 
-    init: str = ""  # empty: random weights
-    reinitialize: tuple[str, ...] = ("head/.*",)  # regexes of tensors to start afresh
-    drop: tuple[str, ...] = ("pre_logits/.*",)  # regexes of the checkpoint's tensors to leave out
+    init: str = ""  # whatever `training.checkpoint.load_checkpoint` reads; empty: random weights
+    reinitialize: tuple[str, ...] = REINITIALIZE  # regexes of tensors to start afresh
+    drop: tuple[str, ...] = DROP  # regexes of the checkpoint's tensors to leave out
 
 
 def prepare(config: TransferConfig, workdir: str) -> loop.Run:
@@ -37,10 +37,26 @@ def prepare(config: TransferConfig, workdir: str) -> loop.Run:
         return loop.prepare(config, workdir)
 
     def load(model: Model, shapes: dict) -> dict:
-        params, _ = load_checkpoint(config.init)
-        grid = tuple(side // model.module.patch for side in model.image_size)
+        params, description = load_checkpoint(config.init)
+        source = described_model(description)
+        for name in (
+            "mlp",
+            "norm_epsilon",
+            "zero_padded_pool",
+        ):  # which no tensor's name or shape would betray
+            there, here = getattr(source.config, name), getattr(model.config, name)
+            if there != here:
+                raise ValueError(
+                    f"{config.init} was trained with {name} = {there!r}, the recipe's model has "
+                    f"{here!r}: set --config.model.{name}={there}"
+                )
         adapted, report = adapt(
-            params, shapes, grid=grid, reinitialize=config.reinitialize, drop=config.drop
+            params,
+            shapes,
+            grid=model.grid,
+            source_grid=source.grid,
+            reinitialize=config.reinitialize,
+            drop=config.drop,
         )
         print(f"{config.init}:\n{report}")
         return adapted

@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, variant="ViT-nano/8", steps=400)
     return recipe(
         init="",
-        model={"variant": arg.variant, "pool": "gap", "dtype": "float32"},
+        model={"variant": arg.variant, "dtype": "float32"},
         image_size=32,
         data={"dataset": "digits", "split": "train", "preprocess": "resize|affine"},
         batch_size=64,

@@ -1,6 +1,24 @@
-"""How much arithmetic a model needs, by formula."""
+r"""How much arithmetic a model needs, by formula.
 
-from vit_jax.models.variants import Model
+python -m vit_jax.analysis.flops [variant ...]
+
+prints parameters, multiply-accumulates (MACs) and compute of pretraining of the named variants, of
+all of them without a name, and the compute column of the paper's Table 6 beside ours.
+
+Letters in the formulas: N tokens, D width, M MLP width, C channels.
+"""
+
+import math
+
+import jax
+from absl import app
+
+from vit_jax import config as configuration
+from vit_jax.models.mixer import Mixer
+from vit_jax.models.resnet import ResNet, StemConfig
+from vit_jax.models.transformer import TransformerConfig
+from vit_jax.models.variants import KNOWN, Model, ModelConfig, build_model
+from vit_jax.models.vit import ViT
 
 # Dense bfloat16 peak of one jax device, FLOP/s: the vendors' published figures. A device of v2 and
 # v3 is one core, half a chip. Keys are `jax.Device.device_kind`.
@@ -19,21 +37,42 @@ PEAK_FLOPS: dict[str, float] = {
 }
 
 
+# Variant, epochs of JFT-300M, exaFLOPs of pretraining: arXiv 2010.11929, Table 6.
+TABLE_6: tuple[tuple[str, int, int], ...] = (
+    ("ViT-B/32", 7, 55),
+    ("ViT-B/16", 7, 224),
+    ("ViT-L/32", 7, 196),
+    ("ViT-L/16", 7, 783),
+    ("ViT-L/16", 14, 1567),
+    ("ViT-H/14", 14, 4262),
+    ("R50x1", 7, 50),
+    ("R50x2", 7, 199),
+    ("R101x1", 7, 96),
+    ("R152x1", 7, 141),
+    ("R152x2", 7, 563),
+    ("R152x2", 14, 1126),
+    ("R200x3", 14, 3306),
+    ("R50x1+ViT-B/32", 7, 106),
+    ("R50x1+ViT-B/16", 7, 274),
+    ("R50x1+ViT-L/32", 7, 246),
+    ("R50x1+ViT-L/16", 7, 859),
+    ("R50x1+ViT-L/16", 14, 1668),
+)
+# The one row that contradicts another: twice the epochs are less than twice the compute.
+MISPRINT = ("R50x1+ViT-L/16", 7, 859)
+JFT_IMAGES = 303_000_000
+
+Size = tuple[int, int]  # rows, columns
+
+
 def forward_macs(model: Model) -> int:
-    """Multiply-accumulates of one image's forward pass: matrix products alone."""
-    vit = model.module
-    height, width = model.image_size
-    patches = (height // vit.patch) * (width // vit.patch)
-    tokens = patches + (vit.pool == "token")
-    embedding = patches * vit.patch**2 * 3 * vit.width
-    projections = 4 * tokens * vit.width**2  # q, k, v, out
-    attention = 2 * tokens**2 * vit.width  # scores, and their sum over values
-    mlp = 2 * tokens * vit.width * vit.mlp_dim
-    features = vit.representation_size or vit.width
-    head = features * model.num_classes
-    if vit.representation_size is not None:
-        head += vit.width * features
-    return embedding + vit.depth * (projections + attention + mlp) + head
+    """Multiply-accumulates of one image's forward pass: matrix products and convolutions alone.
+
+    Taps of a convolution on padding are not counted, as XLA does not, nor Table 6.
+    """
+    count = {ViT: _vit, ResNet: _resnet, Mixer: _mixer}[type(model.module)]
+    macs, features = count(model.module, model.image_size)
+    return macs + features * model.num_classes
 
 
 def training_flops(model: Model) -> int:
@@ -43,3 +82,149 @@ def training_flops(model: Model) -> int:
     reproduces the compute column of arXiv 2010.11929, Table 6.
     """
     return 6 * forward_macs(model)
+
+
+def pretraining_exaflops(variant: str, epochs: int) -> float:
+    """Compute of Table 6: epochs of JFT-300M at 224 pixels, with one class, so without a head."""
+    model = build_model(ModelConfig(variant), 1, (224, 224))
+    return training_flops(model) * JFT_IMAGES * epochs / 1e18
+
+
+def published_parameters(model: Model) -> int:
+    """Parameters as the official checkpoints count them.
+
+    Their learned position embedding has a slot for the class token; ours is inside the token.
+    """
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    vit = model.module
+    if isinstance(vit, ViT) and vit.pool == "token" and vit.positions.kind == "learned_1d":
+        total += vit.config.width
+    return total
+
+
+def _vit(vit: ViT, size: Size) -> tuple[int, int]:
+    """MACs up to the head, of the hybrid too, and the number of features that the head sees."""
+    config, channels, macs = vit.config, 3, 0
+    if vit.stem is not None:
+        macs, size, channels = _stem(vit.stem, size)
+    patches = math.prod(size) // vit.patch**2
+    tokens = patches + vit.positions.prefix
+    macs += math.prod(size) * channels * config.width  # every pixel is in one patch
+    block = _attention(config, tokens, tokens) + _mlp(config, tokens, config.width, config.mlp_dim)
+    if vit.positions.kind == "relative":
+        # Queries meet the keys of offsets in every layer; at the stem those of later ones are 0.
+        block += tokens**2 * config.width
+    macs += config.depth * block
+    if vit.pool == "map":
+        macs += _attention(config, 1, patches) + _mlp(config, 1, config.width, config.mlp_dim)
+    if vit.representation_size is None:
+        return macs, config.width
+    return macs + config.width * vit.representation_size, vit.representation_size
+
+
+def _mixer(mixer: Mixer, size: Size) -> tuple[int, int]:
+    """As `_vit`. Each channel is to the mixing of tokens what each token is to that of channels."""
+    config, patches = mixer.config, math.prod(size) // mixer.patch**2
+    across_tokens = _mlp(config, config.width, patches, mixer.token_mlp_dim)
+    across_channels = _mlp(config, patches, config.width, config.mlp_dim)
+    embedding = math.prod(size) * 3 * config.width
+    return embedding + config.depth * (across_tokens + across_channels), config.width
+
+
+def _resnet(resnet: ResNet, size: Size) -> tuple[int, int]:
+    """As `_vit`."""
+    macs, _, channels = _stem(resnet.stem, size)
+    return macs, channels
+
+
+def _attention(config: TransformerConfig, queries: int, tokens: int) -> int:
+    """q and out of the queries, k and v of the tokens: D^2 each; scores and sum of values: N D."""
+    projections = (2 * queries + 2 * tokens) * config.width**2
+    return projections + 2 * queries * tokens * config.width
+
+
+def _mlp(config: TransformerConfig, vectors: int, width: int, mlp_dim: int) -> int:
+    """D M for each of two dense layers; SwiGLU has a third."""
+    return (3 if config.mlp == "swiglu" else 2) * vectors * width * mlp_dim
+
+
+def _stem(config: StemConfig, size: Size) -> tuple[int, Size, int]:
+    """MACs of root and stages, and the rows, columns and channels of what they put out."""
+
+    def halved(size: Size) -> Size:
+        return -(-size[0] // 2), -(-size[1] // 2)
+
+    def conv(kernel: int, stride: int, size: Size, inputs: int, outputs: int) -> int:
+        taps = (_taps(side, kernel, stride) for side in size)
+        return math.prod(taps) * inputs * outputs
+
+    macs = conv(7, 2, size, 3, config.width)
+    size, channels = halved(halved(size)), config.width  # by the root and by the pooling
+    for stage, units in enumerate(config.stages):
+        width = config.width * 2**stage
+        for unit in range(units):
+            stride = 2 if stage and not unit else 1
+            after = halved(size) if stride == 2 else size
+            macs += conv(1, 1, size, channels, width)
+            macs += conv(3, stride, size, width, width)
+            macs += conv(1, 1, after, width, 4 * width)
+            if not unit:  # the shortcut's projection
+                macs += conv(1, stride, size, channels, 4 * width)
+            size, channels = after, 4 * width
+    return macs, size, channels
+
+
+def _taps(side: int, kernel: int, stride: int) -> int:
+    """How often taps of a kernel that slides along a side of the image meet a pixel, not padding.
+
+    The padding is v2's, alike before and behind; that of v1 is the same or its mirror image.
+    """
+    starts = range(-(kernel // 2), side - kernel // 2, stride)
+    return sum(min(start + kernel, side) - max(start, 0) for start in starts)
+
+
+def variant_row(variant: str) -> str:
+    """Parameters and GMACs with 1,000 classes; exaFLOPs of 7 epochs of JFT-300M."""
+    large = 378 if variant.endswith("/14") else 384
+    models = [build_model(ModelConfig(variant), 1000, (side, side)) for side in (224, large)]
+    gmacs, gmacs_large = (forward_macs(model) / 1e9 for model in models)
+    return (
+        f"| {variant:15} | {published_parameters(models[0]):13,} | {gmacs:9.2f} "
+        f"| {gmacs_large:9.2f} | {pretraining_exaflops(variant, 7):8.1f} |"
+    )
+
+
+def table_6_row(row: tuple[str, int, int]) -> str:
+    """The paper's exaFLOPs, ours, and by how much ours differ."""
+    variant, epochs, paper = row
+    ours = pretraining_exaflops(variant, epochs)
+    note = ""
+    if row == MISPRINT:
+        twice = next(e for v, n, e in TABLE_6 if (v, n) == (variant, 2 * epochs))
+        note = f"half of the paper's row of {2 * epochs} epochs is {twice / 2:.0f}"
+    return (
+        f"| {variant:15} | {epochs:6} | {paper:5} | {ours:6.1f} | {ours / paper - 1:+10.1%} "
+        f"| {note:43} |"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Prints both tables, as Markdown."""
+    with configuration.explained_errors():
+        print(
+            "1,000 classes; 384 px is 378 where the patch is 14; exaFLOPs: 7 epochs of JFT-300M\n"
+        )
+        print("| variant         |    parameters | GMACs 224 | GMACs 384 | exaFLOPs |")
+        print("|-----------------|--------------:|----------:|----------:|---------:|")
+        for variant in arguments[1:] or KNOWN:
+            print(variant_row(variant), flush=True)
+    print("\nexaFLOPs of Table 6 of the paper\n")
+    print(f"| variant         | epochs | paper | ours   | difference | {'note':43} |")
+    print(f"|-----------------|-------:|------:|-------:|-----------:|{'-' * 45}|")
+    for row in TABLE_6:
+        print(table_6_row(row))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,18 +1,21 @@
-"""The pre-norm Transformer encoder of arXiv 2010.11929, section 3.1, equations 2 to 4.
+"""Attention, MLP, block, encoder: the pre-norm Transformer of arXiv 2010.11929, section 3.1.
 
-Letters in shapes: B images, N tokens, D width, H heads, K = D / H, M MLP width, L layers.
+Letters in shapes: B images, N tokens, M tokens attended to, D width, H heads, K = D / H, L layers.
 
 Randomness comes as `keys`, one PRNG key an image ([B], or None: deterministic). A dropout mask is
 then a function of (seed, step, position in the global batch) alone: the same on every mesh, with
 accumulation, scan and remat on or off.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from vit_jax.models.positions import Positions, position_table, rotate
 
 # What a block keeps for its backward pass; everything else is computed again there.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -20,6 +23,35 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+MLPS = ("gelu_tanh", "gelu", "swiglu")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """What the blocks are made of. The options have their sources in `variants.ModelConfig`."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    mlp: str = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    parallel: bool = False
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+
+class Output(NamedTuple):
+    """What a classifier computes, in float32."""
+
+    logits: jax.Array  # [B, classes]
+    features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
 
 
 def fold_keys(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
@@ -35,70 +67,183 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-class MultiHeadAttention(nn.Module):
-    """Multi-head self-attention (appendix A, equations 5 to 8): [B, N, D] -> [B, N, D]."""
+def drop_branch(y: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Stochastic depth (arXiv 1603.09382): zeroes all of an image's branch y [B, N, D].
 
-    num_heads: int
-    dtype: Any
+    With probability `rate` []; the kept ones are scaled by 1/(1 - rate).
+    """
+    if keys is None:
+        return y
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate))(keys)
+    return y * (keep / (1.0 - rate))[:, None, None].astype(y.dtype)
+
+
+def layer_norm(config: TransformerConfig, name: str, use_bias: bool = True) -> nn.Module:
+    """LayerNorm, statistics in float32. Without bias or centring in ViT-22B's parallel blocks."""
+    options = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "name": name}
+    if config.parallel:
+        return nn.RMSNorm(**options)
+    return nn.LayerNorm(use_bias=use_bias, **options)
+
+
+def rematted(block: type[nn.Module], policy: str, in_scan: bool = False) -> type[nn.Module]:
+    """The block, computed again in the backward pass but for what the policy keeps."""
+    if policy == "none":
+        return block
+    # Inside a scan nothing can be merged with the forward pass, so XLA needs no barrier.
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not in_scan)
+
+
+def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
+    """The linear head that every family ends in, zero at first (section 3.2).
+
+    Without classes the features [B, D] stand for logits. Called inside a module, whose head it is.
+    """
+    if not num_classes:
+        return Output(logits=features, features=features)
+    head = nn.Dense(
+        num_classes,
+        kernel_init=nn.initializers.zeros,
+        bias_init=nn.initializers.constant(bias),
+        name="head",
+    )
+    return Output(logits=head(features), features=features)
+
+
+class MultiHeadAttention(nn.Module):
+    """Appendix A, equations 5 to 8: x [B, N, D] attends to context [B, M, D] -> [B, N, D].
+
+    `offsets` [N, M, H, K] are keys of relative positions, `angles` [N, K / 2] rotate queries and
+    keys, `mask` [N, M] is True where attention is allowed. With `cache_length` keys and values go
+    to the collection "cache" at `index`, and those already there are attended to as well.
+    """
+
+    config: TransformerConfig
+    cache_length: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        keys: jax.Array | None = None,
+        *,
+        offsets: jax.Array | None = None,
+        angles: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        index: jax.Array | int = 0,
+    ) -> jax.Array:
+        config = self.config
         init = nn.initializers.xavier_uniform()
 
-        def project(name):  # [B, N, D] -> [B, N, H, K]
-            features = (self.num_heads, width // self.num_heads)
-            return nn.DenseGeneral(features, dtype=self.dtype, kernel_init=init, name=name)(x)
+        def project(name, x):  # [B, N, D] -> [B, N, H, K]
+            shape = (config.num_heads, config.width // config.num_heads)
+            bias = not config.parallel
+            return nn.DenseGeneral(
+                shape, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name
+            )(x)
 
-        # Softmax in float32 whatever the dtype of its inputs.
-        y = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
+        query, key, value = project("query", x), project("key", context), project("value", context)
+        if config.qk_norm:
+            query = layer_norm(config, "query_norm", use_bias=False)(query)
+            key = layer_norm(config, "key_norm", use_bias=False)(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if self.cache_length:
+            key = self._through_cache("cached_key", key, index)
+            value = self._through_cache("cached_value", value, index)
+
+        # Scores and softmax in float32 whatever the dtype of what they are made from.
+        exact = {"preferred_element_type": jnp.float32}
+        scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, **exact)
+        if offsets is not None:
+            scores += jnp.einsum("bnhk,nmhk->bhnm", query, offsets.astype(query.dtype), **exact)
+        scores *= query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        self.sow("intermediates", "attention", weights)
+        weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
+        y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
         return nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out"
+            config.width, axis=(-2, -1), dtype=config.dtype, kernel_init=init, name="out"
         )(y)
+
+    def _through_cache(self, name: str, new: jax.Array, index: jax.Array | int) -> jax.Array:
+        shape = (new.shape[0], self.cache_length, *new.shape[2:])
+        cached = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+        cached.value = jax.lax.dynamic_update_slice_in_dim(cached.value, new, index, axis=1)
+        return cached.value
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with a tanh-approximated GELU between: [B, N, D] -> [B, N, D]."""
+    """Two dense layers, a GELU between, or SwiGLU (arXiv 2002.05202): [B, N, D] -> [B, N, D]."""
 
-    mlp_dim: int
-    dropout: float
-    dtype: Any
+    config: TransformerConfig
+    kernel_init: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        config = self.config
+
         def dense(features, name):
             return nn.Dense(
                 features,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
+                dtype=config.dtype,
+                kernel_init=self.kernel_init,
                 bias_init=nn.initializers.normal(1e-6),
                 name=name,
             )
 
-        y = nn.gelu(dense(self.mlp_dim, "Dense_0")(x), approximate=True)
-        y = dropout(y, self.dropout, fold_keys(keys, 0))
+        y = dense(config.mlp_dim, "Dense_0")(x)
+        if config.mlp == "swiglu":
+            y = y * nn.silu(dense(config.mlp_dim, "gate")(x))
+        else:
+            y = nn.gelu(y, approximate=config.mlp == "gelu_tanh")
+        y = dropout(y, config.dropout, fold_keys(keys, 0))
         y = dense(x.shape[-1], "Dense_1")(y)
-        return dropout(y, self.dropout, fold_keys(keys, 1))
+        return dropout(y, config.dropout, fold_keys(keys, 1))
 
 
 class EncoderBlock(nn.Module):
-    """Equations 2 and 3. Returns (x, None), the carry and the output that `nn.scan` asks for."""
+    """Equations 2 and 3. Returns (x, None), the carry and the output that `nn.scan` asks for.
 
-    num_heads: int
-    mlp_dim: int
-    dropout: float
-    dtype: Any
+    `layer` is what differs from block to block: `keys` [B], `drop` [], the rate of stochastic
+    depth, and `here` [], which is 0 where the shared position table isn't used. `table` is that
+    table, see `positions.position_table`.
+    """
+
+    config: TransformerConfig
+    positions: Positions
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, None]:
-        y = layer_norm("LayerNorm_0", self.dtype)(x)
-        y = MultiHeadAttention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y)
-        x = x + dropout(y, self.dropout, fold_keys(keys, 0))
-        y = layer_norm("LayerNorm_1", self.dtype)(x)
-        y = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name="MlpBlock_0")(
-            y, fold_keys(keys, 1)
-        )
-        x = x + y
+    def __call__(
+        self, x: jax.Array, layer: dict[str, Any], table: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        config, positions, keys = self.config, self.positions, layer["keys"]
+        if positions.at == "layers":
+            table = position_table(self, positions, config.width, config.num_heads)
+        elif table is not None:
+            table = table * layer["here"].astype(table.dtype)
+        x, relative = positions.add(x, table)
+
+        def branch(y, number):  # what happens to a branch before it joins the residual stream
+            if config.layer_scale is not None:
+                init = nn.initializers.constant(config.layer_scale)
+                y = y * self.param(f"layer_scale_{number}", init, (config.width,)).astype(y.dtype)
+            if config.stochastic_depth:
+                y = drop_branch(y, layer["drop"], fold_keys(keys, 3 + number))
+            return y
+
+        y = layer_norm(config, "LayerNorm_0")(x)
+        attention = MultiHeadAttention(config, name="MultiHeadDotProductAttention_0")
+        attended = attention(y, y, fold_keys(keys, 2), **relative)
+        attended = branch(dropout(attended, config.dropout, fold_keys(keys, 0)), 0)
+        if not config.parallel:
+            x = x + attended
+            y = layer_norm(config, "LayerNorm_1")(x)
+        y = branch(MlpBlock(config, name="MlpBlock_0")(y, fold_keys(keys, 1)), 1)
+        x = x + attended + y if config.parallel else x + y
         self.sow("intermediates", "output", x)
         return x, None
 
@@ -110,43 +255,39 @@ class Encoder(nn.Module):
     which compiles faster; otherwise they are unrolled (`encoderblock_0` ...). The numbers agree.
     """
 
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    dropout: float
-    dtype: Any
-    scan: bool
-    remat: str
+    config: TransformerConfig
+    positions: Positions
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        block = EncoderBlock
-        if policy := REMAT_POLICIES[self.remat]:
-            # Inside a scan nothing can be merged with the forward pass, so XLA needs no barrier.
-            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
-        arguments = (self.num_heads, self.mlp_dim, self.dropout, self.dtype)
-        if self.scan:
-            layer_keys = keys
-            if keys is not None:
-                layer_keys = jax.vmap(fold_keys, (None, 0))(keys, jnp.arange(self.depth))
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, table: jax.Array | None = None
+    ) -> jax.Array:
+        config, depth = self.config, self.config.depth
+        block = rematted(EncoderBlock, config.remat, in_scan=config.scan)
+        layers = {
+            "keys": None
+            if keys is None
+            else jax.vmap(fold_keys, (None, 0))(keys, jnp.arange(depth)),
+            "drop": jnp.linspace(0.0, config.stochastic_depth, depth),  # deeper blocks drop more
+            "here": (jnp.arange(depth) == 0) | (self.positions.at != "stem"),
+        }
+        arguments = (config, self.positions)
+        if config.scan:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
-                length=self.depth,
+                in_axes=(0, nn.broadcast),
+                length=depth,
             )
-            x, _ = scanned(*arguments, name="encoderblock")(x, layer_keys)
+            x, _ = scanned(*arguments, name="encoderblock")(x, layers, table)
         else:
-            for i in range(self.depth):
-                x, _ = block(*arguments, name=f"encoderblock_{i}")(x, fold_keys(keys, i))
-        x = layer_norm("encoder_norm", self.dtype)(x)
+            for i in range(depth):
+                layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+                x, _ = block(*arguments, name=f"encoderblock_{i}")(x, layer, table)
+        x = layer_norm(config, "encoder_norm")(x)
         self.sow("intermediates", "encoded", x)
         return x
-
-
-def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
-    """LayerNorm with the published epsilon; statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
 
 
 def unstack_layers(params: dict, depth: int) -> dict:

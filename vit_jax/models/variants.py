@@ -6,45 +6,129 @@ The rest of the package sees only `build_model` and, on the model, `init`, `appl
 
 import dataclasses
 import re
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vit_jax.config import unknown
-from vit_jax.models.transformer import REMAT_POLICIES, unstack_layers
-from vit_jax.models.vit import Output, ViT
+from vit_jax.config import build, unknown
+from vit_jax.models.mixer import Mixer
+from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
+from vit_jax.models.resnet import ResNet, StemConfig
+from vit_jax.models.transformer import (
+    MLPS,
+    REMAT_POLICIES,
+    Output,
+    TransformerConfig,
+    unstack_layers,
+)
+from vit_jax.models.vit import ViT
 
-# Width, depth, MLP width, heads. Table 1 of arXiv 2010.11929 (B, L, H), arXiv 2106.10270 (Ti, S);
-# nano is ours, for tests and the quickstart.
+# Width, depth, MLP width, heads. Table 1 of arXiv 2010.11929 (B, L, H) and its figure 4 (b, all of
+# B's widths halved), arXiv 2106.10270 (Ti, S), arXiv 2106.04560 (s, g, G), arXiv 2209.06794 (e),
+# arXiv 2305.13035 (So400m), big_vision (mu, M); nano is ours, for tests and the quickstart.
 VIT_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "mu": (32, 1, 128, 2),
     "nano": (96, 4, 192, 3),
     "Ti": (192, 12, 768, 3),
+    "s": (256, 6, 1024, 8),
     "S": (384, 12, 1536, 6),
+    "b": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
     "B": (768, 12, 3072, 12),
     "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
     "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
 }
-POOLS = ("token", "gap")
+# Width, depth, MLP widths across tokens and across channels: Table 1 of arXiv 2105.01601.
+MIXER_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "S": (512, 8, 256, 2048),
+    "B": (768, 12, 384, 3072),
+    "L": (1024, 24, 512, 4096),
+}
+# Units of the four stages: arXiv 1512.03385 and 1912.11370; 26 from arXiv 2106.10270.
+RESNET_STAGES: dict[str, tuple[int, ...]] = {
+    "26": (2, 2, 2, 2),
+    "50": (3, 4, 6, 3),
+    "101": (3, 4, 23, 3),
+    "152": (3, 8, 36, 3),
+    "200": (3, 24, 36, 3),
+}
+# Stem and name's downsampling -> stages, patch on their output. Section 4.1 of arXiv 2010.11929
+# ("/16" moves the fourth stage's units to the third), arXiv 2106.10270 ("R+Ti/16" is /32 in truth).
+HYBRID_STEMS: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {
+    ("R", "16"): ((), 8),
+    ("R26", "32"): ((2, 2, 2, 2), 1),
+    ("R50", "32"): ((3, 4, 6, 3), 1),
+    ("R50", "16"): ((3, 4, 9), 1),
+}
+KNOWN = (
+    *(f"ViT-{size}/{patch}" for size in VIT_SIZES for patch in (8, 14, 16, 32)),
+    *(f"R{depth}x{width}" for depth in RESNET_STAGES for width in (1, 2, 3, 4)),
+    *(f"{stem}+ViT-{s}/{side}" for stem, side in HYBRID_STEMS for s in ("Ti", "S", "B", "L")),
+    *(f"Mixer-{size}/{patch}" for size in MIXER_SIZES for patch in (16, 32)),
+)
+POOLS = ("token", "gap", "map")
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """An architecture. `None` takes the named variant's size."""
+    """An architecture: "ViT-B/16", "R50x1", "R50+ViT-B/16", "R26+S/32", "Mixer-B/16", ...
 
-    variant: str  # "ViT-B/16": family-size/patch
+    `None` takes the named variant's size. A field that a variant's family doesn't have must stay
+    at its default.
+    """
+
+    variant: str
     width: int | None = None
     depth: int | None = None
     mlp_dim: int | None = None
     num_heads: int | None = None
-    pool: str = "token"  # class token, or "gap": global average pooling
+    token_mlp_dim: int | None = None  # Mixer
+    stages: tuple[int, ...] | None = None  # ResNet and hybrid: units in each
+    stem_width: int | None = None  # ResNet and hybrid: channels of the root, 64 in "x1"
+    preactivation: bool = True  # ResNet: v2, as BiT; False: v1, as the hybrids' stems are
+    # ResNet v2: max pooling pads with 0, as when BiT's weights were trained; False: with -inf, as
+    # in big_vision. The logits differ in the fourth digit.
+    zero_padded_pool: bool = False
+
+    pool: str = "token"  # class token | gap: global average | map: attention pooling, 2106.04560
     representation_size: int | None = None  # width of the tanh layer `pre_logits`; None: no layer
+    position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
+    position_at: str | None = None  # stem | layers | shared; None: the stem, or inside every layer
+    registers: int = 0  # learned tokens without a place in the image (arXiv 2309.16588)
+
     dropout: float = 0.0  # after every dense layer but q, k, v, and after the position embeddings
+    attention_dropout: float = 0.0  # of the attention weights
+    stochastic_depth: float = 0.0  # the last block's rate of dropped branches; linear from 0
+    qk_norm: bool = False  # LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442)
+    layer_scale: float | None = None  # initial scale of every branch (arXiv 2103.17239)
+    parallel: bool = False  # attention beside MLP; no biases in q, k, v and norms (ViT-22B)
+    mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
+    norm_epsilon: float = 1e-6  # of LayerNorms
+
     head_bias: float = 0.0  # initial bias of the head; -10 with sigmoid loss over many classes
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     scan: bool = False  # one loop over the layers: faster to compile, the same numbers
     remat: str = "none"  # recompute in the backward pass: none | dots | full; the same numbers
+
+
+_COMMON = {"variant", "head_bias", "dtype", "remat"}
+_STEM = {"stages", "stem_width"}
+_RESNET = {"preactivation", "zero_padded_pool"}
+_VIT = {f.name for f in dataclasses.fields(ModelConfig)} - _STEM - _RESNET - {"token_mlp_dim"}
+_MIXER = {"width", "depth", "mlp_dim", "token_mlp_dim", "dropout", "stochastic_depth", "mlp"}
+FIELDS: dict[str, set[str]] = {
+    "ViT": _VIT,
+    "hybrid": _VIT | _STEM,
+    "ResNet": _COMMON | _STEM | _RESNET,
+    "Mixer": _COMMON | _MIXER | {"norm_epsilon"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +138,32 @@ class Model:
     config: ModelConfig
     num_classes: int
     image_size: tuple[int, int]
-    module: ViT
+    module: ViT | ResNet | Mixer
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches that have position embeddings; None without patches."""
+        return self.module.positions.grid if isinstance(self.module, ViT) else None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What must be known to use its parameters, for JSON: kept in every checkpoint."""
+        return {
+            "model": dataclasses.asdict(self.config),
+            "num_classes": self.num_classes,
+            "image_size": list(self.image_size),
+        }
 
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters, a function of `key` alone (not of scan or remat)."""
-        scanned = self.module.clone(scan=True, remat="none")
-        params = scanned.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
-        return params if self.config.scan else unstack_layers(params, self.module.depth)
+        module = self.module
+        if isinstance(module, ViT):
+            scanned = dataclasses.replace(module.config, scan=True, remat="none")
+            module = module.clone(config=scanned)
+        params = module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
+        if isinstance(module, ViT) and not self.config.scan:
+            params = unstack_layers(params, module.config.depth)
+        return params
 
     def apply(self, params: dict, images: jax.Array, keys: jax.Array | None = None) -> Output:
         """Runs the network on images [B, H, W, 3], uint8 or float in [-1, 1].
@@ -68,21 +171,32 @@ class Model:
         With `keys` [B], a PRNG key an image, dropout is on; without them it is off.
         """
         chex.assert_shape(images, (None, *self.image_size, 3))
-        chex.assert_shape(images, (None, *self.image_size, 3))
         return self.module.apply({"params": params}, normalize(images), keys)
 
     def intermediates(self, params: dict, images: jax.Array) -> dict[str, jax.Array]:
-        """`blocks` [L, B, N, D], every block's output, and `encoded` [B, N, D], the last norm's."""
+        """What passes inside a ViT's or a hybrid's encoder.
+
+        `blocks` [L, B, N, D], every block's output; `attention` [L, B, H, N, N], its weights;
+        `encoded` [B, N, D], the last norm's output.
+        """
+        if not isinstance(self.module, ViT):
+            raise ValueError(f"{self.config.variant} has no encoder to look into: take a ViT")
         _, state = self.module.apply(
             {"params": params}, normalize(images), mutable=["intermediates"]
         )
         encoder = state["intermediates"]["Transformer"]
         if self.config.scan:
-            blocks = encoder["encoderblock"]["output"][0]
+            blocks = encoder["encoderblock"]
         else:
-            outputs = [encoder[f"encoderblock_{i}"]["output"][0] for i in range(self.module.depth)]
-            blocks = jnp.stack(outputs)
-        return {"blocks": blocks, "encoded": encoder["encoded"][0]}
+            depth = self.module.config.depth
+            every = [encoder[f"encoderblock_{i}"] for i in range(depth)]
+            blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+        attention = blocks["MultiHeadDotProductAttention_0"]["attention"][0]
+        return {
+            "blocks": blocks["output"][0],
+            "attention": attention,
+            "encoded": encoder["encoded"][0],
+        }
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -94,43 +208,135 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
     """The model that `config` names, for images of `image_size` (height, width).
 
     Raises ValueError for a name that isn't in the table (with the nearest ones), an image size
-    that the patch doesn't divide, and sizes that don't fit together.
+    that the patch doesn't divide, a field that the family doesn't have, and sizes that don't fit
+    together.
     """
-    match = re.fullmatch(r"ViT-(\w+)/(\d+)", config.variant)
-    if not match or match[1] not in VIT_SIZES or int(match[2]) == 0:
-        known = [f"ViT-{size}/{patch}" for size in VIT_SIZES for patch in (8, 14, 16, 32)]
-        raise unknown("variant", config.variant, known)
-    patch = int(match[2])
-    named = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VIT_SIZES[match[1]], strict=True))
-    size = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in named.items()}
+    family, config, patch = _resolve(config)
+    _check(config, family, num_classes)
+    downsampling = patch
+    stem = None
+    if family in ("ResNet", "hybrid"):
+        version = "v1" if family == "hybrid" or not config.preactivation else "v2"
+        stem = StemConfig(
+            stages=config.stages,
+            width=config.stem_width,
+            version=version,
+            zero_padded_pool=config.zero_padded_pool,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+        )
+        downsampling *= 4 * 2 ** max(len(config.stages) - 1, 0)
+    if family != "ResNet":  # which takes any size
+        _check_image_size(config.variant, image_size, downsampling)
 
-    for side in image_size:
-        if side % patch or side <= 0:
-            below = max(side // patch, 1) * patch
-            raise ValueError(
-                f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch of "
-                f"{config.variant}: use a multiple of {patch} ({below} or {below + patch})"
+    classifier = {"num_classes": num_classes, "head_bias": config.head_bias}
+    if family == "ResNet":
+        module = ResNet(stem=stem, **classifier)
+    else:
+        block = {f.name: getattr(config, f.name) for f in dataclasses.fields(TransformerConfig)}
+        block = TransformerConfig(**{**block, "dtype": jnp.dtype(config.dtype)})
+        if family == "Mixer":
+            module = Mixer(block, patch, config.token_mlp_dim, **classifier)
+        else:
+            rows, columns = (side // downsampling for side in image_size)
+            prefix = config.registers + (config.pool == "token")
+            module = ViT(
+                config=block,
+                patch=patch,
+                positions=Positions(config.position, config.position_at, (rows, columns), prefix),
+                pool=config.pool,
+                registers=config.registers,
+                representation_size=config.representation_size,
+                stem=stem,
+                **classifier,
             )
-    if size["width"] % size["num_heads"]:
-        raise ValueError(f"width {size['width']} does not divide into {size['num_heads']} heads")
-    if num_classes < 1:
-        raise ValueError(f"num_classes = {num_classes}: expected at least 1")
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"dropout = {config.dropout}: expected a rate in [0, 1)")
-    for kind, known in (("pool", POOLS), ("dtype", DTYPES), ("remat", REMAT_POLICIES)):
+    return Model(config, num_classes, image_size, module)
+
+
+def described_model(description: dict[str, Any]) -> Model:
+    """The inverse of `Model.description`; ValueError for what is no description."""
+    if missing := {"model", "num_classes", "image_size"} - description.keys():
+        raise ValueError(f"the model's description lacks {', '.join(sorted(missing))}")
+    config = build(ModelConfig, description["model"], "model")
+    return build_model(config, description["num_classes"], tuple(description["image_size"]))
+
+
+def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
+    """The family, the config with the variant's sizes in the place of None, and the patch."""
+    name, sizes, patch = config.variant, None, 1
+    if match := re.fullmatch(r"ViT-(\w+)/(\d+)", name):
+        family, patch = "ViT", int(match[2])
+        sizes = _transformer_sizes(match[1])
+    elif match := re.fullmatch(r"(R\d*)(?:x(\d+))?\+(?:ViT-)?(\w+)/(\d+)", name):
+        family, sizes = "hybrid", _transformer_sizes(match[3])
+        stages, patch = HYBRID_STEMS.get((match[1], match[4]), (None, 0))
+        sizes = sizes and {**sizes, "stages": stages, "stem_width": 64 * int(match[2] or 1)}
+    elif match := re.fullmatch(r"R(\d+)(?:x(\d+))?", name):
+        family, stages = "ResNet", RESNET_STAGES.get(match[1])
+        sizes = stages and {"stages": stages, "stem_width": 64 * int(match[2] or 1)}
+    elif match := re.fullmatch(r"Mixer-(\w+)/(\d+)", name):
+        family, patch, names = (
+            "Mixer",
+            int(match[2]),
+            ("width", "depth", "token_mlp_dim", "mlp_dim"),
+        )
+        if match[1] in MIXER_SIZES:
+            # A Mixer has no attention: one head stands for none.
+            sizes = dict(zip(names, MIXER_SIZES[match[1]], strict=True))
+    if sizes is None or patch == 0 or sizes.get("stem_width") == 0:
+        raise unknown("variant", name, KNOWN)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in FIELDS[family] and getattr(config, field.name) != field.default:
+            raise ValueError(
+                f"model.{field.name} = {getattr(config, field.name)!r}: {name} has no such thing; "
+                f"a {family} has {', '.join(sorted(FIELDS[family]))}"
+            )
+    if family in ("ViT", "hybrid"):
+        sizes["position_at"] = "layers" if config.position in IN_ATTENTION else "stem"
+    given = {k: v for k in sizes if (v := getattr(config, k)) is not None}
+    return family, dataclasses.replace(config, **{**sizes, **given}), patch
+
+
+def _transformer_sizes(name: str) -> dict[str, int] | None:
+    sizes = VIT_SIZES.get(name)
+    return sizes and dict(zip(("width", "depth", "mlp_dim", "num_heads"), sizes, strict=True))
+
+
+def _check(config: ModelConfig, family: str, num_classes: int) -> None:
+    """ValueError for values that no model can have."""
+    choices = {"pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "mlp": MLPS}
+    if family in ("ViT", "hybrid"):
+        choices |= {"position": KINDS, "position_at": PLACES}
+    for kind, known in choices.items():
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}: expected at least 1, or 0 for no head")
+    for rate in ("dropout", "attention_dropout", "stochastic_depth"):
+        if not 0.0 <= getattr(config, rate) < 1.0:
+            raise ValueError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
+    if config.registers < 0:
+        raise ValueError(f"registers = {config.registers}: expected 0 or more")
+    if family in ("ViT", "hybrid"):
+        if config.width % config.num_heads:
+            raise ValueError(f"width {config.width} does not divide into {config.num_heads} heads")
+        unit = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
+        if config.width % unit.get(config.position, 1):
+            raise ValueError(
+                f"width {config.width}: {config.position} positions need a multiple of "
+                f"{unit[config.position]}"
+            )
+    if config.zero_padded_pool and not config.preactivation:
+        raise ValueError("zero_padded_pool: of pre-activation ResNets alone (preactivation=True)")
+    if config.stem_width is not None and config.stem_width % 32:
+        raise ValueError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
 
-    module = ViT(
-        patch=patch,
-        **size,
-        num_classes=num_classes,
-        pool=config.pool,
-        representation_size=config.representation_size,
-        dropout=config.dropout,
-        head_bias=config.head_bias,
-        dtype=jnp.dtype(config.dtype),
-        scan=config.scan,
-        remat=config.remat,
-    )
-    return Model(config, num_classes, image_size, module)
+
+def _check_image_size(variant: str, image_size: tuple[int, int], unit: int) -> None:
+    for side in image_size:
+        if side % unit or side <= 0:
+            below = max(side // unit, 1) * unit
+            raise ValueError(
+                f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch of "
+                f"{variant}: use a multiple of {unit} ({below} or {below + unit})"
+            )

@@ -1,84 +1,104 @@
-"""The Vision Transformer (arXiv 2010.11929, section 3.1, equations 1 and 4).
+"""The Vision Transformer (arXiv 2010.11929, section 3.1, equations 1 and 4), and the hybrid.
 
 Parameter names are those of big_vision's current files. Letters in shapes: B images, P patch side,
 N tokens, D width.
 """
 
-from typing import Any, NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.transformer import Encoder, dropout, fold_keys
+from vit_jax.models.positions import ADDED, Positions, position_table
+from vit_jax.models.resnet import StemConfig, stem
+from vit_jax.models.transformer import (
+    Encoder,
+    MlpBlock,
+    MultiHeadAttention,
+    Output,
+    TransformerConfig,
+    classify,
+    dropout,
+    fold_keys,
+    layer_norm,
+)
 
 
-class Output(NamedTuple):
-    """What a classifier computes, in float32."""
+class MAPHead(nn.Module):
+    """Multi-head attention pooling (arXiv 2106.04560, section 3.2): [B, N, D] -> [B, D].
 
-    logits: jax.Array  # [B, classes]
-    features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
+    A learned probe attends to all tokens; an MLP with a residual connection follows.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
+        probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = MultiHeadAttention(self.config, name="MultiHeadDotProductAttention_0")(
+            probe, x, fold_keys(keys, 0)
+        )
+        y = layer_norm(self.config, "LayerNorm_0")(x)
+        return (x + MlpBlock(self.config, name="MlpBlock_0")(y, fold_keys(keys, 1)))[:, 0]
 
 
 class ViT(nn.Module):
-    """Patches, position embeddings, encoder, pooling, head: images [B, H, W, 3] in [-1, 1]."""
+    """Patches, position embeddings, encoder, pooling, head: images [B, H, W, 3] in [-1, 1].
 
+    With a `stem` the patches are of its feature map and not of the image: the hybrid.
+    """
+
+    config: TransformerConfig
     patch: int
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    num_classes: int
+    positions: Positions
     pool: str
+    registers: int
     representation_size: int | None
-    dropout: float
+    num_classes: int
     head_bias: float
-    dtype: Any
-    scan: bool
-    remat: str
+    stem: StemConfig | None
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Output:
+        config, positions = self.config, self.positions
+        x = images.astype(config.dtype)
+        if self.stem is not None:
+            x = stem(self.stem, x)
         x = nn.Conv(
-            self.width,
+            config.width,
             (self.patch, self.patch),
             strides=(self.patch, self.patch),
             padding="VALID",
-            dtype=self.dtype,
+            dtype=config.dtype,
             name="embedding",
-        )(images.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, self.width)  # [B, N, D]
+        )(x)
+        x = x.reshape(x.shape[0], -1, config.width)  # [B, N, D]
 
-        position = self.param(
-            "pos_embedding", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
-        )
-        x = x + position.astype(self.dtype)
+        table = None
+        if positions.at != "layers":
+            table = position_table(self, positions, config.width, config.num_heads)
+        if positions.kind in ADDED and positions.at == "stem":
+            x, table = x + table.astype(config.dtype), None
+        # The class token's own position embedding would only be added to it: it is part of it.
+        for name, count, init in (
+            ("registers", self.registers, nn.initializers.normal(0.02)),
+            ("cls", int(self.pool == "token"), nn.initializers.zeros),
+        ):
+            if count:
+                token = self.param(name, init, (1, count, config.width)).astype(config.dtype)
+                token = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
+                x = jnp.concatenate([token, x], axis=1)
+        x = dropout(x, config.dropout, fold_keys(keys, 0))
+
+        x = Encoder(config, positions, name="Transformer")(x, fold_keys(keys, 1), table)
         if self.pool == "token":
-            # The class token's own position embedding would only be added to it: it is part of it.
-            token = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-            token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
-        x = dropout(x, self.dropout, fold_keys(keys, 0))
-
-        x = Encoder(
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout,
-            self.dtype,
-            self.scan,
-            self.remat,
-            name="Transformer",
-        )(x, fold_keys(keys, 1))
-        x = x.astype(jnp.float32)
-        x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-
+            x = x[:, 0].astype(jnp.float32)
+        else:
+            x = x[:, self.registers :]
+            if self.pool == "map":
+                x = MAPHead(config, name="MAPHead_0")(x, fold_keys(keys, 2)).astype(jnp.float32)
+            else:
+                x = x.astype(jnp.float32).mean(axis=1)
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
-        head = nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias),
-            name="head",
-        )
-        return Output(logits=head(x), features=x)
+        return classify(x, self.num_classes, self.head_bias)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax.parallel.multihost import is_main
 from vit_jax.training.step import TrainState
+from vit_jax.weights import formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +76,44 @@ def _split(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else {**items, "ema": state.ema}
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict, dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, image_size: tuple[int, int] | None = None
+) -> tuple[dict, dict[str, Any]]:
     """Reads a model: (parameters as a nested dict of numpy arrays, description).
 
-    `path` is a run's workdir, whose newest checkpoint is taken, or one checkpoint's folder. The
-    running average (EMA) is taken where one was kept. FileNotFoundError says what is there.
+    `path` is a run's workdir, whose newest checkpoint is taken, one checkpoint's folder, or
+    whatever `weights.formats.read` reads, with its `image_size`. The running average (EMA) is taken
+    where one was kept. FileNotFoundError says what is there.
     """
-    path = Path(path).absolute()
-    if (path / "checkpoints").is_dir():
-        if not (steps := _steps(path)):
+    folder = Path(path).absolute()
+    foreign = "://" in str(path) or folder.is_file() or (folder / formats.WEIGHTS).is_file()
+    if foreign:
+        return formats.read(path, image_size)
+    if (folder / "checkpoints").is_dir():
+        if not (steps := _steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
-        path = path / "checkpoints" / str(max(steps))
-    if not (path / "params").is_dir():
+        folder = folder / "checkpoints" / str(max(steps))
+    if not (folder / "params").is_dir():
         raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`) or one "
-            "checkpoint's folder (it holds `params/`)"
+            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
+            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
         )
-    name = "ema" if (path / "ema").is_dir() else "params"
+    name = "ema" if (folder / "ema").is_dir() else "params"
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as reader:
-        tree = handler.metadata(path / name).tree
+        tree = handler.metadata(folder / name).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        params = reader.restore(path / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        params = reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        description = reader.restore(path / "model", args=ocp.args.JsonRestore())
+        description = reader.restore(folder / "model", args=ocp.args.JsonRestore())
     return params, description
+
+
+def save_checkpoint(path: str | Path, params: dict, description: dict[str, Any]) -> None:
+    """Writes a model alone, without a run: a folder that `load_checkpoint` reads; atomic."""
+    items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(Path(path).absolute(), args=ocp.args.Composite(**items))
 
 
 def open_workdir(

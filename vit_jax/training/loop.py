@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -227,17 +226,8 @@ def train(run: Run) -> dict[str, float]:
                 _evaluate(run, state, done, metrics, stopwatch)
             if saves:
                 with stopwatch.paused():
-                    checkpoints.save(state, describe(run.model))
+                    checkpoints.save(state, run.model.description)
         return metrics.last()
-
-
-def describe(model: Model) -> dict[str, Any]:
-    """What must be known of a model to use its parameters: kept in every checkpoint as JSON."""
-    return {
-        "model": dataclasses.asdict(model.config),
-        "num_classes": model.num_classes,
-        "image_size": list(model.image_size),
-    }
 
 
 def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:

@@ -4,15 +4,34 @@ Parameters here are flat: "/"-joined name -> array.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from scipy import ndimage
 
-from vit_jax.models.transformer import stack_layers, unstack_layers
+from vit_jax.config import unknown
 from vit_jax.parallel.mesh import path_name
+
+# The paper's fine-tuning (section 3.2): a new head, and none of the pretraining head's other layer.
+REINITIALIZE = ("head/.*",)
+DROP = ("pre_logits/.*",)
+
+_POSITIONS = r"(.*/)?pos_embedding"  # learned_1d; learned_2d adds _rows and _columns
+_RELATIVE = r"(.*/)?relative_embedding"
+_PATCH_KERNEL = r"(embedding|stem)/kernel"  # of a ViT or hybrid, of a Mixer
+_LOOPED, _SCANNED = r"Transformer/encoderblock_(\d+)/(.*)", r"Transformer/encoderblock/(.*)"
+_ADVICE = {  # on tensors whose shape doesn't fit
+    _POSITIONS: "The checkpoint's position embeddings are taken for those of a square "
+    "grid of patches: if they are of another, say which in source_grid.",
+    _RELATIVE: "Relative positions belong to one grid of patches and cannot be resized: add "
+    "'.*relative_embedding' to reinitialize.",
+    r".*/token_mixing/.*": "A Mixer's token mixing belongs to one number of patches and cannot be "
+    "resized: choose an image size that gives as many.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +39,7 @@ class Report:
     """What became of every tensor: names, sorted."""
 
     loaded: tuple[str, ...]
-    resized: tuple[str, ...]  # position embeddings, with their shapes
+    resized: tuple[str, ...]  # position embeddings and patch kernels, with their shapes
     initialised: tuple[str, ...]  # fresh in the model
     dropped: tuple[str, ...]  # left in the checkpoint
 
@@ -53,84 +72,189 @@ def adapt(
     source: dict,
     target: dict,
     *,
-    grid: tuple[int, int],
-    reinitialize: tuple[str, ...] = ("head/.*",),
-    drop: tuple[str, ...] = ("pre_logits/.*",),
+    grid: tuple[int, int] | None,
+    source_grid: tuple[int, int] | None = None,
+    reinitialize: tuple[str, ...] = REINITIALIZE,
+    drop: tuple[str, ...] = DROP,
 ) -> tuple[dict, Report]:
     """Takes the parameters of `source` into the tree of `target`, a freshly initialised model.
 
+    Layers are stacked or unstacked as `target` has them, position embeddings resized to its grid,
+    patch kernels to its patch. The regexes match whole names, as they are in `target`'s layout.
+
     Args:
-        source: nested dict of arrays, looped or scanned layers.
-        target: nested dict of arrays of the model to fill.
-        grid: the target's patches (rows, columns), to which position embeddings are resized.
-        reinitialize: regexes (full match) of tensors to leave as they are in `target`. The default
-            is the paper's fine-tuning (section 3.2): a new head.
+        source: nested dict of arrays.
+        target: nested dict of arrays, or of their shapes.
+        grid: the target's patches (rows, columns), None where it has none: `Model.grid`.
+        source_grid: the source's patches; None: of a square.
+        reinitialize: regexes of tensors to leave as they are in `target`.
         drop: regexes of tensors of `source` that `target` need not have.
 
     Returns:
         The filled tree and the report. Leaves that were not loaded are `target`'s own.
 
     Raises:
-        ValueError: a tensor has no counterpart, or another shape. Lists all of them, both sides.
+        ValueError: a tensor has no counterpart, or one of another shape (lists all of them, both
+            sides); a regex that isn't among the defaults matches nothing.
     """
-    source, target = flatten(_match_layout(source, target)), flatten(target)
+    target = flatten(target)
+    source = {name: np.asarray(array) for name, array in flatten(source).items()}
+    source = _match_layout(source, target)
+    fresh = _select("reinitialize", reinitialize, target)
+    left = (_select("drop", drop, source) - target.keys()) | (fresh & source.keys())
+    missing = target.keys() - source.keys() - fresh
+    surplus = source.keys() - target.keys() - left
 
-    def matches(name, regexes):
-        return any(re.fullmatch(regex, name) for regex in regexes)
-
-    filled, loaded, resized, initialised, problems = {}, [], [], [], []
-    for name, fresh in target.items():
-        filled[name] = fresh
-        if matches(name, reinitialize):
-            initialised.append(name)
-        elif name not in source:
-            problems.append(f"  {name} {fresh.shape}: not in the checkpoint")
-        elif source[name].shape == fresh.shape:
-            filled[name] = source[name]
+    filled, loaded, resized, misfits = dict(target), [], [], {}
+    for name in (target.keys() & source.keys()) - fresh:
+        array, shape = source[name], target[name].shape
+        old, new = _unfold(name, array.shape, source_grid), _unfold(name, shape, grid)
+        other_grid = re.fullmatch(_RELATIVE, name) and source_grid not in (None, grid)
+        if old == new and not other_grid:
+            filled[name] = array
             loaded.append(name)
-        elif name == "pos_embedding" and source[name].shape[2] == fresh.shape[2]:
-            filled[name] = resize_position_embedding(source[name], grid)
-            resized.append(f"{name} {source[name].shape} -> {fresh.shape}")
+        elif (fitted := _resize(name, array.reshape(old), new)) is not None:
+            filled[name] = fitted.reshape(shape)
+            resized.append(f"{name} {old} -> {new}")
         else:
-            problems.append(f"  {name}: {source[name].shape} in the checkpoint, {fresh.shape} here")
-    dropped = []
-    for name in source.keys() - set(loaded) - {r.split()[0] for r in resized}:
-        if matches(name, reinitialize) or matches(name, drop):
-            dropped.append(name)
-        elif name not in target:
-            problems.append(f"  {name} {source[name].shape}: in the checkpoint, not in the model")
-    if problems:
+            misfits[name] = f"{old} in the checkpoint, {new} here"
+
+    if missing or surplus or misfits:
+        problems = {
+            **misfits,
+            **{n: f"{target[n].shape} in the model, not in the checkpoint" for n in missing},
+            **{n: f"{source[n].shape} in the checkpoint, not in the model" for n in surplus},
+        }
+        advice = [text for regex, text in _ADVICE.items() if _matching(regex, misfits)]
+        if loaded:
+            advice += _suggest("checkpoint", "drop", drop, surplus, target)
+            advice += _suggest("model", "reinitialize", reinitialize, missing, source)
         raise ValueError(
             "the checkpoint is of another architecture than the model:\n"
-            + "\n".join(sorted(problems))
-            + "\nUse the architecture of the checkpoint; name tensors to leave out in `drop`, "
-            "tensors to start afresh in `reinitialize`."
+            + "\n".join(f"  {name}: {problem}" for name, problem in sorted(problems.items()))
+            + "\nUse the architecture of the checkpoint; name tensors to leave out in drop, "
+            + "\n".join(["tensors to start afresh in reinitialize.", *advice])
         )
-    report = Report(*(tuple(sorted(x)) for x in (loaded, resized, initialised, dropped)))
+    report = Report(*(tuple(sorted(names)) for names in (loaded, resized, fresh, left)))
     return unflatten(filled), report
+
+
+def _matching(regex: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if re.fullmatch(regex, name)}
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """Regexes of what stands at the top: "cls" -> "cls", "head/bias" -> "head/.*"."""
+    return {re.sub("/.*", "/.*", name) for name in names}
+
+
+def _suggest(
+    side: str, option: str, given: tuple[str, ...], names: Iterable[str], others: Iterable[str]
+) -> list[str]:
+    """What one side alone has all of, such as a class token, may well be meant to differ."""
+    extra = sorted(_modules(names) - _modules(others))
+    value = (*given, *extra)
+    return [f"If only the {side} is to have {', '.join(extra)}: {option}={value}."] * bool(extra)
+
+
+def _select(kind: str, regexes: tuple[str, ...], names: Iterable[str]) -> set[str]:
+    """The names that any of the regexes matches."""
+    selected = set()
+    for regex in regexes:
+        try:
+            matched = _matching(regex, names)
+        except re.error as error:
+            raise ValueError(f"{kind}: {regex!r} is no regular expression: {error}") from error
+        if not matched and regex not in REINITIALIZE + DROP:  # which are for models of all kinds
+            raise unknown(f"tensor in {kind}", regex, _modules(names))
+        selected |= matched
+    return selected
 
 
 def _match_layout(source: dict, target: dict) -> dict:
     """Stacks or unstacks the source's layers as the target has them."""
-    has, wants = source.get("Transformer", {}), target.get("Transformer", {})
-    if "encoderblock" in has and "encoderblock_0" in wants:
-        return unstack_layers(source, len(jax.tree.leaves(has["encoderblock"])[0]))
-    if "encoderblock_0" in has and "encoderblock" in wants:
-        depth = sum(name.startswith("encoderblock_") for name in has)
-        return jax.device_get(stack_layers(source, depth))
-    return source
+    if _matching(_LOOPED, target):
+        return unstack(source)
+    return _stack(source) if _matching(_SCANNED, target) else source
 
 
-def resize_position_embedding(embedding: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """[1, n * n, D] -> [1, rows * columns, D], bilinear, corner on corner.
+def unstack(flat: dict) -> dict:
+    """Scanned layers one by one, as in the unrolled encoder; flat names."""
+    unstacked = {}
+    for name, array in flat.items():
+        if (match := re.fullmatch(_SCANNED, name)) and array.ndim:
+            layers = {f"Transformer/encoderblock_{i}/{match[1]}": x for i, x in enumerate(array)}
+            unstacked.update(layers)
+        else:
+            unstacked[name] = array
+    return unstacked
 
-    As the published fine-tuning code does (section 3.2 of the paper). ValueError unless the
-    embedding is of a square grid.
+
+def _stack(flat: dict) -> dict:
+    """The reverse; what the layers don't all have, and alike, keeps its names."""
+    layers: dict[str, dict[int, str]] = {}  # a block's tensor -> layer -> name
+    for name in flat:
+        if match := re.fullmatch(_LOOPED, name):
+            layers.setdefault(match[2], {})[int(match[1])] = name
+    depth = max(map(len, layers.values()), default=0)
+    stacked = dict(flat)
+    for inner, names in layers.items():
+        shapes = {flat[name].shape for name in names.values()}
+        if sorted(names) == list(range(depth)) and len(shapes) == 1:
+            arrays = [stacked.pop(names[i]) for i in range(depth)]
+            stacked[f"Transformer/encoderblock/{inner}"] = np.stack(arrays)
+    return stacked
+
+
+def _unfold(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, ...]:
+    """[..., N, D] of position embeddings -> [..., rows, columns, D], of a grid of N patches."""
+    if not re.fullmatch(_POSITIONS, name) or len(shape) < 3:
+        return shape
+    *batch, patches, width = shape
+    rows, columns = grid or (math.isqrt(patches),) * 2
+    return (*batch, rows, columns, width) if rows * columns == patches else shape
+
+
+def _resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The tensor in another shape, if a tensor of its kind can be had in it."""
+    old = array.shape
+    if re.fullmatch(_POSITIONS + "(_rows|_columns)?", name) and len(old) == len(shape) >= 4:
+        rest, new = (*old[:-3], old[-1]), (*shape[:-3], shape[-1])
+        return resize_positions(array, shape[-3:-1]) if rest == new else None
+    if re.fullmatch(_PATCH_KERNEL, name) and len(old) == 4 and old[2:] == shape[2:]:
+        return resize_patch_kernel(array, shape[:2])
+    return None
+
+
+def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[..., r, c, D] -> [..., *grid, D]: bilinear, corner on corner.
+
+    As the published fine-tuning code does (section 3.2 of the paper).
     """
-    _, tokens, width = embedding.shape
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"position embeddings of {tokens} tokens are not of a square grid")
-    square = np.asarray(embedding, np.float32).reshape(side, side, width)
-    zoom = (grid[0] / side, grid[1] / side, 1)
-    return ndimage.zoom(square, zoom, order=1).reshape(1, grid[0] * grid[1], width)
+    down, along = (
+        _interpolation(n, m, corners=True) for n, m in zip(table.shape[-3:-1], grid, strict=True)
+    )
+    return np.einsum("...rcd,Rr,Cc->...RCd", table, down, along, optimize=True).astype(np.float32)
+
+
+def resize_patch_kernel(kernel: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """[p, q, C, D] -> [*patch, C, D]: on resized patches the tokens of before.
+
+    FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4): of all kernels, the one whose tokens
+    of bilinearly resized patches differ least, in the mean square over white-noise patches, from
+    the old kernel's of the patches themselves. To a larger patch they don't differ at all.
+    """
+    # The resizing is separable, and so is its pseudo-inverse.
+    down, along = (
+        np.linalg.pinv(_interpolation(n, m, corners=False).T)
+        for n, m in zip(kernel.shape[:2], patch, strict=True)
+    )
+    return np.einsum("pqcd,Pp,Qq->PQcd", kernel, down, along, optimize=True).astype(np.float32)
+
+
+def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
+    """[new, old]: linear interpolation, with the centres of the first and last elements fixed
+    (`corners`), or their outer edges."""
+    # With its default mode scipy takes some last elements for outside, and puts 0 there.
+    options = {"order": 1, "mode": "nearest", "grid_mode": not corners}
+    return ndimage.zoom(np.eye(old), (new / old, 1), **options)

@@ -1,0 +1,162 @@
+"""BiT ResNets (arXiv 1912.11370) and the hybrid's stem: GroupNorm and weight standardisation.
+
+Two forms, each as published: `v1`, post-activation, under the ViT paper's hybrids; `v2`,
+pre-activation, BiT's own. Letters in shapes: B images, C channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.transformer import Output, classify, rematted
+
+
+class StdConv(nn.Module):
+    """A convolution without bias whose kernels have mean 0 and variance 1 (arXiv 1903.10520).
+
+    v1 divides by the standard deviation + 1e-5 and pads as XLA's "SAME"; v2 divides by the root of
+    the variance + 1e-10 and pads alike on all sides.
+    """
+
+    features: int
+    size: int
+    stride: int
+    version: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = kernel - kernel.mean(axis=(0, 1, 2))
+        variance = jnp.square(kernel).mean(axis=(0, 1, 2))
+        if self.version == "v1":
+            kernel, padding = kernel / (jnp.sqrt(variance) + 1e-5), "SAME"
+        else:
+            kernel, padding = kernel / jnp.sqrt(variance + 1e-10), [(self.size // 2,) * 2] * 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class ResidualUnit(nn.Module):
+    """A bottleneck: 1x1, 3x3 with the stride, 1x1 to four times the channels."""
+
+    channels: int
+    stride: int
+    version: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(name, features, size=1, stride=1):
+            return StdConv(features, size, stride, self.version, self.dtype, name=name)
+
+        outputs, shortcut = 4 * self.channels, x
+        projects = x.shape[-1] != outputs or self.stride != 1
+        steps = [
+            (self.channels, 1, 1),
+            (self.channels, 3, self.stride),
+            (outputs, 1, 1),
+        ]
+        if self.version == "v2":
+            for i, step in enumerate(steps, start=1):
+                x = nn.relu(group_norm(f"gn{i}", self.version, self.dtype)(x))
+                if i == 1 and projects:
+                    shortcut = conv("conv_proj", outputs, stride=self.stride)(x)
+                x = conv(f"conv{i}", *step)(x)
+            return x + shortcut
+        if projects:
+            shortcut = conv("conv_proj", outputs, stride=self.stride)(x)
+            shortcut = group_norm("gn_proj", self.version, self.dtype)(shortcut)
+        for i, step in enumerate(steps, start=1):
+            x = conv(f"conv{i}", *step)(x)
+            # The last scale starts at zero, and with it the unit as the identity.
+            scale = nn.initializers.zeros if i == 3 else nn.initializers.ones
+            x = group_norm(f"gn{i}", self.version, self.dtype, scale)(x)
+            x = nn.relu(x if i < 3 else x + shortcut)
+        return x
+
+
+class Stage(nn.Module):
+    """Residual units of which the first may halve the resolution."""
+
+    units: int
+    channels: int
+    stride: int
+    version: str
+    dtype: Any
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        unit = rematted(ResidualUnit, self.remat)
+        for i in range(self.units):
+            arguments = (self.channels, 1 if i else self.stride, self.version, self.dtype)
+            x = unit(*arguments, name=f"unit{i + 1}")(x)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class StemConfig:
+    """Root and stages of a ResNet: all of it but what follows the last unit."""
+
+    stages: tuple[int, ...]  # units in each
+    width: int  # channels of the root; 64 in "x1"
+    version: str  # v1 | v2
+    zero_padded_pool: bool
+    dtype: Any
+    remat: str  # as of the encoder's blocks, for every unit
+
+
+def stem(config: StemConfig, x: jax.Array) -> jax.Array:
+    """Images [B, H, W, 3] -> [B, H / r, W / r, C], r = 4 * 2^(stages - 1); 4 of the root alone.
+
+    Called inside a module, whose parameters the stem's become.
+    """
+    version, dtype = config.version, config.dtype
+    x = StdConv(config.width, 7, 2, version, dtype, name="conv_root")(x)
+    if version == "v1":
+        x = nn.relu(group_norm("gn_root", version, dtype)(x))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+    else:
+        padding = ((1, 1), (1, 1))
+        if config.zero_padded_pool:
+            x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), "VALID"  # max sees the zeros
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+    for i, units in enumerate(config.stages):
+        arguments = (units, config.width * 2**i, 2 if i else 1, version, dtype, config.remat)
+        x = Stage(*arguments, name=f"block{i + 1}")(x)
+    return x
+
+
+class ResNet(nn.Module):
+    """A ResNet classifier: images [B, H, W, 3] in [-1, 1]; the features are the pooled channels."""
+
+    stem: StemConfig
+    num_classes: int
+    head_bias: float
+
+    @nn.compact
+    def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Output:
+        x = stem(self.stem, images.astype(self.stem.dtype))
+        if self.stem.version == "v2":
+            x = nn.relu(group_norm("gn_head", "v2", self.stem.dtype)(x))
+        x = x.astype(jnp.float32).mean(axis=(1, 2))
+        return classify(x, self.num_classes, self.head_bias)
+
+
+def group_norm(
+    name: str, version: str, dtype: Any, scale_init: Callable = nn.initializers.ones
+) -> nn.GroupNorm:
+    """GroupNorm with 32 groups and the version's epsilon; statistics in float32."""
+    epsilon = 1e-6 if version == "v1" else 1e-5
+    return nn.GroupNorm(32, epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name)

@@ -1,0 +1,139 @@
+"""What architecture weights are of, read off their names and shapes.
+
+Parameters are flat, "/"-joined name -> array, under our names, with a name for every layer.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
+
+_BLOCK = "Transformer/encoderblock_0/"
+_ATTENTION = f"{_BLOCK}MultiHeadDotProductAttention_0/"
+
+
+def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """{"model": fields of ModelConfig, "num_classes", "image_size"} of a published architecture.
+
+    Where shapes don't tell, it is as published: the tanh GELU, epsilon 1e-6, learned 1-D positions.
+    `num_classes` is 0 without a head. `image_size` (height, width) is needed for grids that aren't
+    square; ResNets take 224 x 224 without it.
+
+    Raises ValueError for weights of which nothing here is made, or of another image size.
+    """
+    read = {"embedding/kernel": _vit, "stem/kernel": _mixer, "conv_root/kernel": _resnet}
+    reader = next((reader for name, reader in read.items() if name in params), None)
+    if reader is None:
+        found = ", ".join(sorted(params)[:5])
+        raise ValueError(
+            f"no ViT, hybrid, ResNet or Mixer: none of {', '.join(read)} among its "
+            f"{len(params)} tensors ({found}, ...)"
+        )
+    try:
+        model, unit, tokens = reader(params)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"incomplete weights: {error} is missing or of another shape") from error
+    if image_size is None:
+        side = math.isqrt(tokens or 0)
+        if tokens is not None and side * side != tokens:
+            raise ValueError(
+                f"positions of {tokens} patches, which are no square: give the image size, such as "
+                f"{unit}x{unit * tokens}"
+            )
+        image_size = (unit * side,) * 2 if tokens else (224, 224)
+    elif tokens not in (None, math.prod(side // unit for side in image_size)):
+        raise ValueError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
+    classes = params["head/bias"].shape[0] if "head/bias" in params else 0
+    return {"model": model, "num_classes": classes, "image_size": list(image_size)}
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many numbers the pattern's group finds at the names' beginning."""
+    return len({m[1] for name in names if (m := re.match(pattern, name))})
+
+
+def nearest(table: dict[str, tuple], found: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """The name in a table of sizes that is nearest, and the fields in which `found` differs."""
+    sizes = tuple(found.values())
+    name = min(table, key=lambda name: math.dist(*(map(math.log, s) for s in (table[name], sizes))))
+    usual = dict(zip(found, table[name], strict=True))
+    return name, {field: size for field, size in found.items() if usual[field] != size}
+
+
+def _vit(params: dict) -> tuple[dict, int, int | None]:
+    """Fields of ModelConfig, pixels a patch, patches."""
+    patch, _, _, width = params["embedding/kernel"].shape
+    size, differing = nearest(
+        VIT_SIZES,
+        {
+            "width": width,
+            "depth": count(params, r"Transformer/encoderblock_(\d+)/"),
+            "mlp_dim": params[f"{_BLOCK}MlpBlock_0/Dense_0/bias"].shape[0],
+            "num_heads": params[f"{_ATTENTION}query/kernel"].shape[1],
+        },
+    )
+    variant, unit = f"ViT-{size}/{patch}", patch
+    if "conv_root/kernel" in params:
+        stages, stem_width = _stages(params)
+        stems = {stem: key for key, stem in HYBRID_STEMS.items()}
+        if (stages, patch) not in stems:
+            raise ValueError(f"no hybrid here has stages {stages} under patches of {patch}")
+        stem, side = stems[stages, patch]
+        variant, unit = f"{stem}+ViT-{size}/{side}", patch * 4 * 2 ** max(len(stages) - 1, 0)
+        if stem_width != 64:
+            differing["stem_width"] = stem_width
+    model = {"variant": variant, **differing}
+    model["pool"] = "token" if "cls" in params else "map" if "MAPHead_0/probe" in params else "gap"
+    if "pre_logits/bias" in params:
+        model["representation_size"] = params["pre_logits/bias"].shape[0]
+    if "registers" in params:
+        model["registers"] = params["registers"].shape[1]
+    if f"{_BLOCK}layer_scale_0" in params:
+        model["layer_scale"] = 1e-5  # the initial value, which is past
+    if f"{_ATTENTION}query_norm/scale" in params:
+        model["qk_norm"] = True
+    if f"{_BLOCK}MlpBlock_0/gate/kernel" in params:
+        model["mlp"] = "swiglu"
+    if "pos_embedding" not in params:
+        # Without parameters, big_vision's positions are the fixed ones of "Better plain ViT".
+        return {**model, "position": "sincos_2d"}, unit, None
+    return model, unit, params["pos_embedding"].shape[1]
+
+
+def _mixer(params: dict) -> tuple[dict, int, int]:
+    patch, _, _, width = params["stem/kernel"].shape
+    tokens, token_mlp_dim = params["MixerBlock_0/token_mixing/Dense_0/kernel"].shape
+    size, differing = nearest(
+        MIXER_SIZES,
+        {
+            "width": width,
+            "depth": count(params, r"MixerBlock_(\d+)/"),
+            "token_mlp_dim": token_mlp_dim,
+            "mlp_dim": params["MixerBlock_0/channel_mixing/Dense_0/bias"].shape[0],
+        },
+    )
+    return {"variant": f"Mixer-{size}/{patch}", **differing}, patch, tokens
+
+
+def _resnet(params: dict) -> tuple[dict, int, None]:
+    stages, width = _stages(params)
+    depth = next((name for name, units in RESNET_STAGES.items() if units == stages), None)
+    model: dict[str, Any] = {"variant": f"R{depth or 50}x{max(width // 64, 1)}"}
+    if depth is None:
+        model["stages"] = list(stages)
+    if width % 64:
+        model["stem_width"] = width
+    if "gn_root/scale" in params:
+        model["preactivation"] = False
+    else:
+        model["zero_padded_pool"] = True
+    return model, 32, None
+
+
+def _stages(params: dict) -> tuple[tuple[int, ...], int]:
+    """Units of every stage, and the root's width."""
+    stages = count(params, r"block(\d+)/")
+    units = (count(params, rf"block{stage}/unit(\d+)/") for stage in range(1, stages + 1))
+    return tuple(units), params["conv_root/kernel"].shape[-1]

@@ -1,0 +1,306 @@
+"""The door for foreign array files: `.npz` and `.safetensors`, whole or not at all.
+
+What is read is not trusted: nothing is unpickled or evaluated, sizes are checked before memory is
+taken, and anything but a complete file of finite numbers is a ValueError that says where it fails.
+"""
+
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+EXTRAS = {"gs": "gcs", "hf": "hub"}  # scheme of a path -> what to install: vit_jax[gcs]
+
+# Weights hardly compress: an npz may unpack to FREE_BYTES and MAX_RATIO times its size. A deflate
+# stream never unpacks to more than DEFLATE_RATIO times its own (zlib's technical details).
+FREE_BYTES = 64 << 20
+MAX_RATIO = 20
+DEFLATE_RATIO = 1032
+
+# The header of a .npy array, as numpy writes it. Its own reader evaluates the header as Python, and
+# raises all kinds of errors, MemoryError among them, for one that was made to harm.
+_HEADER = re.compile(
+    rb"\{'descr': '([^']*)', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \}\s*"
+)
+# V2 is what numpy makes of bfloat16, which it doesn't know (google-research/big_vision issue 107).
+_NPY_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|V2)")
+_SAFETENSORS_NUMBERS = re.compile("BOOL|BF16|F16|F32|F64|[IU](8|16|32|64)")
+_BROKEN = (zipfile.BadZipFile, safetensors.SafetensorError, zlib.error, struct.error)
+_BROKEN += (EOFError, OSError, ValueError, RuntimeError)
+
+_OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file it stands for, `git lfs pull`",
+    b"<": "a web page: the download failed",
+    b"\x80": "a pickle, which can run code and is never read: export it as safetensors",
+    b"\x93NUMPY": "a single .npy array: save arrays by name with numpy.savez",
+    b"\x89HDF": "HDF5: export it as safetensors",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+}
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads every array of a `.npz` or `.safetensors` file, whichever its contents are.
+
+    Args:
+      path: a local path, `gs://bucket/file`, `hf://owner/repo/file`, or `hf://owner/repo` for its
+        `model.safetensors`.
+
+    Returns:
+      Name -> array of booleans, integers or finite floats. float16 and bfloat16 become float32.
+
+    Raises:
+      ValueError: the file is neither, is named as the other, is damaged, or holds NaN, infinities,
+        objects or more data than its size can honestly hold; or its scheme needs an extra.
+      FileNotFoundError: there is no such file.
+    """
+    with local_copy(path) as local:
+        try:
+            suffix = _format(local)
+            _check_name(local, suffix)
+            return _checked(_READERS[suffix](local))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: str | os.PathLike) -> dict | None:
+    """The JSON object at a path as of `read_arrays`; None where there is no file.
+
+    Raises ValueError for anything but an object.
+    """
+    try:
+        with local_copy(path) as local:
+            text = local.read_bytes()
+    except FileNotFoundError:
+        return None
+    with _intact(f"{path}: the JSON"):
+        content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {str(content)[:40]!r}")
+    return content
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays that `read_arrays` would read to a local path, uncompressed.
+
+    Raises ValueError, and writes nothing, for arrays that it would refuse.
+    """
+    checked = _checked(arrays.items())
+    with _atomic(path, ".npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name, array in checked.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As `write_npz`; `metadata` goes to the file's header ({"format": "pt"} for PyTorch's)."""
+    checked = _checked(arrays.items())
+    with _atomic(path, ".safetensors") as partial:
+        safetensors.numpy.save_file(checked, partial, metadata and dict(metadata))
+
+
+@contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+    """The local file behind a path of `read_arrays`; a download lasts as long as the context."""
+    scheme, remote, rest = os.fspath(path).partition("://")
+    if not remote:
+        yield Path(path).expanduser()
+        return
+    if scheme not in EXTRAS:
+        raise ValueError(f"{path}: expected a local path, gs://bucket/file or hf://owner/repo/file")
+    if scheme == "hf" and rest.count("/") == 1:
+        path = f"{path}/model.safetensors"
+    try:
+        import fsspec
+
+        filesystem, source = fsspec.url_to_fs(path)
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: {scheme}:// needs a package that is not installed ({error}): "
+            f"pip install 'vit_jax[{EXTRAS[scheme]}]'"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / source.rpartition("/")[2]
+        try:
+            filesystem.get_file(source, str(copy))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path}: no such file") from error
+        yield copy
+
+
+@contextmanager
+def _atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place if nothing fails."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: write to a local path and copy the file from there")
+    path = Path(path).expanduser()
+    _check_name(path, suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Name -> C-contiguous array in native byte order, after ValueErrors for what isn't finite."""
+    arrays = {}
+    for name, tensor in tensors:
+        array = np.asarray(tensor)
+        if array.dtype == np.dtype("V2"):
+            array = array.view(ml_dtypes.bfloat16)
+        half = array.dtype in (np.float16, ml_dtypes.bfloat16)
+        dtype = np.float32 if half else array.dtype.newbyteorder("=")
+        array = array.astype(dtype, order="C", copy=False)
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise ValueError(_not_numbers(name, array.dtype))
+        if not (finite := np.isfinite(array)).all():
+            raise ValueError(
+                f"tensor {name!r} {array.shape}: {(~finite).sum()} of {array.size} values are NaN "
+                "or infinite: its training diverged, take an earlier checkpoint"
+            )
+        arrays[name] = array
+    if not arrays:
+        raise ValueError("no arrays: expected those of a model")
+    return arrays
+
+
+def _not_numbers(name: str, dtype: object) -> str:
+    return (
+        f"tensor {name!r} of dtype {dtype}: expected booleans, integers or floats of 16 to 64 "
+        "bits. Python objects are never unpickled: leave it out or convert it before saving"
+    )
+
+
+def _format(path: Path) -> str:
+    """The suffix that the contents of a file ask for."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return ".npz"
+    if head[8:9] == b"{":
+        return ".safetensors"
+    other = [text for magic, text in _OTHERS.items() if head.startswith(magic)]
+    found = f"it looks like {other[0]}" if other else f"it begins with {head[:8]!r}"
+    raise ValueError(f"expected the contents of a .npz or .safetensors file: {found}")
+
+
+def _check_name(path: Path, suffix: str) -> None:
+    if path.suffix in _READERS and path.suffix != suffix:
+        raise ValueError(f"{path.name} holds the contents of a {suffix} file: name it so")
+
+
+@contextmanager
+def _intact(what: str) -> Iterator[None]:
+    """Turns what is raised for a broken file into a ValueError."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise ValueError(
+            f"{what} is damaged or incomplete ({error}): fetch or save the file again"
+        ) from error
+
+
+def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    with _intact("the zip archive"):
+        archive = zipfile.ZipFile(path)
+        members = archive.infolist()
+        # zipfile doesn't count what it finds: one wrong byte can hide members in another's comment.
+        with path.open("rb") as file:
+            file.seek(-22 - len(archive.comment), os.SEEK_END)
+            magic, count = struct.unpack("<4s6xH", file.read(12))
+        if magic != b"PK\x05\x06" or count not in (len(members), 0xFFFF):
+            raise zipfile.BadZipFile(f"{len(members)} members of {count}")
+    with archive:
+        counts = Counter(member.filename for member in members)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"several members are named {twice[0]!r}: save the file again")
+        limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
+        if (total := sum(member.file_size for member in members)) > limit:
+            raise ValueError(
+                f"would unpack to {total:,} bytes, more than {FREE_BYTES:,} and {MAX_RATIO} times "
+                "its size: a zip bomb, or save it again uncompressed"
+            )
+        for member in members:
+            if not member.filename.endswith(".npy"):
+                raise ValueError(
+                    f"member {member.filename!r} is no .npy array: save arrays with numpy.savez. A "
+                    "PyTorch .bin, .pt or .pth holds pickles and is never read: export safetensors"
+                )
+            yield member.filename.removesuffix(".npy"), _read_npy(archive, member)
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Reads one array, having checked that its three sizes agree."""
+    name = member.filename.removesuffix(".npy")
+    ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
+    if (ratio := ratios.get(member.compress_type)) is None:
+        raise ValueError(f"tensor {name!r} is compressed, and not by deflate: save the file again")
+    if member.file_size > ratio * member.compress_size:
+        raise ValueError(
+            f"tensor {name!r}: {member.compress_size:,} bytes cannot unpack to the "
+            f"{member.file_size:,} declared: a zip bomb or a damaged file, fetch it again"
+        )
+    with _intact(f"tensor {name!r}"):
+        stream = archive.open(member)
+        descr, shape, order = _npy_header(stream)
+    if not _NPY_NUMBERS.fullmatch(descr):
+        raise ValueError(_not_numbers(name, descr))
+    dtype = np.dtype(descr)
+    size = math.prod(shape)
+    if stream.tell() + size * dtype.itemsize != member.file_size:
+        raise ValueError(
+            f"tensor {name!r} {shape} {dtype} is not of the {member.file_size:,} bytes that the "
+            "archive declares: a damaged file, fetch or save it again"
+        )
+    with _intact(f"tensor {name!r}"), stream:
+        array = np.empty(size, dtype)
+        if stream.readinto(array.view(np.uint8)) != array.nbytes:
+            raise EOFError("its data ends early")
+        return array.reshape(shape, order=order)
+
+
+def _npy_header(stream: IO[bytes]) -> tuple[str, tuple[int, ...], str]:
+    """The dtype's description, the shape and the order ("C" or "F") of a .npy array."""
+    version, _ = np.lib.format.read_magic(stream)
+    length = int.from_bytes(stream.read(2 if version == 1 else 4), "little")
+    header = stream.read(length)
+    if not (match := _HEADER.fullmatch(header)):
+        raise ValueError(f"not the header of an array of numbers: {header[:80]!r}")
+    descr, fortran, shape = (text.decode("latin1") for text in match.groups())
+    return descr, tuple(map(int, re.findall(r"\d+", shape))), "F" if fortran == "True" else "C"
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    with _intact("the file"):
+        file = safetensors.safe_open(path, framework="numpy")
+    with file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            if not _SAFETENSORS_NUMBERS.fullmatch(dtype := file.get_slice(name).get_dtype()):
+                raise ValueError(_not_numbers(name, dtype))
+            yield name, file.get_tensor(name)
+
+
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}

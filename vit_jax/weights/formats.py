@@ -1,0 +1,116 @@
+"""One door to other people's checkpoints: a path in, our parameters and their description out.
+
+A description is what our own checkpoints hold beside their parameters: {"model": fields of
+ModelConfig, "num_classes": int, "image_size": [height, width]} and, where known, "class_names".
+"""
+
+import json
+import os
+from pathlib import Path
+
+from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.weights import bit, files, hugging_face, official, pytorch, timm
+from vit_jax.weights.adapt import flatten, unflatten, unstack
+from vit_jax.weights.describe import describe
+
+WEIGHTS = "model.safetensors"  # in the folders of timm and Hugging Face
+_SIDECAR = ".json"  # beside a plain npz: the description, which arrays alone don't tell
+_FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
+_FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
+FORMATS = (*_FILES, *_FOLDERS)
+
+
+def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
+    """Reads a checkpoint of any format but our own Orbax folders.
+
+    Args:
+      path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
+        a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
+        local, `gs://` or `hf://`.
+      image_size: (height, width), where the file doesn't tell: position embeddings of a grid that
+        isn't square, ResNets (otherwise 224 x 224).
+
+    Returns:
+      Parameters as a nested dict of float32 arrays with unrolled layers, and the description.
+
+    Raises:
+      ValueError: whatever is wrong with the file: damaged, of an unknown architecture, with missing
+        or unknown tensors. FileNotFoundError: it isn't there.
+    """
+    path = os.fspath(path)
+    if Path(path).is_dir():
+        path = os.path.join(path, WEIGHTS)
+    arrays = files.read_arrays(path)
+    try:
+        if any("." in name for name in arrays):  # PyTorch's names
+            params, description = _read_pytorch(path, arrays)
+        else:
+            params, description = _read_npz(path, arrays, image_size)
+        params, _ = pytorch.checked(params, description)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return unflatten(params), description
+
+
+def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tuple[dict, dict]:
+    renamed = bit.from_bit(arrays) if "resnet/group_norm/gamma" in arrays else None
+    params = unstack(renamed or official.from_official(arrays))
+    described = files.read_json(path.removesuffix(".npz") + _SIDECAR) or {}
+    return params, described if "model" in described else describe(params, image_size)
+
+
+def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
+    folder = path if path.count("/") == 3 and path.startswith("hf://") else os.path.dirname(path)
+    configs = {
+        name: content
+        for name in ("config.json", "preprocessor_config.json")
+        if (content := files.read_json(os.path.join(folder, name))) is not None
+    }
+    reader = timm.from_timm if "architecture" in configs.get("config.json", {}) else None
+    return (reader or hugging_face.from_hugging_face)(arrays, configs)
+
+
+def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
+    """Writes a checkpoint in one of `FORMATS`: an `.npz` file, or a folder for timm, Hugging Face.
+
+    What is written reads back to the same bits. ValueError, and nothing written, for models that
+    the format can't hold.
+    """
+    path, flat = Path(path), unstack(flatten(params))
+    if format in _FOLDERS:
+        arrays, configs = _FOLDERS[format](flat, description)
+        configs = {path / name: content for name, content in configs.items()}
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        if format != "npz":
+            _check_published(description, format)
+        arrays = _FILES[format](flat)
+        model = {**description["model"], "scan": False}
+        configs = {path.with_suffix(_SIDECAR): {**description, "model": model}}
+    for file, content in configs.items():
+        file.write_text(json.dumps(content, indent=2) + "\n")
+    # The weights come last: without them there is nothing to read.
+    if format in _FOLDERS:
+        files.write_safetensors(path / WEIGHTS, arrays, {"format": "pt"})
+    else:
+        files.write_npz(path, arrays)
+
+
+def _check_published(description: dict, format: str) -> None:
+    """ValueError for options that leave no trace in the names of tensors and are none of theirs.
+
+    What reads such a file takes it for the published architecture.
+    """
+    config = described_model(description).config
+    published = {"norm_epsilon": 1e-6, "parallel": False}
+    published |= {"position": "learned_1d", "position_at": "stem"}
+    if format == "official":
+        published["mlp"] = "gelu_tanh"
+    family = ModelConfig("")
+    for name, expected in published.items():
+        value = getattr(config, name)
+        if value not in (expected, getattr(family, name)):
+            raise ValueError(
+                f"{format} files can't say {name} = {value!r}, and their readers would compute "
+                f"with {expected!r}: write another format, npz"
+            )

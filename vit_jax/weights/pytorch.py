@@ -1,0 +1,250 @@
+"""Between our arrays and PyTorch's: layouts, and names in pairs that are read in both directions.
+
+`timm.py` and `hugging_face.py` are made of this. Parameters are flat, "/"-joined name -> array; a
+state dict is "."-joined name -> array; no torch is needed. Descriptions are those of `formats.py`,
+with `num_classes` 0 where there is no classifier.
+Letters in shapes: I inputs, O outputs, D width, H heads, K = D / H, N patches.
+"""
+
+import math
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vit_jax.models.positions import sincos_2d
+from vit_jax.models.variants import Model, ModelConfig, described_model
+from vit_jax.weights.adapt import flatten, unstack
+from vit_jax.weights.describe import describe
+
+MEAN = STD = (0.5, 0.5, 0.5)  # of pixels in [0, 1]: what takes them to our [-1, 1]
+RANKS = {  # of their tensors
+    **{"vector": 1, "tokens": 3, "dense": 2, "conv": 4, "pointwise": 4},
+    **{"heads": 2, "heads_bias": 1, "merge": 2},
+}
+
+
+class Pair(NamedTuple):
+    """A tensor's two names and its layout: see `_to_torch` and `_from_torch`."""
+
+    ours: str
+    theirs: str
+    layout: str = "vector"
+
+
+def norm(ours: str, theirs: str) -> list[Pair]:
+    """LayerNorm or GroupNorm."""
+    return [Pair(f"{ours}/scale", f"{theirs}.weight"), Pair(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def linear(ours: str, theirs: str, layout: str = "dense") -> list[Pair]:
+    """A layer with a kernel and a bias."""
+    bias = "heads_bias" if layout == "heads" else "vector"
+    return [
+        Pair(f"{ours}/kernel", f"{theirs}.weight", layout),
+        Pair(f"{ours}/bias", f"{theirs}.bias", bias),
+    ]
+
+
+def attention_and_mlp(ours: str, theirs: str, names: dict[str, str]) -> list[Pair]:
+    """What a block or the attention pooling is made of; `names` has their name for each module."""
+    pairs = []
+    for module, name in names.items():
+        last = module.split("/")[-1]
+        if last.startswith("LayerNorm"):
+            pairs += norm(ours + module, theirs + name)
+        else:
+            layout = {"query": "heads", "key": "heads", "value": "heads", "out": "merge"}
+            pairs += linear(ours + module, theirs + name, layout.get(last, "dense"))
+    return pairs
+
+
+def present(groups: Iterable[list[Pair]], names: Collection[str], side: str) -> list[Pair]:
+    """The pairs of the groups of which `names` has at least one; `side` is "ours" or "theirs"."""
+    return [
+        pair for group in groups if any(getattr(p, side) in names for p in group) for pair in group
+    ]
+
+
+def to_torch(params: dict, pairs: list[Pair], target: str) -> dict[str, np.ndarray]:
+    """Our parameters as a state dict; ValueError unless the pairs are all of them."""
+    _compare(params, [pair.ours for pair in pairs], f"{target} can't hold this model")
+    return {
+        pair.theirs: np.ascontiguousarray(
+            _to_torch(np.asarray(params[pair.ours], np.float32), pair.layout)
+        )
+        for pair in pairs
+    }
+
+
+def from_torch(arrays: dict, pairs: list[Pair], num_heads: int, source: str) -> dict:
+    """A state dict as our parameters; ValueError unless the pairs are all of it."""
+    _compare(arrays, [pair.theirs for pair in pairs], f"this is no {source} that can be read")
+    params = {}
+    for ours, theirs, layout in pairs:
+        array = np.asarray(arrays[theirs], np.float32)
+        try:
+            if array.ndim != RANKS[layout] or not array.size:
+                raise ValueError(f"expected {RANKS[layout]} dimensions that are not empty")
+            params[ours] = np.ascontiguousarray(_from_torch(array, layout, num_heads))
+        except ValueError as error:
+            raise ValueError(
+                f"{theirs} {array.shape}: not the shape of {ours} with {num_heads} heads ({error})"
+            ) from error
+    return params
+
+
+def _to_torch(array: np.ndarray, layout: str) -> np.ndarray:
+    match layout:
+        case "dense":  # [I, O] -> [O, I]
+            return array.T
+        case "conv":  # [height, width, I, O] -> [O, I, height, width]
+            return array.transpose(3, 2, 0, 1)
+        case "pointwise":  # [I, O] -> [O, I, 1, 1]
+            return array.T[:, :, None, None]
+        case "heads":  # [D, H, K] -> [H * K, D]
+            return array.reshape(len(array), -1).T
+        case "heads_bias":  # [H, K] -> [H * K]
+            return array.reshape(-1)
+        case "merge":  # [H, K, D] -> [D, H * K]
+            return array.reshape(-1, array.shape[-1]).T
+    return array
+
+
+def _from_torch(array: np.ndarray, layout: str, num_heads: int) -> np.ndarray:
+    match layout:
+        case "dense":
+            return array.T
+        case "conv":
+            return array.transpose(2, 3, 1, 0)
+        case "pointwise":
+            return array.reshape(array.shape[:2]).T
+        case "heads":
+            return array.T.reshape(array.shape[1], num_heads, -1)
+        case "heads_bias":
+            return array.reshape(num_heads, -1)
+        case "merge":
+            return array.T.reshape(num_heads, -1, len(array))
+    return array
+
+
+def _compare(found: Collection[str], expected: Collection[str], problem: str) -> None:
+    lines = [f"  {name}: not expected" for name in sorted(set(found) - set(expected))]
+    lines += [f"  {name}: missing" for name in sorted(set(expected) - set(found))]
+    if lines:
+        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise ValueError("\n".join([f"{problem}:", *lines[:20], *more]))
+
+
+def exportable(params: dict, description: dict, target: str) -> tuple[dict, ModelConfig]:
+    """What is to be exported: parameters with a name for every layer, and their resolved config.
+
+    Positions of a ViT without parameters (`none`, `sincos_2d`) become vectors as learned ones are.
+    Raises ValueError if the description isn't that of the parameters, and for what no ViT of
+    PyTorch's can compute.
+    """
+    fields, names = {**description["model"], "scan": False}, description.get("class_names")
+    if names is not None and len(names) != description["num_classes"]:
+        raise ValueError(f"{len(names)} class names for {description['num_classes']} classes")
+    params, model = checked(unstack(params), {**description, "model": fields})
+    if model.grid is None:
+        return params, model.config
+    config, tokens = model.config, math.prod(model.grid)
+    width = params["embedding/kernel"].shape[-1]
+    for field, value, held in (
+        ("position", config.position, ("learned_1d", "sincos_2d", "none")),
+        ("position_at", config.position_at or "stem", ("stem",)),
+        ("parallel", config.parallel, (False,)),
+        ("mlp", config.mlp, ("gelu", "gelu_tanh")),
+    ):
+        if value not in held:
+            choices = " or ".join(map(repr, held))
+            raise ValueError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
+    if config.position == "sincos_2d":
+        params = {**params, "pos_embedding": sincos_2d(model.grid, width)}
+    elif config.position == "none":
+        params = {**params, "pos_embedding": np.zeros((1, tokens, width), np.float32)}
+    return params, config
+
+
+def checked(params: dict, description: dict) -> tuple[dict, Model]:
+    """The parameters, if names and shapes are those of the model described, and that model."""
+    model = described_model(description)
+    shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    shapes = {name: shape.shape for name, shape in shapes.items()}
+    problem = f"the weights are not those of {model.config.variant} as described"
+    _compare(params, shapes, problem)
+    wrong = [n for n, shape in shapes.items() if params[n].shape != shape]
+    if wrong:
+        lines = [f"  {n}: {params[n].shape}, expected {shapes[n]}" for n in sorted(wrong)]
+        raise ValueError("\n".join([f"{problem}:", *lines[:20]]))
+    return params, model
+
+
+_PREFIX = ("cls", "registers")  # the tokens before the patches, in the order of all three
+
+
+def with_prefix_slots(params: dict) -> dict:
+    """Position embeddings [1, N, D] -> [1, prefix + N, D]: PyTorch's have slots for all tokens.
+
+    Ours are part of `cls` and `registers`, and stay there: the slots are zero.
+    """
+    position = params["pos_embedding"]
+    slots = sum(params[name].shape[1] for name in _PREFIX if name in params)
+    return {**params, "pos_embedding": np.pad(position, ((0, 0), (slots, 0), (0, 0)))}
+
+
+def without_prefix_slots(params: dict, tokens: int) -> dict:
+    """The inverse: what a slot holds is added to its token. Embeddings without slots pass."""
+    params = dict(params)
+    position, start = params["pos_embedding"], 0
+    prefix = sum(params[name].shape[1] for name in _PREFIX if name in params)
+    if position.shape[1] not in (tokens, tokens + prefix):
+        raise ValueError(
+            f"position embeddings {position.shape} are not those of {tokens} patches and {prefix} "
+            "other tokens: does the config's image size fit the weights?"
+        )
+    if position.shape[1] == tokens:
+        return params
+    for name in _PREFIX:
+        if name in params:
+            slots = position[:, start : start + params[name].shape[1]]
+            start += slots.shape[1]
+            if slots.any():  # -0.0 + 0.0 would change a bit
+                params[name] = params[name] + slots
+    return {**params, "pos_embedding": position[:, start:]}
+
+
+def fold_normalization(params: dict, mean: Iterable[float], std: Iterable[float]) -> dict:
+    """Lets a ViT that expects pixels (p - mean) / std, p in [0, 1], take ours, which are 2 p - 1.
+
+    The patch embedding is linear and without padding, so that it can do this itself.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (mean, std))
+    if tuple(mean) == MEAN and tuple(std) == STD:
+        return params
+    kernel = params["embedding/kernel"].astype(np.float64)
+    shift = np.einsum("hwco,c->o", kernel, (0.5 - mean) / std)
+    return {
+        **params,
+        "embedding/kernel": (kernel * (0.5 / std)[:, None]).astype(np.float32),
+        "embedding/bias": (params["embedding/bias"] + shift).astype(np.float32),
+    }
+
+
+def both_sides(size: int | Iterable[int]) -> tuple[int, int]:
+    """An image size as config files have it, a number or (height, width), as the latter."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def described(
+    params: dict, image_size: tuple[int, int], fields: dict, class_names: list[str] | None
+) -> tuple[dict, dict]:
+    """What an import returns; `fields` of ModelConfig are those that weights don't tell."""
+    description = describe(params, image_size)
+    description["model"] |= fields
+    if class_names and len(class_names) == description["num_classes"]:
+        description["class_names"] = class_names
+    return params, description
