@@ -1,74 +1,15 @@
 """The commands, started as their users start them: good input, bad input, and SIGKILL."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from processes import checkpoint_arrays, command, pretrain, records, start
 
-from vit_jax.training.metrics import CLOCK, read_metrics
-
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "--config.model.depth=1",
-    "--config.batch_size=8",
-    "--config.checkpoint.every=4",
-    "--config.log_every=1",
-    "--config.eval_every=10",
-    "--config.classification.validation.data.split=validation[:20]",
-    "--config.classification.validation.batch_size=8",
-)
-
-
-def start(module, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def command(module, *arguments):
-    process = start(module, *arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def pretrain(workdir, steps, *arguments):
-    config = f"--config=configs/pretrain/formula.py:classes=10,steps={steps}"
-    return ("pretrain", config, f"--workdir={workdir}", *TINY, *arguments)
-
-
-def checkpoint_arrays(workdir):
-    """Every array of the newest checkpoint: parameters and optimizer state."""
-    folder = workdir / "checkpoints"
-    newest = folder / max((p.name for p in folder.iterdir() if p.name.isdigit()), key=int)
-    arrays = {"step": newest.name}
-    for item in ("params", "training"):
-        handler = ocp.PyTreeCheckpointHandler()
-        with ocp.Checkpointer(handler) as reader:
-            tree = handler.metadata(newest / item).tree
-            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=restore))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[item + jax.tree_util.keystr(path)] = leaf
-    return arrays
-
-
-def records(workdir):
-    clock = {*CLOCK, "seconds"}
-    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
+from vit_jax.training.metrics import read_metrics
 
 
 def test_pretrain_transfer_evaluate(tmp_path):

@@ -423,7 +423,7 @@ def test_layers_stack_and_unstack():
         ({"position_at": "layer"}, "did you mean 'layers'"),
         ({"variant": "R51x1"}, "did you mean 'R50x1'"),
         ({"variant": "R50x0"}, "unknown variant 'R50x0'"),
-        ({"variant": "R50+ViT-B/8"}, "did you mean 'R50.ViT-B/16'"),
+        ({"variant": "R50+ViT-B/8"}, "did you mean 'R50.ViT-B/32' or 'R50.ViT-B/16'"),
         ({"variant": "Mixer-X/16"}, "did you mean 'Mixer-"),
         (
             {"variant": "R50x1", "depth": None, "pool": "gap"},

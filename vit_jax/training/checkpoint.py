@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vit_jax.parallel.multihost import is_main
+from vit_jax.parallel.multihost import all_agree, barrier, is_main
 from vit_jax.training.step import TrainState
 from vit_jax.weights import formats
 
@@ -25,7 +25,7 @@ class CheckpointConfig:
     """When to save and what to keep; there is always a checkpoint of the last step."""
 
     every: int = 1000  # steps
-    keep_last: int = 1  # the newest ones
+    keep_last: int = 2  # the newest ones: when the last can't be read, there is one before it
     keep_every: int | None = None  # and forever those whose step is a multiple of this
 
     def __post_init__(self):
@@ -46,21 +46,11 @@ class Checkpoints:
             ),
         )
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint; one that a killed process left half-written is none."""
-        return self._manager.latest_step()
-
     def save(self, state: TrainState, description: dict[str, Any]) -> None:
         """Begins to save in the background; a folder appears under its name only when complete."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
         items["model"] = ocp.args.JsonSave(description)
         self._manager.save(int(state.step), args=ocp.args.Composite(**items))
-
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, onto the shardings of `state`, a tree of arrays or shapes."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
-        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
-        return TrainState(params=restored.params, ema=restored.get("ema"), **restored.training)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -69,6 +59,65 @@ class Checkpoints:
         """Waits until what is being saved is complete."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
+    """The newest checkpoint that can be read, as `restore` does: (state, what to say about others).
+
+    One that can't be is moved to `unreadable/`, on every process if on any: its step comes again.
+    Raises ValueError if none can.
+    """
+    notes = []
+    for step in sorted(_steps(workdir), reverse=True):
+        folder = workdir / "checkpoints" / str(step)
+        try:
+            restored, problem = restore(folder, state), ""
+        except ValueError as error:
+            restored, problem = None, str(error)
+        if all_agree(restored is not None):
+            return restored, notes
+        notes.append(f"{problem or f'another process cannot read {folder}'}; going back by one")
+        if is_main():
+            (workdir / "unreadable").mkdir(exist_ok=True)
+            folder.rename(workdir / "unreadable" / str(step))
+        barrier(f"unreadable {step}")
+    raise ValueError(
+        f"no checkpoint in {workdir} can be read; they are kept in {workdir / 'unreadable'}:\n"
+        + "\n".join(notes)
+    )
+
+
+def restore(folder: Path, state: TrainState) -> TrainState:
+    """One checkpoint's state, onto the shardings of `state`, a tree of shapes.
+
+    ValueError for a checkpoint that is damaged or of another model or optimizer.
+    """
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(folder.absolute(), args=ocp.args.Composite(**items))
+        parts = {"params": restored["params"], "ema": restored.get("ema")}
+        return TrainState(**parts, **restored["training"])
+    except Exception as error:  # orbax raises that very class for a file that is missing
+        raise ValueError(
+            f"checkpoint {folder} can't be read: it is damaged, or of another model or optimizer "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:300]})"
+        ) from error
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of one checkpoint: `path` itself, or the newest of the run whose workdir it is."""
+    folder = Path(path).absolute()
+    if (folder / "checkpoints").is_dir():
+        if not (steps := _steps(folder)):
+            raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
+        folder = folder / "checkpoints" / str(max(steps))
+    if not (folder / "params").is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
+            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
+        )
+    return folder
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -89,15 +138,7 @@ def load_checkpoint(
     foreign = "://" in str(path) or folder.is_file() or (folder / formats.WEIGHTS).is_file()
     if foreign:
         return formats.read(path, image_size)
-    if (folder / "checkpoints").is_dir():
-        if not (steps := _steps(folder)):
-            raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
-        folder = folder / "checkpoints" / str(max(steps))
-    if not (folder / "params").is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
-            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
-        )
+    folder = find_checkpoint(path)
     name = "ema" if (folder / "ema").is_dir() else "params"
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as reader:

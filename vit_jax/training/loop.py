@@ -6,6 +6,8 @@ recorded when it exists, and a run restarted from it repeats nothing and loses n
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,11 +37,15 @@ from vit_jax.parallel.mesh import (
     state_shardings,
     use_mesh,
 )
+from vit_jax.parallel.multihost import PREEMPTED, Preemption, all_agree, check_agreement
 from vit_jax.training.checkpoint import (
     CheckpointConfig,
     Checkpoints,
+    find_checkpoint,
     keep_config,
     open_workdir,
+    restore,
+    restore_newest,
 )
 from vit_jax.training.metrics import Metrics, Stopwatch
 from vit_jax.training.optimizer import (
@@ -85,6 +91,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
     accumulation: int = 1  # microbatches of which a step takes the mean gradient
+    resume: str = ""  # a checkpoint to go on from, with all its state, in a workdir of its own
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 50
@@ -119,9 +126,9 @@ class Run:
     evaluators: dict[str, Callable[[dict], dict[str, float]]]
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
-    resumed_step: int
-    batches: Iterator[dict[str, np.ndarray]]  # this process's, from the resumed step on
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
+    resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
 
 
 def prepare(
@@ -156,7 +163,32 @@ def prepare(
         },
         **{name: make_fewshot(c, model, mesh) for name, c in config.fewshot.items()},
     }
-    path, resumed_step = open_workdir(workdir, dataclasses.asdict(config), may_change=MAY_CHANGE)
+
+    def batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        return train_batches(
+            source,
+            data,
+            batch_size=config.batch_size,
+            image_size=model.image_size,
+            seed=config.seed,
+            start_step=start_step,
+            rows=local_rows(mesh, config.batch_size),
+        )
+
+    batches(0).close()  # what is wrong with the preprocessing is found now
+    values = dataclasses.asdict(config)
+    path, step = open_workdir(workdir, values, may_change=MAY_CHANGE)
+    check_agreement(
+        {
+            "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
+            "dataset": [len(source), source.num_classes],
+            "devices here": [jax.local_device_count(), jax.local_devices()[0].device_kind],
+            "devices in all": jax.device_count(),
+            "jax": jax.__version__,
+            "newest checkpoint": step,
+        }
+    )
+    resumes = path if step else find_checkpoint(config.resume) if config.resume else None
     return Run(
         config=config,
         workdir=path,
@@ -169,17 +201,9 @@ def prepare(
         evaluators=evaluators,
         shapes=shapes,
         shardings=state_shardings(mesh, config.mesh, shapes),
-        resumed_step=resumed_step,
-        batches=train_batches(
-            source,
-            data,
-            batch_size=config.batch_size,
-            image_size=model.image_size,
-            seed=config.seed,
-            start_step=resumed_step,
-            rows=local_rows(mesh, config.batch_size),
-        ),
-        loaded=load(model, params) if load and not resumed_step else None,
+        batches=batches,
+        loaded=load(model, params) if load and resumes is None else None,
+        resumes=resumes,
     )
 
 
@@ -187,7 +211,8 @@ def train(run: Run) -> dict[str, float]:
     """Runs to the last step, from the newest checkpoint if there is one; returns the last record.
 
     Raises FloatingPointError when the loss or a parameter is no longer finite; the last checkpoint
-    is then from before.
+    is then from before. Told to end by SIGTERM, it saves and exits with code
+    `multihost.PREEMPTED`; started again, it goes on.
     """
     config = run.config
     keep_config(run.workdir, dataclasses.asdict(config))
@@ -195,31 +220,43 @@ def train(run: Run) -> dict[str, float]:
         enter = stack.enter_context
         enter(use_mesh(run.mesh))
         checkpoints = enter(Checkpoints(run.workdir, config.checkpoint))
-        metrics = enter(Metrics(run.workdir, run.steps, run.resumed_step))
-        state = _first_state(run, checkpoints)
+        preemption = enter(Preemption())
+        state, notes = _first_state(run)
         start = int(state.step)
+        if start >= run.steps and run.resumes not in (None, run.workdir):
+            raise ValueError(
+                f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
+                "nothing is left to do, set more"
+            )
+        metrics = enter(Metrics(run.workdir, run.steps, start))
+        for note in notes:
+            metrics.say(note)
         if start:
-            metrics.say(f"resuming {run.workdir} from step {start} of {run.steps}")
+            metrics.say(f"resuming {run.resumes} from step {start} of {run.steps}")
         if start >= run.steps:
             metrics.say(f"{run.workdir} is finished: {run.steps} steps")
             return metrics.last()
 
         stopwatch = Stopwatch()
-        stack.callback(run.batches.close)
-        batches = (put_batch(run.mesh, batch) for batch in run.batches)
+        local_batches = run.batches(start)
+        stack.callback(local_batches.close)
+        batches = (put_batch(run.mesh, batch) for batch in local_batches)
         batch = next(batches)
         step = _compile(run, state, batch)
         metrics.say(f"compiled in {stopwatch.reset():.1f} s")
         recorder = _Recorder(run, metrics, stopwatch, start)
+        if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
+            _evaluate(run, state, start, metrics, stopwatch)  # preempted before it came to that
         for done in range(start + 1, run.steps + 1):
             state, values = step(state, batch)
             recorder.add(done, values)  # fetches the step before, while this one runs
             last = done == run.steps
-            if not last:
+            preempted = preemption.reached(done) and not last
+            if not (last or preempted):
                 with stopwatch.waiting():
                     batch = next(batches)
-            evaluates = last or (config.eval_every and done % config.eval_every == 0)
-            saves = last or done % config.checkpoint.every == 0
+            evaluates = last or (_evaluates(config, done) and not preempted)
+            saves = last or preempted or done % config.checkpoint.every == 0
             if evaluates or saves:
                 recorder.flush()
             if evaluates:
@@ -227,11 +264,19 @@ def train(run: Run) -> dict[str, float]:
             if saves:
                 with stopwatch.paused():
                     checkpoints.save(state, run.model.description)
+            if preempted:
+                metrics.say(f"told to end: saving step {done}; start again to go on from there")
+                raise SystemExit(PREEMPTED)
         return metrics.last()
 
 
-def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    if run.resumed_step:
+def _evaluates(config: TrainConfig, step: int) -> bool:
+    return bool(config.eval_every) and step % config.eval_every == 0
+
+
+def _first_state(run: Run) -> tuple[TrainState, list[str]]:
+    """The state to begin with, and what there is to say about it."""
+    if run.resumes:
         as_placed = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
                 shape.shape, shape.dtype, sharding=sharding
@@ -239,7 +284,9 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
             run.shapes,
             run.shardings,
         )
-        return checkpoints.restore(as_placed)
+        if run.resumes == run.workdir:
+            return restore_newest(run.workdir, as_placed)
+        return restore(run.resumes, as_placed), []
     use_ema = run.config.ema_decay is not None
     key = jax.random.key(run.config.seed)
     if run.loaded is None:
@@ -248,7 +295,7 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
             partial(init_state, run.model, run.optimizer, use_ema=use_ema),
             out_shardings=run.shardings,
         )
-        return born(key)
+        return born(key), []
     fresh = jax.jit(run.model.init, out_shardings=run.shardings.params)(key)
     params = jax.tree.map(
         lambda loaded, new, sharding: (
@@ -262,7 +309,7 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
         partial(start_state, optimizer=run.optimizer, use_ema=use_ema),
         out_shardings=run.shardings,
     )
-    return born(params)
+    return born(params), []
 
 
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:

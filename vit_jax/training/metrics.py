@@ -69,6 +69,13 @@ class Metrics:
         if is_main():
             tqdm.write(text, file=sys.stderr)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of that step is recorded; processes that don't record say yes."""
+        if not is_main():
+            return True
+        records = read_metrics(self._workdir)
+        return any(r["step"] == step and any("/" in name for name in r) for r in records)
+
     def last(self) -> dict[str, float]:
         """The newest value of everything recorded."""
         records = read_metrics(self._workdir) if is_main() else []

@@ -1,0 +1,250 @@
+"""What a run outlives: preemption, damaged checkpoints, dead neighbours; and branching off."""
+
+import os
+import signal
+import socket
+import time
+
+import chex
+import numpy as np
+import pytest
+from processes import checkpoint_arrays, command, pretrain, records, start
+
+from vit_jax.config import build
+from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
+from vit_jax.training import loop
+from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.training.metrics import read_metrics
+
+
+def run(workdir, **changes):
+    values = {
+        "model": {"variant": "ViT-mu/8", "dtype": "float32"},
+        "data": {"dataset": "digits", "preprocess": "resize|flip"},
+        "image_size": 16,
+        "batch_size": 16,
+        "steps": 8,
+        "schedule": {"peak": 1e-2, "warmup": 2},
+        "checkpoint": {"every": 2},
+        "log_every": 1,
+        "eval_every": 3,
+        "classification": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
+        **changes,
+    }
+    return loop.train(loop.prepare(build(loop.TrainConfig, values), str(workdir)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole")
+    run(workdir)
+    return workdir
+
+
+def assert_equal_runs(workdir, other):
+    ours, theirs = (load_checkpoint(path)[0] for path in (workdir, other))
+    chex.assert_trees_all_equal(ours, theirs)
+    assert records(workdir) == records(other)
+
+
+def preempt_at(monkeypatch, step):
+    monkeypatch.setattr(Preemption, "reached", lambda self, done: done == step)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
+    """Also at step 3, of whose evaluation there was no time left."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        preempt_at(patch, step)
+        run(tmp_path)
+    assert stopped.value.code == PREEMPTED == 75
+    assert read_metrics(tmp_path)[-1]["step"] == step
+    run(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    """The real signal to the real command."""
+    code, _, err = command(*pretrain(tmp_path / "whole", 40))
+    assert code == 0, err
+    workdir = tmp_path / "preempted"
+    process = start(*pretrain(workdir, 40))
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED, err
+    assert "told to end: saving step" in err
+    last = read_metrics(workdir)[-1]["step"]
+    assert last < 40
+    assert (workdir / "checkpoints" / str(last)).is_dir()  # what was said is kept
+    code, _, err = command(*pretrain(workdir, 40))
+    assert code == 0, err
+    assert f"from step {last} of 40" in err
+    assert records(workdir) == records(tmp_path / "whole")
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+    "a missing file": lambda folder: largest_file(folder / "params").unlink(),
+    "a missing item": lambda folder: (folder / "training").rename(folder.parent.parent / "gone"),
+    "an empty file": lambda folder: largest_file(folder / "training").write_bytes(b""),
+    "another file's contents": lambda folder: largest_file(folder / "params").write_bytes(
+        os.urandom(10_000)
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    whole, tmp_path, monkeypatch, capsys, damage
+):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        preempt_at(patch, 5)
+        run(tmp_path)
+    damage(tmp_path / "checkpoints" / "5")
+    run(tmp_path)
+    said = capsys.readouterr().err
+    assert "checkpoints/5 can't be read" in said
+    assert "from step 4 of 8" in said
+    assert (tmp_path / "unreadable" / "5").is_dir()
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_without_a_readable_checkpoint_nothing_is_begun_anew(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        preempt_at(patch, 5)
+        run(tmp_path)
+    for step in (4, 5):
+        largest_file(tmp_path / "checkpoints" / str(step) / "params").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; they are kept in"):
+        run(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "unreadable").iterdir()) == ["4", "5"]
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, monkeypatch):
+    """The save of step 6 fails as on a full disk; the run ends in an error and goes on from 4."""
+    save = loop.Checkpoints.save
+
+    def failing(self, state, description):
+        if int(state.step) == 6:
+            raise OSError(28, "No space left on device")
+        save(self, state, description)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(loop.Checkpoints, "save", failing)
+        run(tmp_path)
+    run(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_branching_off_a_checkpoint(whole, tmp_path):
+    """The same recipe in a workdir of its own ends as the run; a longer one goes on from there."""
+    step = whole / "checkpoints" / "6"
+    run(tmp_path / "same", resume=str(step))
+    ours, theirs = (load_checkpoint(path)[0] for path in (tmp_path / "same", whole))
+    chex.assert_trees_all_equal(ours, theirs)
+    assert read_metrics(tmp_path / "same")[0]["step"] == 6  # evaluated, as it begins
+
+    final = run(tmp_path / "longer", resume=str(whole), steps=12)
+    assert final["step"] == 12
+    assert read_metrics(tmp_path / "longer")[0]["step"] == 9
+    run(tmp_path / "longer", resume=str(whole), steps=12)  # finished: left alone
+    with pytest.raises(ValueError, match=r"resume: .* is at step 8 and the run has 8 steps"):
+        run(tmp_path / "short", resume=str(whole))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        run(tmp_path / "none", resume=str(tmp_path / "nothing"))
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def cluster(processes, devices, arguments_of):
+    """Several processes of one run on this machine; arguments_of(i) are those of process i."""
+    port = free_port()
+    return [
+        start(
+            *arguments_of(i),
+            "--distributed",
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES=str(processes),
+            JAX_PROCESS_ID=str(i),
+            JAX_NUM_CPU_DEVICES=str(devices),
+            JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo",
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes, timeout=300):
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [process.returncode for process in processes], [err for _, err in outputs]
+
+
+STEPS = 150
+SPREAD = ("--config.batch_size=16", "--config.mesh.fsdp=2", "--config.mesh.min_size=64")
+
+
+def test_two_processes_equal_one_and_outlive_preemption_of_either(tmp_path):
+    """The run of one process with two devices; two processes with one each; those, preempted."""
+    whole = pretrain(tmp_path / "one", STEPS, *SPREAD)
+    process = start(*whole, JAX_NUM_CPU_DEVICES="2")
+    (code,), (err,) = finish([process])
+    assert code == 0, err
+
+    workdir = tmp_path / "two"
+    arguments = pretrain(workdir, STEPS, *SPREAD)
+    processes = cluster(2, 1, lambda i: arguments)
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert all(p.poll() is None for p in processes), finish(processes)[1]
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, errors = finish(processes)
+    assert codes == [PREEMPTED] * 2, errors
+    assert read_metrics(workdir)[-1]["step"] < STEPS
+    codes, errors = finish(cluster(2, 1, lambda i: arguments))
+    assert codes == [0, 0], errors
+
+    expected, found = checkpoint_arrays(tmp_path / "one"), checkpoint_arrays(workdir)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        if name != "step":
+            np.testing.assert_allclose(array, found[name], atol=1e-5, rtol=0, err_msg=name)
+    ours, theirs = records(workdir), records(tmp_path / "one")
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_processes_that_do_not_agree_say_so_at_once(tmp_path):
+    steps = {0: 12, 1: 13}
+    processes = cluster(2, 1, lambda i: pretrain(tmp_path / "run", steps[i], *SPREAD))
+    codes, errors = finish(processes)
+    assert codes == [1, 1]
+    for err in errors:
+        assert "the processes don't agree:\n  config: process 0: '" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow  # it waits for a heartbeat that doesn't come
+def test_a_killed_process_ends_the_others(tmp_path):
+    processes = cluster(2, 1, lambda i: pretrain(tmp_path / "run", 100_000, *SPREAD))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert all(p.poll() is None for p in processes), finish(processes)[1]
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    codes, _ = finish(processes, timeout=2 * HEARTBEAT_SECONDS)
+    assert time.monotonic() - began < 1.5 * HEARTBEAT_SECONDS
+    assert codes[0] not in (0, PREEMPTED)
