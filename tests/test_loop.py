@@ -50,14 +50,14 @@ class Stopped(Exception):
 
 def stop_at(monkeypatch, step):
     """Breaks the loop off after `step`, as an error of any kind would."""
-    add = loop._Recorder.add
+    add = loop.Recorder.add
 
     def stopping(self, done, values):
         if done == step:
             raise Stopped
         add(self, done, values)
 
-    monkeypatch.setattr(loop._Recorder, "add", stopping)
+    monkeypatch.setattr(loop.Recorder, "add", stopping)
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.analysis.flops import PEAK_FLOPS, training_flops
+from vit_jax.analysis.flops import training_flops
 from vit_jax.data.pipeline import DataConfig, train_batches
 from vit_jax.data.sources import Source, open_source
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
@@ -47,7 +47,7 @@ from vit_jax.training.checkpoint import (
     restore,
     restore_newest,
 )
-from vit_jax.training.metrics import Metrics, Stopwatch
+from vit_jax.training.metrics import Metrics, Recorder, Stopwatch
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     Schedule,
@@ -244,7 +244,14 @@ def train(run: Run) -> dict[str, float]:
         batch = next(batches)
         step = _compile(run, state, batch)
         metrics.say(f"compiled in {stopwatch.reset():.1f} s")
-        recorder = _Recorder(run, metrics, stopwatch, start)
+        recorder = Recorder(
+            metrics,
+            stopwatch,
+            start=start,
+            log_every=config.log_every,
+            batch_size=config.batch_size,
+            flops_per_image=training_flops(run.model),
+        )
         if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
             _evaluate(run, state, start, metrics, stopwatch)  # preempted before it came to that
         for done in range(start + 1, run.steps + 1):
@@ -342,53 +349,3 @@ def _evaluate(
             metrics.say(
                 f"step {step}  " + "  ".join(f"{key} {value:.4g}" for key, value in values.items())
             )
-
-
-class _Recorder:
-    """Fetches each step's metrics once the next step is under way, and records those due."""
-
-    def __init__(self, run: Run, metrics: Metrics, stopwatch: Stopwatch, start: int):
-        self._run, self._metrics, self._stopwatch = run, metrics, stopwatch
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._checked = self._recorded = start
-        config = run.config
-        self._flops = training_flops(run.model) * config.batch_size
-        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._peak = peak and peak * jax.device_count()
-
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        previous, self._pending = self._pending, (step, values)
-        if previous:
-            self._record(*previous, must_check=False)
-
-    def flush(self) -> None:
-        if self._pending:
-            self._record(*self._pending, must_check=True)
-        self._pending = None
-
-    def _record(self, step: int, values: dict[str, jax.Array], must_check: bool) -> None:
-        jax.block_until_ready(values)  # never more than two steps under way
-        config = self._run.config
-        due = step % config.log_every == 0 or step == self._run.steps
-        if not (due or must_check):
-            return
-        fetched = {name: float(value) for name, value in jax.device_get(values).items()}
-        if not all(map(math.isfinite, fetched.values())):
-            raise FloatingPointError(
-                f"not finite after step {step}: {fetched}. It was finite after step "
-                f"{self._checked}; the last checkpoint in {self._run.workdir} is good. Lower the "
-                "learning rate, lengthen the warm-up, clip gradients, or look at the data of "
-                f"steps {self._checked + 1} to {step}."
-            )
-        self._checked = step
-        if not due:
-            return
-        seconds, waited = self._stopwatch.lap(step - self._recorded)
-        self._recorded = step
-        fetched["img_per_sec"] = config.batch_size / seconds
-        fetched["img_per_sec_per_device"] = fetched["img_per_sec"] / jax.device_count()
-        fetched["input_wait"] = waited
-        if self._peak:
-            fetched["mfu"] = self._flops / seconds / self._peak
-        self._metrics.write(step, fetched)
-        self._metrics.progress(step, fetched, seconds)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import jax
 from tqdm import tqdm
 
+from vit_jax.analysis.flops import PEAK_FLOPS
 from vit_jax.parallel.multihost import is_main
 
 # Measured by the clock: the only values that differ between a run and its repetition.
@@ -28,8 +31,8 @@ class Metrics:
         self._bar = None
         self._file = None
         self._board = None
-        self._steps = steps
-        self._workdir = workdir
+        self.steps = steps
+        self.workdir = workdir
         if not is_main():
             return
         path = workdir / "metrics.jsonl"
@@ -60,9 +63,9 @@ class Metrics:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        to_go = seconds_per_step * (self._steps - step)
+        to_go = seconds_per_step * (self.steps - step)
         shown["ETA"] = tqdm.format_interval(to_go)
-        self.say(f"step {step}/{self._steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def say(self, text: str) -> None:
         """A line of text for people."""
@@ -73,12 +76,12 @@ class Metrics:
         """Whether an evaluation of that step is recorded; processes that don't record say yes."""
         if not is_main():
             return True
-        records = read_metrics(self._workdir)
+        records = read_metrics(self.workdir)
         return any(r["step"] == step and any("/" in name for name in r) for r in records)
 
     def last(self) -> dict[str, float]:
         """The newest value of everything recorded."""
-        records = read_metrics(self._workdir) if is_main() else []
+        records = read_metrics(self.workdir) if is_main() else []
         return {name: value for record in records for name, value in record.items()}
 
     def __enter__(self) -> "Metrics":
@@ -124,6 +127,68 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+
+class Recorder:
+    """Fetches each step's metrics once the next step is under way, and records those due.
+
+    Raises FloatingPointError for values that are not finite, naming the steps to look at.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        stopwatch: Stopwatch,
+        *,
+        start: int,
+        log_every: int,
+        batch_size: int,
+        flops_per_image: int,
+    ):
+        self._metrics, self._stopwatch, self._log_every = metrics, stopwatch, log_every
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._checked = self._recorded = start
+        self._batch_size, self._flops = batch_size, flops_per_image * batch_size
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that is still under way, and records those before it."""
+        previous, self._pending = self._pending, (step, values)
+        if previous:
+            self._record(*previous, must_check=False)
+
+    def flush(self) -> None:
+        """Waits for the newest step, records it if it is due, and checks it in any case."""
+        if self._pending:
+            self._record(*self._pending, must_check=True)
+        self._pending = None
+
+    def _record(self, step: int, values: dict[str, jax.Array], must_check: bool) -> None:
+        jax.block_until_ready(values)  # never more than two steps under way
+        due = step % self._log_every == 0 or step == self._metrics.steps
+        if not (due or must_check):
+            return
+        fetched = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not all(map(math.isfinite, fetched.values())):
+            raise FloatingPointError(
+                f"not finite after step {step}: {fetched}. It was finite after step "
+                f"{self._checked}; the last checkpoint in {self._metrics.workdir} is good. Lower "
+                "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
+                f"steps {self._checked + 1} to {step}."
+            )
+        self._checked = step
+        if not due:
+            return
+        seconds, waited = self._stopwatch.lap(step - self._recorded)
+        self._recorded = step
+        fetched["img_per_sec"] = self._batch_size / seconds
+        fetched["img_per_sec_per_device"] = fetched["img_per_sec"] / jax.device_count()
+        fetched["input_wait"] = waited
+        if self._peak:
+            fetched["mfu"] = self._flops / seconds / self._peak
+        self._metrics.write(step, fetched)
+        self._metrics.progress(step, fetched, seconds)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
