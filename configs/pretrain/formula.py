@@ -4,8 +4,8 @@ python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/s
 python -m vit_jax.pretrain --config=configs/pretrain/formula.py:dataset=fractals \
     --workdir=runs/fractals
 
-Our own recipe. The hidden layer of the head is the paper's (section 3.2): few-shot features are taken
-from it. Longer pretraining fits the formula's classes better and digits worse.
+Our own recipe. The hidden layer of the head is the paper's (section 3.2): few-shot features are
+taken from it. Longer pretraining fits the formula's classes better and digits worse.
 """
 
 import ml_collections
