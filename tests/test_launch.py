@@ -1,0 +1,504 @@
+"""The launchers, against stand-ins that record how they are called; the page beside them."""
+
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vit_jax.data.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "experiments/launch"
+TPU = ["--name=l16", "--zone=us-west4-a", "--workdir=/mnt/my runs/l16", "--poll=0"]
+GKE = ["--cluster=pod", "--zone=us-west4-a", "--workload=l16", "--workdir=/mnt/runs/l16"]
+SLURM = ["--nodes=2", "--gpus-per-node=4", "--python=python"]
+CONFIG = "--config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k"
+RECIPE = ["--", CONFIG, "--config.loss.name=it's|a b"]
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+)
+# Records its call. Of its answers, "words of a call|exit code|what to print", the first that fits
+# is given and used up; without one it succeeds in silence.
+STAND_IN = f"""#!{sys.executable}
+import json, os, pathlib, sys
+here = pathlib.Path(__file__)
+with open(here.parent.parent / "calls", "a") as file:
+    print(json.dumps([here.name, *sys.argv[1:]]), file=file)
+answers = here.parent.parent / f"answers.{{here.name}}"
+lines = answers.read_text().splitlines() if answers.exists() else []
+for number, line in enumerate(lines):
+    pattern, code, text = line.split("|")
+    if pattern in " ".join(sys.argv):
+        answers.write_text("\\n".join(lines[:number] + lines[number + 1:]))
+        print(text)
+        sys.exit(int(code))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The launchers and recipes in a repository of their own, with a commit."""
+    path = tmp_path_factory.mktemp("launch") / "checkout"
+    shutil.copytree(LAUNCH, path / "experiments/launch")
+    shutil.copytree(ROOT / "configs", path / "configs")
+    git(path, "init", "--quiet")
+    commit(path)
+    return path
+
+
+def git(checkout, *arguments):
+    who = ["-c", "user.name=me", "-c", "user.email=me@here", "-c", "core.hooksPath=/dev/null"]
+    command = ["git", *who, *arguments]
+    return subprocess.check_output(command, cwd=checkout, text=True).strip()
+
+
+def commit(checkout):
+    git(checkout, "add", "--all")
+    git(checkout, "commit", "--quiet", "--message=all")
+
+
+class Desk:
+    """A checkout, and the stand-ins first in PATH."""
+
+    def __init__(self, path: Path, checkout: Path):
+        self.path, self.checkout, self.bin = path, checkout, path / "bin"
+        self.bin.mkdir()
+        for name in ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "sleep", "python"):
+            self.stand_in(name)
+
+    def stand_in(self, name):
+        (self.bin / name).write_text(STAND_IN)
+        (self.bin / name).chmod(0o755)
+
+    def answers(self, program, *lines):
+        (self.path / f"answers.{program}").write_text("\n".join(lines))
+
+    def run(self, script, *arguments, **environment):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        path = f"{self.bin}:{os.environ['PATH']}"
+        return subprocess.run(
+            [self.checkout / "experiments/launch" / script, *arguments],
+            cwd=self.path,  # anywhere
+            env={**clean, "PATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self):
+        file = self.path / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def steps(self):
+        """The subcommands of gcloud, in order."""
+        return [call[4] for call in self.calls() if call[0] == "gcloud"]
+
+
+@pytest.fixture
+def desk(tmp_path, checkout):
+    return Desk(tmp_path, checkout)
+
+
+def value(call, flag):
+    """Of the flag's first appearance: the command's own, not one that it passes on."""
+    return next(a.removeprefix(f"--{flag}=") for a in call if a.startswith(f"--{flag}="))
+
+
+def failed(done, *words, code=2):
+    assert done.returncode == code, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_tpu_vm_launch(desk):
+    desk.answers(
+        "gcloud",
+        "describe|0|WAITING_FOR_RESOURCES",
+        "describe|0|PROVISIONING",
+        *["describe|0|ACTIVE"] * 3,
+        "systemctl show|0|running",
+        "systemctl show|0|exited",
+    )
+    setup = "sudo mount fs:/runs '/mnt/my runs'"
+    done = desk.run(
+        "tpu_vm.sh", "launch", *TPU, f"--setup={setup}", "--data-dir=/mnt/da ta", *RECIPE
+    )
+    assert done.returncode == 0, done.stderr
+    assert desk.steps() == [
+        *["create", "describe", "describe", "describe"],
+        *["scp", "ssh", "ssh", "ssh"],  # the checkout, setup, install, start
+        *["describe", "ssh", "describe", "ssh", "delete"],
+    ]
+    gcloud = [call for call in desk.calls() if call[0] == "gcloud"]
+    for call in gcloud:
+        assert call[1:4] == ["compute", "tpus", "queued-resources"]
+        assert value(call, "zone") == "us-west4-a" and "--quiet" in call
+    assert gcloud[0][5:] == [
+        *["l16", "--zone=us-west4-a", "--quiet", "--accelerator-type=v5litepod-256"],
+        *["--runtime-version=v2-alpha-tpuv5-lite", "--node-id=l16"],
+    ]
+    archive, target = gcloud[4][5:7]
+    assert target == "l16:vit_jax.tar.gz"
+    with tarfile.open(archive) as file:
+        assert "experiments/launch/common.sh" in file.getnames()
+    for call in gcloud[4:8]:
+        assert "--node=all" in call and "--worker=all" in call
+    assert value(gcloud[5], "command") == setup
+    assert "--editable '.[tpu]'" in value(gcloud[6], "command")
+    assert "--force" in gcloud[-1]
+
+
+def test_what_a_tpu_vm_runs(desk):
+    """The command of `start`, run by a shell as the VM's would run it."""
+    done = desk.run(
+        "tpu_vm.sh", "start", *TPU, "--max-restarts=3", "--data-dir=/mnt/da ta", *RECIPE
+    )
+    assert done.returncode == 0, done.stderr
+    command = value(desk.calls()[-1], "command")
+    (desk.path / "calls").unlink()
+    desk.stand_in("sudo")
+    environment = {"PATH": f"{desk.bin}:/usr/bin:/bin", "HOME": "/home/me", "USER": "me"}
+    subprocess.run(["bash", "-c", command], check=True, env=environment)
+    stop, reset, start = desk.calls()
+    assert stop[1:3] == ["systemctl", "stop"] and reset[1:3] == ["systemctl", "reset-failed"]
+    assert start[1] == "systemd-run"
+    assert "RestartForceExitStatus=75" in start and "StartLimitBurst=4" in start
+    assert start[start.index("--uid=me") :] == [
+        *["--uid=me", "--working-directory=/home/me/vit_jax", "/usr/bin/env"],
+        f"PATH=/home/me/vit_jax/.venv/bin:{environment['PATH']}",
+        *["env", "TFDS_DATA_DIR=/mnt/da ta", "python", "-m", "vit_jax.pretrain", *RECIPE[1:]],
+        *["--workdir=/mnt/my runs/l16", "--distributed"],
+    ]
+
+
+def test_a_preempted_slice_is_created_again(desk):
+    desk.answers(
+        "gcloud",
+        "describe|0|ACTIVE",
+        "describe|0|SUSPENDING",
+        "describe|0|SUSPENDED",
+        *["describe|0|ACTIVE"] * 4,
+        "systemctl show|255|",  # a VM that answers no more
+        "systemctl show|0|dead",  # rebooted
+        "systemctl show|0|exited",
+    )
+    done = desk.run("tpu_vm.sh", "watch", *TPU, "--num-slices=2", "--capacity=spot", *RECIPE)
+    assert done.returncode == 0, done.stderr
+    steps = [step for step in desk.steps() if step != "describe"]
+    again = ["delete", "create", "scp", "ssh", "ssh"]
+    assert steps == ["ssh", *again, "ssh", *again[2:], "ssh", "delete"]
+    create = next(call for call in desk.calls() if "create" in call)
+    assert create[-3:] == ["--node-count=2", "--node-prefix=l16", "--spot"]
+    assert "restart 2 of 20" in done.stderr
+
+
+def test_restarts_end(desk):
+    desk.answers("gcloud", *["describe|0|ACTIVE", "systemctl show|0|dead"] * 3)
+    done = desk.run("tpu_vm.sh", "watch", *TPU, "--max-restarts=2", *RECIPE)
+    failed(done, "dead after 2 restarts")
+    assert "delete" not in desk.steps()
+
+
+@pytest.mark.parametrize(
+    ("answers", "steps", "code"),
+    [
+        (["create|3|"], ["create"], 3),
+        (["describe|1|"] * 3, ["create", *["describe"] * 3], 1),
+        (["describe|0|FAILED"], ["create", "describe"], 2),
+        (["describe|0|ACTIVE", "scp|4|"], ["create", "describe", "scp"], 4),
+        (["describe|0|ACTIVE", "editable|5|"], ["create", "describe", "scp", "ssh"], 5),
+        (["describe|0|ACTIVE", "pretrain|6|"], ["create", "describe", "scp", "ssh", "ssh"], 6),
+    ],
+)
+def test_nothing_goes_on_after_a_failure(desk, answers, steps, code):
+    desk.answers("gcloud", *answers)
+    done = desk.run("tpu_vm.sh", "launch", *TPU, *RECIPE)
+    failed(done, code=code)
+    assert desk.steps() == steps
+    if code > 2:
+        assert (
+            f"exit code {code} from: gcloud compute tpus queued-resources {steps[-1]}"
+            in done.stderr
+        )
+
+
+def test_a_failed_run_keeps_its_vms(desk):
+    desk.answers("gcloud", *["describe|0|ACTIVE"] * 2, "systemctl show|0|failed")
+    failed(desk.run("tpu_vm.sh", "launch", *TPU, *RECIPE), "the run failed", "cost money")
+    assert "delete" not in desk.steps()
+
+
+def test_gke(desk):
+    done = desk.run("gke_xpk.sh", "launch", *GKE, "--storage=data,runs", "--num-slices=2", *RECIPE)
+    assert done.returncode == 0, done.stderr
+    (call,) = desk.calls()
+    assert call[:3] == ["xpk", "workload", "create"]
+    assert [value(call, f) for f in ("cluster", "zone", "workload")] == ["pod", "us-west4-a", "l16"]
+    assert value(call, "tpu-type") == "v5litepod-256" and value(call, "num-slices") == "2"
+    assert "--storage=data" in call and "--storage=runs" in call
+    assert value(call, "restart-on-exit-codes") == "75" and value(call, "max-restarts") == "20"
+    words = shlex.split(value(call, "command"))
+    assert words == [
+        *["pip", "install", "--quiet", ".[tpu]", "&&", "exec", "python", "-m", "vit_jax.pretrain"],
+        *[*RECIPE[1:], "--workdir=/mnt/runs/l16", "--distributed"],
+    ]
+    assert (
+        len(git(desk.checkout, "worktree", "list").splitlines()) == 1
+    )  # the image's checkout is gone
+
+    assert desk.run("gke_xpk.sh", "logs", *GKE).returncode == 0
+    assert desk.run("gke_xpk.sh", "delete", *GKE).returncode == 0
+    assert desk.calls()[1][:3] == ["kubectl", "logs", "--follow"]
+    assert desk.calls()[2][:3] == ["xpk", "workload", "delete"]
+
+
+def test_a_gke_failure_is_reported(desk):
+    desk.answers("xpk", "create|7|")
+    failed(desk.run("gke_xpk.sh", "launch", *GKE, *RECIPE), "exit code 7 from: xpk", code=7)
+    assert len(git(desk.checkout, "worktree", "list").splitlines()) == 1
+
+
+def test_gke_gives_the_sigterm_to_python(desk):
+    """xpk signals the shell it starts; with `exec` that shell has become Python."""
+    assert desk.run("gke_xpk.sh", "launch", *GKE, *RECIPE).returncode == 0
+    command = value(desk.calls()[0], "command")
+    (desk.bin / "pip").write_text("#!/bin/sh\n")
+    trap = "import signal, sys; signal.signal(15, lambda *_: sys.exit(75))"
+    code = f"{trap}; print('ready', flush=True); signal.pause()"
+    (desk.bin / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    for name in ("pip", "python"):
+        (desk.bin / name).chmod(0o755)
+    # The lines of xpk's container that matter here.
+    script = f"trap 'kill -SIGTERM $!' SIGTERM\n({command}) & wait $!; wait $!; exit $?"
+    environment = {"PATH": f"{desk.bin}:/usr/bin:/bin"}
+    with subprocess.Popen(
+        ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.parametrize(("per", "tasks"), [("gpu", 4), ("node", 1)])
+def test_slurm(desk, tmp_path, per, tasks):
+    flags = [*SLURM, f"--workdir={tmp_path}/my runs", f"--process-per={per}", *RECIPE]
+    done = desk.run("slurm.sbatch", *flags)
+    assert done.returncode == 0, done.stderr
+    (call,) = desk.calls()
+    assert call[0] == "sbatch" and (tmp_path / "my runs").is_dir()
+    assert value(call, "nodes") == "2" and value(call, "ntasks-per-node") == str(tasks)
+    assert value(call, "signal") == "TERM@300" and "--requeue" in call
+    assert value(call, "chdir") == str(desk.checkout)
+    script = call.index("experiments/launch/slurm.sbatch")
+    assert call[script + 1 :] == flags
+
+    # The same arguments in the job, where SLURM runs a copy of the script from the checkout.
+    copy = tmp_path / "spool" / "slurm_script"
+    copy.parent.mkdir()
+    shutil.copy(desk.checkout / "experiments/launch/slurm.sbatch", copy)
+    desk.answers("srun", "|75|")
+    environment = {**os.environ, "PATH": f"{desk.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "9"}
+    done = subprocess.run(
+        [copy, *call[script + 1 :]], cwd=desk.checkout, env=environment, check=False
+    )
+    assert done.returncode == 75
+    srun, requeue = desk.calls()[1:]
+    assert requeue == ["scontrol", "requeue", "9"]
+    assert value(srun, "ntasks") == str(2 * tasks)
+    # One process a GPU is jax's default on SLURM; any other needs its devices named.
+    devices = ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3"] if per == "node" else []
+    assert srun[srun.index("--kill-on-bad-exit=0") + 1 :] == [
+        *[*devices, "python", "-m", "vit_jax.pretrain", *RECIPE[1:]],
+        *[f"--workdir={tmp_path}/my runs", "--distributed"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "restarts", "code", "calls"),
+    [("|75|", "20", 2, ["srun"]), ("|1|", "0", 1, ["srun"]), ("|0|", "0", 0, ["srun"])],
+)
+def test_slurm_requeues_only_the_preempted(desk, answer, restarts, code, calls):
+    desk.answers("srun", answer)
+    job = {"SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": restarts}
+    script = desk.checkout / "experiments/launch/slurm.sbatch"
+    done = subprocess.run(
+        [script, *SLURM, "--workdir=/runs", *RECIPE],
+        cwd=desk.checkout,
+        env={**os.environ, "PATH": f"{desk.bin}:{os.environ['PATH']}", **job},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert [call[0] for call in desk.calls()] == calls
+
+
+LAUNCHERS = {
+    "tpu_vm.sh": ["launch", *TPU],
+    "gke_xpk.sh": ["launch", *GKE],
+    "slurm.sbatch": [*SLURM, "--workdir=/runs/l16"],
+}
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_dry_run(desk, script):
+    """Every line it prints is a command, word for word the one that it would run."""
+    arguments = [*LAUNCHERS[script], "--dry-run", *RECIPE]
+    done = desk.run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert desk.calls() == []
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    desk.answers("gcloud", *["describe|0|ACTIVE"] * 2, "systemctl show|0|exited")
+    arguments.remove("--dry-run")
+    if script == "slurm.sbatch":
+        mkdir, sbatch, srun = commands
+        assert mkdir == ["mkdir", "-p", "/runs/l16"] and srun[0] == "srun"
+        assert sbatch[0] == "sbatch" and sbatch[-len(arguments) :] == arguments
+        return
+    assert desk.run(script, *arguments).returncode == 0
+    assert [c for c in commands if c[0] != "git"] == desk.calls()
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help(desk, script):
+    done = desk.run(script, "--help")
+    assert done.returncode == 0 and "--workdir" in done.stdout and "--dry-run" in done.stdout
+    assert "#" not in done.stdout
+
+
+MISTAKES = {
+    "recipe missing": (["--"], "no recipe: end with -- --config="),
+    "recipe misspelt": (
+        ["--", "--config=configs/pretrain/papr.py"],
+        "no recipe configs/pretrain/p",
+    ),
+    "unknown flag": (["--colour=red", *RECIPE], "unknown flag --colour=red: expected --"),
+    "flag without a value": (["--workdir", *RECIPE], "write --flag=value"),
+    "relative workdir": (["--workdir=runs", *RECIPE], "--workdir=runs: expected the absolute path"),
+    "bucket": (["--workdir=gs://b/runs", *RECIPE], "expected the absolute path of a folder"),
+    "workdir twice": ([*RECIPE, "--workdir=/x"], "--workdir=/x after --"),
+    "not a number": (["--max-restarts=many", *RECIPE], "--max-restarts=many: expected a number"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_mistakes_are_found_before_anything_runs(desk, script, mistake):
+    arguments, message = MISTAKES[mistake]
+    failed(desk.run(script, *LAUNCHERS[script], *arguments), message, script)
+    assert desk.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("tpu_vm.sh", ["fly", *TPU, *RECIPE], "unknown action fly"),
+        ("gke_xpk.sh", ["fly", *GKE, *RECIPE], "unknown action fly"),
+        ("tpu_vm.sh", ["launch", *TPU[1:], *RECIPE], "--name is missing"),
+        ("gke_xpk.sh", ["launch", *GKE[1:], *RECIPE], "--cluster is missing"),
+        ("slurm.sbatch", [*SLURM, *RECIPE], "--workdir is missing"),
+        ("tpu_vm.sh", ["create", *TPU, "--capacity=free"], "expected on-demand, spot or reserved"),
+        (
+            "slurm.sbatch",
+            [*SLURM, "--workdir=/r", "--process-per=x", *RECIPE],
+            "expected gpu or node",
+        ),
+        ("tpu_vm.sh", ["launch", *TPU, "--revision=v9", *RECIPE], "--revision=v9: no commit"),
+    ],
+)
+def test_mistakes_of_one_launcher(desk, script, arguments, message):
+    failed(desk.run(script, *arguments), message)
+    assert desk.calls() == []
+
+
+def test_only_what_is_committed_is_launched(desk):
+    recipe = desk.checkout / "configs/pretrain/mine.py"
+    recipe.write_text("")
+    mine = ["--", "--config=configs/pretrain/mine.py"]
+    failed(desk.run("tpu_vm.sh", "launch", *TPU, *mine), "is not in git's HEAD: commit it")
+    commit(desk.checkout)
+    recipe.write_text("changed = True")
+    done = desk.run("tpu_vm.sh", "launch", "--dry-run", *TPU, *mine)
+    assert done.returncode == 0 and "uncommitted changes stay here" in done.stderr
+    commit(desk.checkout)
+    assert "uncommitted" not in desk.run("tpu_vm.sh", "launch", "--dry-run", *TPU, *mine).stderr
+
+
+def test_a_missing_program_is_named(desk, tmp_path):
+    for name in ("gcloud", "xpk", "sbatch"):
+        (desk.bin / name).unlink()
+    for name in ("bash", "git", "dirname", "mkdir", "seq"):
+        (desk.bin / name).symlink_to(shutil.which(name))
+    workdir = f"--workdir={tmp_path}/runs"
+    for script, arguments in {**LAUNCHERS, "slurm.sbatch": [*SLURM, workdir]}.items():
+        done = desk.run(script, *arguments, *RECIPE, PATH=str(desk.bin))
+        failed(done, "is not installed here")
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_shellcheck(script):
+    subprocess.run([SHELLCHECK, "--external-sources", LAUNCH / script], check=True, cwd=ROOT)
+
+
+def page_commands():
+    """What the page shows of the launchers, one command a line."""
+    blocks = (LAUNCH / "README.md").read_text().split("```")[1::2]
+    lines = "\n".join(block.removeprefix("sh") for block in blocks).replace("\\\n", " ")
+    return [line for line in lines.splitlines() if line.startswith("experiments/launch/")]
+
+
+def test_the_pages_commands_run(desk):
+    scripts = set()
+    for line in page_commands():
+        command, *rest = line.split("  #")[0].split(" -- ")
+        script = Path(command.split()[0]).name
+        if script.endswith(".py"):
+            continue
+        scripts.add(script)
+        shown = " -- ".join([f"{command} --dry-run", *rest])
+        environment = {**os.environ, "SETUP": "mount it", "ZONE": "us-west4-a"}
+        done = subprocess.run(
+            ["bash", "-c", shown],
+            cwd=desk.checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    assert scripts == set(LAUNCHERS)
+
+
+def test_imagenet21k(tmp_path):
+    for number, name in enumerate(["n01440764", "n02119789"]):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as file:
+            for image in range(4):
+                data = io.BytesIO()
+                Image.new("RGB", (9, 8), (100 * number, 10 * image, 0)).save(data, "PNG")
+                data = data.getvalue()[: 20 if (number, image) == (1, 3) else None]
+                member = tarfile.TarInfo(f"{name}_{image}.JPEG")
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    command = [sys.executable, LAUNCH / "imagenet21k.py", f"--tars={tmp_path}"]
+    done = subprocess.run(
+        [*command, f"--data_dir={tmp_path}/data"], capture_output=True, text=True, check=True
+    )
+    assert "7 images of 2 classes" in done.stdout
+    assert "left out n02119789_3.JPEG" in done.stderr
+    source = open_source("imagenet21k", "full", f"{tmp_path}/data")
+    assert source.class_names == ("n01440764", "n02119789")
+    labels = [record["label"] for record in source.records]
+    assert sorted(labels) == [0] * 4 + [1] * 3 and labels != sorted(labels)
+    for record in source.records:
+        red = Image.open(io.BytesIO(record["image"])).getpixel((0, 0))[0]
+        assert red == 100 * record["label"]
