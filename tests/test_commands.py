@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     transfer = ("transfer", "--config=configs/transfer/digits.py", f"--workdir={tmp_path / 'down'}")
     code, _, err = command(*transfer, f"--config.init={tmp_path / 'up'}")  # depth 4 against 1
     assert code == 1
-    assert "Transformer/encoderblock_3/LayerNorm_0/bias (96,): not in the checkpoint" in err
+    assert "encoderblock_3/LayerNorm_0/bias: (96,) in the model, not in the checkpoint" in err
     assert "Traceback" not in err
     code, _, err = command(*transfer, f"--config.init={tmp_path / 'nothing'}")
     assert code == 1

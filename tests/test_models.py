@@ -179,9 +179,14 @@ def test_initial_values():
 # What a block may have beside the published; every one has its law below or in test_positions.py.
 OPTIONS = {
     "published": {},
-    "rates": {"attention_dropout": 0.3, "stochastic_depth": 0.5},
-    "qk_norm": {"qk_norm": True, "pool": "map"},
-    "layer_scale": {"layer_scale": 0.1, "registers": 2},
+    "beside": {
+        "attention_dropout": 0.3,
+        "stochastic_depth": 0.5,
+        "qk_norm": True,
+        "layer_scale": 0.1,
+        "registers": 2,
+        "pool": "map",
+    },
     "parallel": {"parallel": True, "mlp": "swiglu", "stochastic_depth": 0.5},
 }
 

@@ -190,7 +190,7 @@ def finish(processes, timeout=300):
     return [process.returncode for process in processes], [err for _, err in outputs]
 
 
-STEPS = 150
+STEPS = 60
 SPREAD = ("--config.batch_size=16", "--config.mesh.fsdp=2", "--config.mesh.min_size=64")
 
 
@@ -234,6 +234,14 @@ def test_processes_that_do_not_agree_say_so_at_once(tmp_path):
     for err in errors:
         assert "the processes don't agree:\n  config: process 0: '" in err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_workdir_that_is_not_shared_is_noticed(tmp_path):
+    processes = cluster(2, 1, lambda i: pretrain(tmp_path / f"host{i}" / "run", 12, *SPREAD))
+    codes, errors = finish(processes)
+    assert codes == [1, 1]
+    for err in errors:
+        assert "processes [1] don't see what process 0 writes to" in err
 
 
 @pytest.mark.slow  # it waits for a heartbeat that doesn't come

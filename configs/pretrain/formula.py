@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         data={
             "dataset": f"{arg.dataset}/{arg.classes}",
             "split": "train",
-            "preprocess": "affine",
+            "preprocess": "resize|affine",
             "num_threads": 1,  # numpy on small arrays: more threads only wait for each other
         },
         batch_size=128,

@@ -7,11 +7,13 @@ moments with them; `data` replicates them. Any shape of mesh computes the same n
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -32,9 +34,14 @@ class MeshConfig:
     min_size: int = 2**20
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes. ValueError if they don't fit the config."""
-    devices = jax.device_count()
+def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes, or over those given.
+
+    Several slices of TPUs lie along `data`, whose sums alone cross the slower network between them.
+    Raises ValueError if the devices don't fit the config.
+    """
+    on = jax.devices() if on is None else on
+    devices = len(on)
     shape = [config.data, config.fsdp]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -50,7 +57,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
         if placement not in ("replicate", "fsdp"):
             raise ValueError(f"placement {placement!r}: expected 'replicate' or 'fsdp'")
     # Auto: since jax 0.9 the default is Explicit, under which sharding becomes part of types.
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({d.slice_index for d in on if d.platform == "tpu" and hasattr(d, "slice_index")})
+    if slices <= 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=on)
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh {_show(shape)} does not fit {slices} slices: data must be a multiple of {slices}"
+        )
+    grid = create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1], on)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def _show(shape: list[int]) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import secrets
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -58,6 +60,29 @@ def check_agreement(facts: dict[str, Any]) -> None:
             "the processes don't agree:\n"
             + "\n".join(lines)
             + "\nStart the same command with the same versions on every host, on shared storage."
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """ValueError, on every process, unless all see the same folder.
+
+    A host where a mount is missing would keep its part of every checkpoint to itself.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".shared"
+    token = str(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))
+    if is_main():
+        mark.write_text(token)
+    barrier("marked")
+    sees = mark.exists() and mark.read_text() == token
+    everyone = multihost_utils.process_allgather(np.array(sees))
+    if is_main():
+        mark.unlink()
+    if not everyone.all():
+        raise ValueError(
+            f"processes {np.flatnonzero(~everyone).tolist()} don't see what process 0 writes to "
+            f"{folder}: put the workdir on storage that all hosts have mounted"
         )
 
 

@@ -37,7 +37,13 @@ from vit_jax.parallel.mesh import (
     state_shardings,
     use_mesh,
 )
-from vit_jax.parallel.multihost import PREEMPTED, Preemption, all_agree, check_agreement
+from vit_jax.parallel.multihost import (
+    PREEMPTED,
+    Preemption,
+    all_agree,
+    check_agreement,
+    check_shared,
+)
 from vit_jax.training.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -112,23 +118,70 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything a run is made of, checked, with nothing computed yet."""
+class Training:
+    """A recipe's training step on a mesh and all it is made of, with nothing computed yet."""
 
     config: TrainConfig
-    workdir: Path
     mesh: Mesh
-    source: Source
     model: Model
     steps: int
     schedule: Schedule
     optimizer: optax.GradientTransformation
-    evaluators: dict[str, Callable[[dict], dict[str, float]]]
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
+
+    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
+        """The step for arrays, or shapes with shardings, like these; `state` is donated."""
+        config = self.config
+        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            config.loss,
+            seed=config.seed,
+            trainable=jax.tree.map(bool, multipliers),
+            accumulation=config.accumulation,
+            ema_decay=config.ema_decay,
+        )
+        out = (self.shardings, replicated(self.mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Training):
+    """Everything a run is made of, checked, with nothing computed yet."""
+
+    workdir: Path
+    source: Source
+    evaluators: dict[str, Callable[[dict], dict[str, float]]]
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
+
+
+def build_training(
+    config: TrainConfig, mesh: Mesh, num_classes: int, num_examples: int
+) -> Training:
+    """What `config` trains on `mesh`, given the size of its data; ValueError for what can't be."""
+    check_batch_size(config.batch_size, mesh, config.accumulation)
+    model = build_model(config.model, num_classes, (config.image_size, config.image_size))
+    steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
+    schedule = make_schedule(config.schedule, steps)
+    params = jax.eval_shape(model.init, jax.random.key(config.seed))
+    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    use_ema = config.ema_decay is not None
+    shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
+    return Training(
+        config=config,
+        mesh=mesh,
+        model=model,
+        steps=steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        shapes=shapes,
+        shardings=state_shardings(mesh, config.mesh, shapes),
+    )
 
 
 def prepare(
@@ -144,18 +197,10 @@ def prepare(
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh, config.accumulation)
     data = config.data
     source = open_source(data.dataset, data.split, data.data_dir)
-    model = build_model(config.model, source.num_classes, (config.image_size, config.image_size))
-    steps = config.steps or math.ceil(config.epochs * len(source) / config.batch_size)
-    schedule = make_schedule(config.schedule, steps)
-
-    key = jax.random.key(config.seed)
-    params = jax.eval_shape(model.init, key)
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
-    use_ema = config.ema_decay is not None
-    shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
+    training = build_training(config, mesh, source.num_classes, len(source))
+    model = training.model
     evaluators = {
         **{
             name: make_classification(c, model, mesh, config.loss)
@@ -188,21 +233,15 @@ def prepare(
             "newest checkpoint": step,
         }
     )
+    check_shared(path)
     resumes = path if step else find_checkpoint(config.resume) if config.resume else None
     return Run(
-        config=config,
+        **vars(training),
         workdir=path,
-        mesh=mesh,
         source=source,
-        model=model,
-        steps=steps,
-        schedule=schedule,
-        optimizer=optimizer,
         evaluators=evaluators,
-        shapes=shapes,
-        shardings=state_shardings(mesh, config.mesh, shapes),
         batches=batches,
-        loaded=load(model, params) if load and resumes is None else None,
+        loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
     )
 
@@ -321,20 +360,7 @@ def _first_state(run: Run) -> tuple[TrainState, list[str]]:
 
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
     """The compiled step; other shapes than these are an error later, never a recompilation."""
-    config = run.config
-    trainable = jax.tree.map(bool, match_rules(config.optimizer.lr_multipliers, run.shapes.params))
-    step = make_train_step(
-        run.model,
-        run.optimizer,
-        run.schedule,
-        config.loss,
-        seed=config.seed,
-        trainable=trainable,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
-    )
-    out = (run.shardings, replicated(run.mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    return run.lower(state, batch).compile()
 
 
 def _evaluate(

@@ -13,7 +13,7 @@ from types import TracebackType
 import jax
 from tqdm import tqdm
 
-from vit_jax.analysis.flops import PEAK_FLOPS
+from vit_jax.analysis.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import is_main
 
 # Measured by the clock: the only values that differ between a run and its repetition.

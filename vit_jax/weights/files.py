@@ -100,7 +100,7 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
     Raises ValueError, and writes nothing, for arrays that it would refuse.
     """
     checked = _checked(arrays.items())
-    with _atomic(path, ".npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic(path, ".npz") as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, array in checked.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -113,7 +113,7 @@ def write_safetensors(
 ) -> None:
     """As `write_npz`; `metadata` goes to the file's header ({"format": "pt"} for PyTorch's)."""
     checked = _checked(arrays.items())
-    with _atomic(path, ".safetensors") as partial:
+    with atomic(path, ".safetensors") as partial:
         safetensors.numpy.save_file(checked, partial, metadata and dict(metadata))
 
 
@@ -147,7 +147,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def _atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
+def atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place if nothing fails."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: write to a local path and copy the file from there")

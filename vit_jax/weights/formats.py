@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from vit_jax.models.variants import ModelConfig, described_model
-from vit_jax.weights import bit, files, hugging_face, official, pytorch, timm
+from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, timm
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
 
@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"  # in the folders of timm and Hugging Face
 _SIDECAR = ".json"  # beside a plain npz: the description, which arrays alone don't tell
 _FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
 _FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
-FORMATS = (*_FILES, *_FOLDERS)
+FORMATS = (*_FILES, *_FOLDERS, "onnx")
 
 
 def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
@@ -71,12 +71,15 @@ def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
 
 
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
-    """Writes a checkpoint in one of `FORMATS`: an `.npz` file, or a folder for timm, Hugging Face.
+    """Writes a checkpoint in one of `FORMATS`: a file, or a folder for timm and Hugging Face.
 
-    What is written reads back to the same bits. ValueError, and nothing written, for models that
-    the format can't hold.
+    What is written, ONNX apart, reads back to the same bits. ValueError, and nothing written, for
+    models that the format can't hold.
     """
     path, flat = Path(path), unstack(flatten(params))
+    if format == "onnx":
+        onnx.write_onnx(path, unflatten(flat), description)
+        return
     if format in _FOLDERS:
         arrays, configs = _FOLDERS[format](flat, description)
         configs = {path / name: content for name, content in configs.items()}

@@ -1,0 +1,193 @@
+"""What a plan says, as plain values for JSON and as text: the compiler's estimates, labelled so."""
+
+import math
+from typing import Any
+
+import jax
+
+from vit_jax.analysis.chips import GIB
+from vit_jax.analysis.compiled import Collective, OutOfMemory, memory
+from vit_jax.analysis.topology import Topology
+
+
+def device_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of one device's part of a tree, without the padding of its layout."""
+    parts = jax.tree.map(
+        lambda s, at: s.dtype.itemsize * math.prod(at.shard_shape(s.shape)), shapes, shardings
+    )
+    return sum(jax.tree.leaves(parts))
+
+
+def memory_report(
+    shapes: Any, shardings: Any, compiled: Any | OutOfMemory, capacity: float
+) -> dict:
+    """GiB of one device, by the compiler; what doesn't fit has a peak, and no parts but the state.
+
+    `shapes` and `shardings` are of the train state, `capacity` is a device's. Keys: capacity, fits,
+    parameters, optimizer (with the parameters' running average), peak, and of what fits arguments
+    (all of the state and the batch, padded), temporaries, program.
+    """
+    parameters = device_bytes(shapes.params, shardings.params)
+    report = {
+        "capacity": capacity,
+        "parameters": parameters / GIB,
+        "optimizer": (device_bytes(shapes, shardings) - parameters) / GIB,
+    }
+    if isinstance(compiled, OutOfMemory):
+        return {**report, "fits": False, "capacity": compiled.capacity, "peak": compiled.needed}
+    used = memory(compiled)
+    return {
+        **report,
+        "fits": used.peak <= capacity * GIB,
+        "arguments": used.arguments / GIB,
+        "temporaries": used.temporaries / GIB,
+        "program": (used.outputs + used.code) / GIB,
+        "peak": used.peak / GIB,
+    }
+
+
+def collectives_report(collectives: list[Collective], topology: Topology) -> list[dict]:
+    """One device's communication in a step: of each kind and group size, the sums."""
+    island = topology.num_devices // topology.islands
+    rows: dict[tuple[str, int], dict] = {}
+    for collective in collectives:
+        kind, size = collective.kind, len(collective.group)
+        row = rows.setdefault(
+            (kind, size),
+            {"kind": kind, "devices": size, "count": 0, "gib": 0.0, "roofline_seconds": 0.0},
+        )
+        seconds = collective.seconds(topology.chip, island)
+        row["count"] += collective.times
+        row["gib"] += collective.times * collective.bytes / GIB
+        if seconds is None or row["roofline_seconds"] is None:
+            row["roofline_seconds"] = None
+        else:
+            row["roofline_seconds"] += seconds
+    return list(rows.values())
+
+
+def run_report(
+    topology: Topology,
+    *,
+    flops: float,
+    batch_size: int,
+    steps: int,
+    seconds: float | None = None,
+    mfu: float | None = None,
+    price: float | None = None,
+) -> dict:
+    """What a run takes, from the seconds of a step or from an MFU.
+
+    `flops`: the model's of a step, on all chips, nothing recomputed. Chip-hours of v2, v3 and TPU7x
+    are of chips, with two cores (devices) each.
+    """
+    peak = topology.chip.peak_flops * topology.num_chips
+    seconds = flops / (mfu * peak) if seconds is None else seconds
+    hours = steps * seconds / 3600
+    report = {
+        "step_seconds": seconds,
+        "mfu": flops / seconds / peak,
+        "img_per_sec": batch_size / seconds,
+        "img_per_sec_per_chip": batch_size / seconds / topology.num_chips,
+        "steps": steps,
+        "days": hours / 24,
+        "chip_hours": hours * topology.num_chips,
+        "device_days": hours / 24 * topology.num_devices,
+    }
+    return report | ({} if price is None else {"price": price * report["chip_hours"]})
+
+
+def remedies(report: dict) -> list[str]:
+    """What would make a step fit that doesn't: by proportion, so `--search` has the last word."""
+    sizes, devices = report["memory_gib"], report["devices"]
+    state = sizes["parameters"] + sizes["optimizer"]
+    activations = sizes["peak"] - state
+    room = sizes["capacity"] - state
+    found = []
+    if report["remat"] != "full":
+        found.append("remat: --config.model.remat=full keeps the input of each layer alone")
+    per_device = report["batch_size"] // devices
+    for times in range(2, per_device + 1):
+        if per_device % times == 0 and activations / times <= room:
+            total = report["accumulation"] * times
+            found.append(f"accumulation: --config.accumulation={total}")
+            break
+    for split in (2**n for n in range(1, 12)):
+        over = report["mesh"]["fsdp"] * split
+        if devices % over == 0 and state / split + activations <= sizes["capacity"]:
+            found.append(f"FSDP: --config.mesh.fsdp={over}")
+            break
+    if room > 0:
+        chips = 2 ** math.ceil(math.log2(activations / room)) * report["chips"]
+        found.append(f"a larger slice: {chips} chips with the same global batch")
+    return found or ["none of them alone: FSDP and remat together, or fewer images a step"]
+
+
+def show(report: dict) -> str:
+    """The plan as a table."""
+    sizes = report["memory_gib"]
+    mesh = " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items())
+    lines = [
+        f"{report['model']} at {report['image_size']} px, {report['dataset']} "
+        f"({report['num_classes']:,} classes), batch {report['batch_size']:,}",
+        f"{report['topology']}: {report['chips']:,} chips, {report['devices']:,} devices, "
+        f"mesh {mesh}, remat {report['remat']}, {report['accumulation']} microbatch(es)",
+        "",
+        "Memory of a device, GiB: the compiler's account",
+    ]
+    for name in ("parameters", "optimizer", "arguments", "temporaries", "program", "peak"):
+        if name in sizes:
+            note = {"arguments": "  the two above and the batch, padded"}.get(name, "")
+            lines.append(f"  {name:12} {sizes[name]:9.2f}{note}")
+    verdict = "fits" if sizes["fits"] else "DOES NOT FIT"
+    lines.append(f"  {'capacity':12} {sizes['capacity']:9.2f}  {verdict}")
+    if not sizes["fits"]:
+        lines += ["", "What would make it fit, by proportion (--search compiles it):"]
+        lines += [f"  {remedy}" for remedy in remedies(report)]
+    lines += ["", "FLOPs of a step, all chips", f"  {'model':12} {report['flops']['model']:9.3g}"]
+    if "compiled" in report["flops"]:
+        total, recomputed = report["flops"]["compiled"], report["flops"]["recomputed"]
+        lines.append(f"  {'compiled':12} {total:9.3g}  {recomputed:+.1%}: recomputed, if more")
+    if "collectives" in report:
+        lines += ["", "Communication of a device in a step: bytes, at the links' full bandwidth"]
+        for row in report["collectives"]:
+            seconds = row["roofline_seconds"]
+            shown = "network's bandwidth unknown" if seconds is None else f"{seconds * 1e3:9.2f} ms"
+            lines.append(
+                f"  {row['count']:4} x {row['kind']:18} of {row['devices']:4} devices "
+                f"{row['gib']:8.3f} GiB {shown}"
+            )
+        if report["loops_of_unknown_trips"]:
+            lines.append(f"  {report['loops_of_unknown_trips']} loops of unknown length count as 1")
+    if "cycles" in report:
+        lines += [
+            "",
+            f"Estimated cycles of a device: {report['cycles']:,}, the compiler's: "
+            f"{report['compute_seconds'] * 1e3:.1f} ms",
+        ]
+    if run := report.get("run"):
+        lines += [
+            "",
+            f"The run, an ESTIMATE from {run['from']}",
+            f"  step         {run['step_seconds'] * 1e3:9.1f} ms, MFU {run['mfu']:.1%}",
+            f"  images/s     {run['img_per_sec']:9,.0f}, a chip {run['img_per_sec_per_chip']:,.0f}",
+            f"  {run['steps']:,} steps: {run['days']:.2f} days ({run['days'] * 24:.1f} h), "
+            f"{run['chip_hours']:,.0f} chip-hours, {run['device_days']:,.0f} device-days",
+        ]
+        if "price" in run:
+            lines.append(f"  price        {run['price']:9,.0f}")
+    return "\n".join(lines)
+
+
+def show_ranked(reports: list[dict]) -> str:
+    """Those that fit, the fastest first."""
+    lines = ["  step ms    MFU  peak GiB  remat  microbatches  mesh"]
+    for report in sorted(reports, key=lambda r: r["run"]["step_seconds"]):
+        mesh = " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items())
+        run = report["run"]
+        lines.append(
+            f"{run['step_seconds'] * 1e3:9.1f} {run['mfu']:6.1%} "
+            f"{report['memory_gib']['peak']:9.2f}  "
+            f"{report['remat']:5}  {report['accumulation']:12}  {mesh}"
+        )
+    return "\n".join(lines)

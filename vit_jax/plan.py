@@ -1,0 +1,222 @@
+r"""Plans a run on chips that you don't have: does it fit, how fast is it, what does it cost.
+
+python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-B/16 --topology=v5e:16x16
+python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+    --topology=v4:8x8x16 --num_slices=2 --price_per_chip_hour=1.2 --output=plan.json
+
+Compiles the recipe's own training step for the named chips, on any machine, without one and without
+the data. It needs the compiler alone: pip install 'vit_jax[tpu]', and 'vit_jax[cuda]' for GPUs:
+h100:8, or h100:32x8, nodes x GPUs. What it prints is the compiler's estimate and no measurement;
+input, evaluations and checkpoints are not in it. `--search` compiles several meshes, ways of remat
+and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from a stated MFU instead.
+Any field of the recipe is a flag: --config.batch_size=512.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from vit_jax import config as configuration
+from vit_jax.analysis.compiled import OutOfMemory, Program, compile_for
+from vit_jax.analysis.flops import training_flops
+from vit_jax.analysis.report import (
+    collectives_report,
+    memory_report,
+    run_report,
+    show,
+    show_ranked,
+)
+from vit_jax.analysis.topology import Topology, open_topology, parse_topology
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source, parse_split
+from vit_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, use_mesh
+from vit_jax.training.loop import TrainConfig, Training, build_training
+
+CONFIG = configuration.define_config_flag()
+TOPOLOGY = flags.DEFINE_string("topology", "", "The chips: v5e:16x16, v4:8x8x16, ...")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, joined by the data center's network.")
+SEARCH = flags.DEFINE_bool("search", False, "Rank meshes x remat x microbatches that fit.")
+PRICE = flags.DEFINE_float("price_per_chip_hour", None, "In any currency.")
+MFU = flags.DEFINE_float("mfu", None, "Take the time from this MFU, not the compiler's cycles.")
+CLASSES = flags.DEFINE_integer("num_classes", None, "Of the dataset, if it is not prepared here.")
+EXAMPLES = flags.DEFINE_integer("num_examples", None, "Of the split, if it is not prepared here.")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
+
+# Classes and examples of sets that are rarely at hand where one plans. JFT-300M: arXiv 2010.11929.
+DATASETS: dict[str, tuple[int, dict[str, int]]] = {
+    "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}),
+    "imagenet21k": (21_843, {"full": 14_197_122}),
+    "jft300m": (18_291, {"train": 303_000_000}),
+}
+# Of GPUs, for which XLA estimates no cycles.
+ASSUMED_MFU = 0.4
+
+
+def dataset_size(
+    data: DataConfig, num_classes: int | None = None, num_examples: int | None = None
+) -> tuple[int, int]:
+    """Classes, and examples of the split: those given, else as known, else of the opened set.
+
+    Raises ValueError or FileNotFoundError when there is no other way to know them.
+    """
+    if num_classes is None or num_examples is None:
+        name = data.dataset.partition(":")[0]
+        if name in DATASETS:
+            classes, sizes = DATASETS[name]
+            examples = sum(b - a for _, a, b in parse_split(data.split, sizes, name))
+        else:
+            try:
+                source = open_source(data.dataset, data.split, data.data_dir)
+            except (ValueError, FileNotFoundError) as error:
+                hint = "A plan needs no data: give --num_classes and --num_examples"
+                raise type(error)(f"{error}\n{hint}") from error
+            classes, examples = source.num_classes, len(source)
+        num_classes = num_classes or classes
+        num_examples = num_examples or examples
+    return num_classes, num_examples
+
+
+def compile_step(training: Training) -> Any:
+    """The step, compiled for its mesh's devices. Raises OutOfMemory when it doesn't fit."""
+    config = training.config
+    sharding = batch_sharding(training.mesh)
+    batch = {
+        "image": ((config.batch_size, *training.model.image_size, 3), jnp.uint8),
+        "label": ((config.batch_size,), jnp.int32),
+    }
+    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in batch.items()}
+    state = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+        training.shapes,
+        training.shardings,
+    )
+    with use_mesh(training.mesh):
+        return compile_for(training.lower(state, shapes))
+
+
+def plan(
+    training: Training, topology: Topology, mfu: float | None = None, price: float | None = None
+) -> dict:
+    """Compiles a step and says all there is to say of it, ready for JSON."""
+    config, mesh = training.config, training.mesh
+    start = time.perf_counter()
+    try:
+        compiled = compile_step(training)
+    except OutOfMemory as error:
+        compiled = error
+    flops = training_flops(training.model) * config.batch_size
+    report = {
+        "model": config.model.variant,
+        "dataset": config.data.dataset,
+        "num_classes": training.model.num_classes,
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        "topology": str(topology),
+        "chips": topology.num_chips,
+        "devices": topology.num_devices,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "accumulation": config.accumulation,
+        "jax": jax.__version__,
+        "memory_gib": memory_report(
+            training.shapes, training.shardings, compiled, topology.chip.device_hbm_gib
+        ),
+        "flops": {"model": flops},
+    }
+    run = {"flops": flops, "batch_size": config.batch_size, "steps": training.steps, "price": price}
+    if not isinstance(compiled, OutOfMemory):
+        program = Program(compiled.as_text())
+        report["collectives"] = collectives_report(program.collectives, topology)
+        waits = [row["roofline_seconds"] for row in report["collectives"]]
+        report["collective_seconds"] = None if None in waits else sum(waits)
+        report["loops_of_unknown_trips"] = program.unknown_loops
+        if topology.chip.is_tpu:  # GPUs' matrix products are calls of cuBLAS, without an estimate
+            total = program.flops * topology.num_devices
+            report["flops"] |= {"compiled": total, "recomputed": total / flops - 1}
+            report["cycles"] = program.cycles
+            report["compute_seconds"] = program.cycles / topology.chip.clock
+    if mfu is None and "cycles" in report:  # as if nothing overlapped
+        run["seconds"] = report["compute_seconds"] + (report["collective_seconds"] or 0.0)
+        report["run"] = {"from": "the compiler's estimated cycles", **run_report(topology, **run)}
+    elif mfu is not None or report["memory_gib"]["fits"]:
+        source = f"an assumed MFU of {ASSUMED_MFU}: --mfu" if mfu is None else f"an MFU of {mfu}"
+        run["mfu"] = mfu or ASSUMED_MFU
+        report["run"] = {"from": source, **run_report(topology, **run)}
+    return report | {"compile_seconds": time.perf_counter() - start}
+
+
+def search(
+    config: TrainConfig,
+    topology: Topology,
+    devices: list[jax.Device],
+    size: tuple[int, int],
+    **kwargs,
+) -> Iterator[dict]:
+    """Plans of what may fit, one after another: meshes x remat x microbatches.
+
+    More remat or accumulation is tried only where less doesn't fit, since both cost time.
+    """
+    check_batch_size(config.batch_size, make_mesh(config.mesh, devices))
+    for fsdp in sorted({1, config.mesh.fsdp, len(devices) // topology.num_slices}):
+        for remat in ("none", "dots", "full"):
+            accumulation = 1
+            while config.batch_size % (len(devices) * accumulation) == 0:
+                variant = dataclasses.replace(
+                    config,
+                    mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp),
+                    model=dataclasses.replace(config.model, remat=remat),
+                    accumulation=accumulation,
+                )
+                training = build_training(variant, make_mesh(variant.mesh, devices), *size)
+                report = plan(training, topology, **kwargs)
+                yield report
+                sizes = report["memory_gib"]
+                room = sizes["capacity"] - sizes["parameters"] - sizes["optimizer"]
+                if sizes["fits"] or room <= 0:
+                    break
+                over = (sizes["peak"] - sizes["capacity"] + room) / room
+                accumulation *= 2 ** max(1, math.ceil(math.log2(over)))
+            if sizes["fits"] and accumulation == 1:
+                break
+
+
+def main(_) -> None:
+    """Plans the recipe of the flags, and prints."""
+    with configuration.explained_errors():
+        config = configuration.build(TrainConfig, CONFIG.value.to_dict())
+        topology = parse_topology(TOPOLOGY.value, NUM_SLICES.value)
+        size = dataset_size(config.data, CLASSES.value, EXAMPLES.value)
+        devices = open_topology(topology)
+        options = {"mfu": MFU.value, "price": PRICE.value}
+        if SEARCH.value:
+            reports = []
+            for report in search(config, topology, devices, size, **options):
+                reports.append(report)
+                fits = "fits" if report["memory_gib"]["fits"] else "does not fit"
+                print(
+                    f"mesh {report['mesh']}, remat {report['remat']}, {report['accumulation']} "
+                    f"microbatch(es): {report['memory_gib']['peak']:.2f} GiB, {fits} "
+                    f"(compiled in {report['compile_seconds']:.0f} s)",
+                    flush=True,
+                )
+            fitting = [report for report in reports if report["memory_gib"]["fits"]]
+            print("\n" + (show_ranked(fitting) if fitting else "None fits: take a larger slice."))
+            result: Any = reports
+        else:
+            training = build_training(config, make_mesh(config.mesh, devices), *size)
+            result = plan(training, topology, **options)
+            print(show(result))
+        if OUTPUT.value:
+            Path(OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=configuration.parse_flags)
