@@ -40,7 +40,7 @@ setup(
         "cuda": [f"jax[cuda12]{JAX}"],
         "gcs": ["gcsfs>=2024.6,<2028"],
         "hub": ["huggingface_hub>=0.30,<2"],
-        "onnx": ["jax2onnx>=0.17.1,<0.18"],
+        "onnx": ["jax2onnx>=0.13,<0.18", "onnx>=1.20.1,<2", "onnxruntime>=1.24.1,<2"],
         # The tfds command imports the other two, and doesn't say so.
         "prepare": ["apache-beam>=2.60,<3", "mlcroissant>=1.0,<2", "tensorflow-cpu>=2.18,<3"],
         "tensorboard": ["tensorboardX>=2.6,<3"],

@@ -187,6 +187,28 @@ def test_groups_of_devices(written, group):
     assert Program(text).collectives == [Collective("all-reduce", 64, group)]
 
 
+def test_what_crosses_between_slices():
+    """As libtpu 0.0.42 writes it: a pair of transfers through the host, of one all-reduce."""
+    host = (
+        ", channel_id={}, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_"
+        'name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",'
+        '_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="ALL_REDUCE"}}\n'
+    )
+    text = (
+        "ENTRY %main (p: bf16[64,8,128]) -> token[] {\n"
+        "  %p = bf16[64,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)\n"
+        "  %all = token[] after-all()\n"
+        "  %send.3 = (bf16[64,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%p, %all)"
+        f"{host.format(2)}"
+        "  ROOT %recv.3 = (bf16[64,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%all)"
+        f"{host.format(1)}}}\n"
+    )
+    (found,) = Program(text, slices=(0, 4)).collectives
+    assert found == Collective("all-reduce", 64 * 8 * 128 * 2, (0, 4))
+    v5e = CHIPS["v5e"]  # each of two slices sends half, and then the other half's sum
+    assert found.seconds(v5e, 4) == pytest.approx(found.bytes / v5e.network_bandwidth)
+
+
 def test_a_collective_that_cannot_be_read_is_an_error():
     text = "ENTRY %m (p: f32[2]) -> f32[2] {\n  %p = f32[2] parameter(0)\n"
     text += "  ROOT %r = f32[2] all-gather(%p), replica_groups=new\n}\n"

@@ -22,10 +22,9 @@ MODELS = {
     "bfloat16": {**VIT, "dtype": "bfloat16", "representation_size": 24},
     "options": {**VIT, "registers": 2, "layer_scale": 0.1, "qk_norm": True, "mlp": "swiglu"},
     "mixer": {"variant": "Mixer-S/16", "depth": 2, "width": 32, "mlp_dim": 64, "token_mlp_dim": 16},
-}
-UNTRANSLATED = {
     "hybrid": {"variant": "R50+ViT-mu/16", **SMALL, "stages": (1, 1, 1), "stem_width": 32},
     "resnet_v2": RESNET,
+    "bit": {**RESNET, "zero_padded_pool": True},
     "resnet_v1": {**RESNET, "preactivation": False},
 }
 
@@ -105,14 +104,6 @@ def test_a_wrong_translation_is_not_kept(largest, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="logits that onnxruntime computes differ from ours by"):
         formats.write(tmp_path / "a.onnx", params, description, "onnx")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == earlier
-
-
-@pytest.mark.parametrize("name", UNTRANSLATED)
-def test_max_pooling_is_refused(name, tmp_path):
-    _, params, description = make(UNTRANSLATED[name])
-    with pytest.raises(ValueError, match="can't be written as ONNX: jax2onnx doesn't translate"):
-        formats.write(tmp_path / "a.onnx", params, description, "onnx")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -271,6 +271,9 @@ def test_it_compiles_for_chips_that_are_not_here(tmp_path):
 
     code, out, err = command(*plan, "--search", "--num_slices=2", "--config.batch_size=64")
     assert code == 0, err
+    (first, *_) = json.loads((tmp_path / "plan.json").read_text())
+    network = [row for row in first["collectives"] if row["devices"] == 2]
+    assert sum(row["gib"] for row in network) * 2**30 > parameters / 4  # a device's share, bf16
     assert "microbatches" in out and "data=2 x fsdp=4" in out and "data=8 x fsdp=1" in out
 
 

@@ -26,7 +26,7 @@ FORMAT = flags.DEFINE_enum(
     "orbax",
     ["orbax", *formats.FORMATS],
     "What to write. orbax: our own checkpoint; official: the .npz of the ViT and AugReg releases; "
-    "npz: our names; timm, hugging_face: a folder.",
+    "npz: our names; timm, hugging_face: a folder; onnx: graph and weights, uint8 pixels in.",
 )
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size", None, "HEIGHT,WIDTH of the input's model, where its file doesn't tell."
@@ -37,6 +37,8 @@ flags.mark_flags_as_required(["input", "output"])
 def main(_) -> None:
     """Reads, checks, writes, and says what it was."""
     with configuration.explained_errors():
+        if "://" in OUTPUT.value:
+            raise ValueError(f"--output={OUTPUT.value}: write to a local path, copy it from there")
         output = Path(OUTPUT.value)
         if output.exists():
             raise ValueError(f"{output} exists: choose another --output, or remove it")

@@ -133,7 +133,8 @@ def plan(
     }
     run = {"flops": flops, "batch_size": config.batch_size, "steps": training.steps, "price": price}
     if not isinstance(compiled, OutOfMemory):
-        program = Program(compiled.as_text())
+        slices = range(0, topology.num_devices, topology.num_devices // topology.num_slices)
+        program = Program(compiled.as_text(), tuple(slices))
         report["collectives"] = collectives_report(program.collectives, topology)
         waits = [row["roofline_seconds"] for row in report["collectives"]]
         report["collective_seconds"] = None if None in waits else sum(waits)

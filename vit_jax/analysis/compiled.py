@@ -16,6 +16,8 @@ from vit_jax.analysis.chips import Chip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)?(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$")
+# TPUs send what crosses from slice to slice through their hosts.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
@@ -139,9 +141,13 @@ class Instruction:
 
 
 class Program:
-    """A compiled program, read from `compiled.as_text()`."""
+    """A compiled program, read from `compiled.as_text()`.
 
-    def __init__(self, text: str):
+    `slices`: the first device of each, where TPUs of several slices run it.
+    """
+
+    def __init__(self, text: str, slices: tuple[int, ...] = (0,)):
+        self._slices = slices
         self._computations: dict[str, dict[str, Instruction]] = {}
         self.unknown_loops = 0  # loops whose trips could not be read, counted as one
         self._entry = ""
@@ -228,10 +234,15 @@ class Program:
         found: dict[str, Collective] = {}
         for times, scope, instruction in self._instructions():
             kind = instruction.opcode.removesuffix("-start")
+            group = None
+            if match := _BETWEEN_SLICES.search(instruction.attributes):
+                if kind != "send":  # its "recv" says the same
+                    continue
+                kind, group = match[1].lower().replace("_", "-"), self._slices
             if kind in COLLECTIVES:
                 channel = instruction.attribute("channel_id") or instruction.name
                 size = sum(_bytes(scope[operand].shape) for operand in instruction.operands)
-                group = _first_group(instruction.attributes)
+                group = group or _first_group(instruction.attributes)
                 if kind == "all-gather":
                     size *= len(group)
                 if instruction.computation.startswith("all-reduce-scatter"):  # as TPUs do it

@@ -126,12 +126,12 @@ def stem(config: StemConfig, x: jax.Array) -> jax.Array:
     x = StdConv(config.width, 7, 2, version, dtype, name="conv_root")(x)
     if version == "v1":
         x = nn.relu(group_norm("gn_root", version, dtype)(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
     else:
-        padding = ((1, 1), (1, 1))
-        if config.zero_padded_pool:
-            x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), "VALID"  # max sees the zeros
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+        outside = 0.0 if config.zero_padded_pool else -jnp.inf
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=outside)
+        # jax2onnx knows named arguments alone, and takes padding in numbers for none.
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
     for i, units in enumerate(config.stages):
         arguments = (units, config.width * 2**i, 2 if i else 1, version, dtype, config.remat)
         x = Stage(*arguments, name=f"block{i + 1}")(x)

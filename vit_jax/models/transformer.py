@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.positions import Positions, position_table, rotate
+from vit_jax.parallel.mesh import constrain_batch
 
 # What a block keeps for its backward pass; everything else is computed again there.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -220,6 +221,8 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, layer: dict[str, Any], table: jax.Array | None
     ) -> tuple[jax.Array, None]:
+        # Or else XLA splits activations as FSDP splits the kernels, along features.
+        x = constrain_batch(x)
         config, positions, keys = self.config, self.positions, layer["keys"]
         if positions.at == "layers":
             table = position_table(self, positions, config.width, config.num_heads)

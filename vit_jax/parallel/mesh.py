@@ -84,9 +84,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain_batch(tree: Any, axis: int = 0) -> Any:
-    """Inside jit, under `jax.set_mesh`: keeps `axis` of every leaf split over all devices."""
+    """Inside jit, under `jax.set_mesh`: keeps `axis` of every leaf split over all devices.
+
+    Without a mesh, and where the axis doesn't divide (the one image of `init`), leaves pass.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
     spec = PartitionSpec(*[None] * axis, AXES)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+    def constrain(x):
+        splits = not mesh.empty and x.shape[axis] % mesh.size == 0
+        return jax.lax.with_sharding_constraint(x, spec) if splits else x
+
+    return jax.tree.map(constrain, tree)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

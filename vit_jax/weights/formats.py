@@ -76,6 +76,8 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     What is written, ONNX apart, reads back to the same bits. ValueError, and nothing written, for
     models that the format can't hold.
     """
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: write to a local path and copy it from there")
     path, flat = Path(path), unstack(flatten(params))
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
