@@ -25,10 +25,9 @@ from vit_jax.analysis.report import (
     show_ranked,
 )
 from vit_jax.analysis.topology import parse_topology
-from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
-from vit_jax.plan import dataset_size
 from vit_jax.training.loop import TrainConfig, build_training
 from vit_jax.training.optimizer import ScheduleConfig
 

@@ -35,8 +35,7 @@ from vit_jax.analysis.report import (
     show_ranked,
 )
 from vit_jax.analysis.topology import Topology, open_topology, parse_topology
-from vit_jax.data.pipeline import DataConfig
-from vit_jax.data.sources import open_source, parse_split
+from vit_jax.data.pipeline import dataset_size
 from vit_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, use_mesh
 from vit_jax.training.loop import TrainConfig, Training, build_training
 
@@ -50,38 +49,8 @@ CLASSES = flags.DEFINE_integer("num_classes", None, "Of the dataset, if it is no
 EXAMPLES = flags.DEFINE_integer("num_examples", None, "Of the split, if it is not prepared here.")
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
-# Classes and examples of sets that are rarely at hand where one plans. JFT-300M: arXiv 2010.11929.
-DATASETS: dict[str, tuple[int, dict[str, int]]] = {
-    "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}),
-    "imagenet21k": (21_843, {"full": 14_197_122}),
-    "jft300m": (18_291, {"train": 303_000_000}),
-}
 # Of GPUs, for which XLA estimates no cycles.
 ASSUMED_MFU = 0.4
-
-
-def dataset_size(
-    data: DataConfig, num_classes: int | None = None, num_examples: int | None = None
-) -> tuple[int, int]:
-    """Classes, and examples of the split: those given, else as known, else of the opened set.
-
-    Raises ValueError or FileNotFoundError when there is no other way to know them.
-    """
-    if num_classes is None or num_examples is None:
-        name = data.dataset.partition(":")[0]
-        if name in DATASETS:
-            classes, sizes = DATASETS[name]
-            examples = sum(b - a for _, a, b in parse_split(data.split, sizes, name))
-        else:
-            try:
-                source = open_source(data.dataset, data.split, data.data_dir)
-            except (ValueError, FileNotFoundError) as error:
-                hint = "A plan needs no data: give --num_classes and --num_examples"
-                raise type(error)(f"{error}\n{hint}") from error
-            classes, examples = source.num_classes, len(source)
-        num_classes = num_classes or classes
-        num_examples = num_examples or examples
-    return num_classes, num_examples
 
 
 def compile_step(training: Training) -> Any:

@@ -19,7 +19,7 @@ from absl import flags
 
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import Source, open_source, parse_split
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,39 @@ class DataConfig:
 def global_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
     """The examples of step `step`, for all processes together: int64 [B]."""
     return _stream(seed, range(step * batch_size, (step + 1) * batch_size), num_examples)
+
+
+# Classes and examples of sets that are rarely at hand where a run is planned. JFT-300M: arXiv
+# 2010.11929.
+DATASETS: dict[str, tuple[int, dict[str, int]]] = {
+    "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}),
+    "imagenet21k": (21_843, {"full": 14_197_122}),
+    "jft300m": (18_291, {"train": 303_000_000}),
+}
+
+
+def dataset_size(
+    data: DataConfig, num_classes: int | None = None, num_examples: int | None = None
+) -> tuple[int, int]:
+    """Classes, and examples of the split: those given, else as known, else of the opened set.
+
+    Raises ValueError or FileNotFoundError when there is no other way to know them.
+    """
+    if num_classes is None or num_examples is None:
+        name = data.dataset.partition(":")[0]
+        if name in DATASETS:
+            classes, sizes = DATASETS[name]
+            examples = sum(b - a for _, a, b in parse_split(data.split, sizes, name))
+        else:
+            try:
+                source = open_source(data.dataset, data.split, data.data_dir)
+            except (ValueError, FileNotFoundError) as error:
+                hint = "A plan needs no data: give --num_classes and --num_examples"
+                raise type(error)(f"{error}\n{hint}") from error
+            classes, examples = source.num_classes, len(source)
+        num_classes = num_classes or classes
+        num_examples = num_examples or examples
+    return num_classes, num_examples
 
 
 def train_batches(
