@@ -214,7 +214,7 @@ def _batch_reader(source: Source, preprocess: str, image_size: tuple[int, int], 
                 labels = _valid_labels(record["label"], source)
                 label[row, : len(labels)] = labels
             except ValueError as error:
-                raise ValueError(f"example {index}: {error}") from error
+                raise ValueError(f"{source.describe(int(index))}: {error}") from error
         return {"image": image, "label": label[:, 0] if single_label else label}
 
     read([0], [0])

@@ -5,12 +5,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_jax.config import unknown
+from vit_jax.data.files import Listing, read_folder
 from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.tables import TABLES, read_table
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
@@ -25,7 +28,8 @@ class Source:
 
     Attributes:
       records: records[i] holds "image" (encoded bytes, or uint8 [H, W], [H, W, 1] or [H, W, 3])
-        and `label_feature` (an int, or a sequence of them for a multi-label set).
+        and `label_feature` (an int, or a sequence of them for a multi-label set). It raises
+        ValueError for a record that cannot be read, and may have `name(i)`: i's file.
       num_classes: labels are in [0, num_classes).
       class_names: a name for each class, where they are known.
       labels_per_example: None for one label; for a multi-label set the most an example may have.
@@ -47,6 +51,15 @@ class Source:
         record = self.records[index]
         return {"image": record["image"], "label": record[self.label_feature]}
 
+    def describe(self, index: int) -> str:
+        """What messages call an example: `example 3 (cat/a.jpg)`."""
+        name = _name(self.records, index)
+        return f"example {index} ({name})" if name else f"example {index}"
+
+
+def _name(records: Sequence, index: int) -> str | None:
+    return records.name(index) if hasattr(records, "name") else None
+
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a dataset's split.
@@ -54,8 +67,9 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     Args:
       name: `digits` (scikit-learn's 8 x 8 digits; every third example is test), `strokes/200` or
         `fractals/1000` (formula-driven, the number of classes after the slash, 1000 by default;
-        `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), or a dataset that
-        TFDS prepared in ArrayRecord format: `cifar10`, `cifar10:3.0.2`, `my_set/config`.
+        `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a dataset that
+        TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`, `my_set/config`), or a
+        path, which begins with `/`, `.` or `~`: see `open_path`.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
       data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
 
@@ -68,7 +82,29 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         return _open_digits(split)
     if name.partition("/")[0] in FORMULAS:
         return _open_formula(name, split)
+    if name.startswith(("/", ".", "~")):
+        listing = open_path(name)
+        sizes = {s: len(records) for s, records in listing.splits.items()}
+        records = _read_split(split, sizes, name, lambda s, a, b: _Part(listing.splits[s], a, b))
+        return Source(records, listing.num_classes, listing.class_names, listing.labels_per_example)
     return _open_tfds(name, split, data_dir)
+
+
+def open_path(path: str) -> Listing:
+    """Lists what lies at a path: an image folder, or a .csv, .tsv or .jsonl table of images.
+
+    Raises:
+      FileNotFoundError: nothing is there, or no images.
+      ValueError: what is there isn't consistent: see `files.read_folder` and `tables.read_table`.
+    """
+    found = Path(path).expanduser()
+    if found.is_dir():
+        return read_folder(found)
+    if not found.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    if found.suffix.lower() in TABLES:
+        return read_table(found)
+    raise ValueError(f"{path} is a file: expected a folder, or a table ({', '.join(TABLES)})")
 
 
 def parse_split(
@@ -131,8 +167,33 @@ class _Concatenated(Sequence):
         return self.starts[-1]
 
     def __getitem__(self, index):
+        part, index = self._locate(index)
+        return part[index]
+
+    def name(self, index):
+        return _name(*self._locate(index))
+
+    def _locate(self, index):
         part = bisect_right(self.starts, index) - 1
-        return self.parts[part][index - self.starts[part]]
+        return self.parts[part], index - self.starts[part]
+
+
+@dataclass(frozen=True)
+class _Part(Sequence):
+    """records[start:stop], lazily."""
+
+    records: Sequence
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index):
+        return self.records[self.start + index]
+
+    def name(self, index):
+        return _name(self.records, self.start + index)
 
 
 def _read_split(
@@ -222,7 +283,10 @@ def _tfds_builder(name: str, data_dir: str | None):
         root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         found = [path.name for path in root.iterdir()] if root.exists() else []
         registered = tfds.list_builders(with_community_datasets=False)
-        raise unknown("dataset", name, {"digits", *FORMULAS, *found, *registered}) from error
+        error_with_names = unknown("dataset", name, {"digits", *FORMULAS, *found, *registered})
+        if Path(name).exists():
+            raise ValueError(f"{error_with_names}. For the path, write ./{name}") from error
+        raise error_with_names from error
     except AssertionError as error:  # a version that TFDS cannot build
         raise ValueError(f"cannot open {name}: {error}") from error
     folder = builder.data_dir

@@ -1,0 +1,164 @@
+"""Tables (CSV, TSV, JSON Lines) of image files and their labels, read without preparation."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.config import unknown
+from vit_jax.data.files import ImageFiles, Listing
+
+TABLES = (".csv", ".tsv", ".jsonl")
+CLASS_NAMES = "classes.txt"  # beside a table or tars: a class a line; labels are checked against it
+MAX_CLASSES = 1 << 24  # a label above is a mistake, not a class
+
+
+def read_table(path: Path) -> Listing:
+    """Lists the images that a `.csv`, `.tsv` or `.jsonl` file names.
+
+    Its columns (or the keys of its lines) are `path`, relative to the table's folder or absolute;
+    `label`, a class's name or number, or for a multi-label set `labels`, a list of them (in CSV
+    joined by |); and optionally `split`, by default train. Numbers count from 0. If the table's
+    folder holds a `classes.txt`, a class a line, that is the list of classes; otherwise names are
+    sorted, and numbers go up to the highest one.
+
+    Raises:
+      ValueError: names the line: a column is missing, a label is malformed or out of range, names
+        and numbers are mixed, or an image is in two splits.
+      FileNotFoundError: an image isn't there.
+    """
+    files, splits, labels, places = [], [], [], []
+    first = {}  # file -> the split and line that name it first
+    several = None
+    for line, row in _table_rows(path):
+        place = f"{path}, line {line}"
+        columns = [k for k, v in row.items() if v is not None and (v != "" or k == "labels")]
+        several = "labels" in row if several is None else several
+        if not {"path", "labels" if several else "label"} <= {*columns}:
+            raise ValueError(
+                f"{place} has {', '.join(map(str, columns)) or 'nothing'}: expected values for "
+                "path, label (or, in all lines, labels), and optionally split"
+            )
+        file, split = str(row["path"]), str(row.get("split") or "train")
+        other_split, other_line = first.setdefault(os.path.normpath(file), (split, line))
+        if other_split != split:
+            raise ValueError(
+                f"{place}: {file} is in {split}, and by line {other_line} in {other_split}: "
+                "splits must not overlap"
+            )
+        if not os.path.isfile(path.parent / file):
+            raise FileNotFoundError(f"{place}: there is no file {path.parent / file}")
+        label = row["labels"] if several else [row["label"]]
+        if isinstance(label, str):
+            label = label.split("|") if label else []
+        if not isinstance(label, list):
+            raise ValueError(f"{place}: labels {label!r}: expected a list")
+        files.append(file)
+        splits.append(split)
+        labels.append(tuple(label))
+        places.append(place)
+    if not files:
+        raise ValueError(f"{path} has no rows: expected at least one image")
+
+    numbers, names = number_labels(labels, places, class_names_beside(path))
+    records = {}
+    for split in dict.fromkeys(splits):
+        rows = [row for row, other in enumerate(splits) if other == split]
+        chosen = [numbers[row] if several else numbers[row][0] for row in rows]
+        records[split] = ImageFiles(str(path.parent), [files[row] for row in rows], chosen)
+    num_classes = len(names) if names else 1 + max(max(ls, default=0) for ls in numbers)
+    most = max(1, *map(len, numbers)) if several else None
+    return Listing("table of images", records, num_classes, names, most)
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, {column: value}) of each row."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    if path.suffix.lower() == ".jsonl":
+        for line, row in enumerate(text.split("\n"), 1):
+            if row.strip():
+                try:
+                    values = json.loads(row)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {line} is no JSON: {error}") from error
+                if not isinstance(values, dict):
+                    raise ValueError(f"{path}, line {line}: expected a JSON object")
+                yield line, values
+        return
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    if "path" not in (rows.fieldnames or ()):
+        raise ValueError(
+            f"{path} begins with {rows.fieldnames}: expected a line of column names: "
+            "path, label (or labels), and optionally split"
+        )
+    for row in rows:
+        yield rows.line_num, row
+
+
+def class_names_beside(path: Path) -> tuple[str, ...] | None:
+    """The classes that `classes.txt` in this file's folder lists, if there is one."""
+    file = path.parent / CLASS_NAMES
+    if not file.exists():
+        return None
+    names = tuple(file.read_text("utf-8").splitlines())
+    if not names or len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"{file}: expected a class a line, none empty and none twice")
+    return names
+
+
+def number_labels(
+    labels: Sequence[tuple[str | int, ...]], places: Sequence[str], names: tuple[str, ...] | None
+) -> tuple[list[tuple[int, ...]], tuple[str, ...] | None]:
+    """Labels as numbers, given names or numbers.
+
+    Args:
+      labels: of each example; either all of them names, or all numbers, perhaps written as text.
+      places: where each example's stand, for messages.
+      names: of the classes, if they are known.
+
+    Returns:
+      (numbers of each example, names); the names are sorted if they weren't known, and None if the
+      labels are numbers without them.
+
+    Raises:
+      ValueError: names the place of a label that is neither, isn't known or is out of range.
+    """
+    given = {}  # distinct label -> the first place
+    for example, place in zip(labels, places, strict=True):
+        for label in example:
+            if type(label) not in (str, int) or label == "":
+                raise ValueError(f"{place}: label {label!r}: expected a class's name or number")
+            given.setdefault(label, place)
+    numeric = {label for label in given if re.fullmatch(r"-?\d+", str(label))}
+    if names is not None and set(map(str, given)) <= set(names):
+        numeric = set()  # "7" is the name of a class
+    if numeric and len(numeric) < len(given):
+        number, name = sorted(numeric, key=str)[0], sorted(given.keys() - numeric)[0]
+        raise ValueError(
+            f"{given[number]} has the label {number!r}, {given[name]} {name!r}: expected all of "
+            f"them to be numbers or all names (a {CLASS_NAMES} beside makes numbers names)"
+        )
+    if numeric:
+        index = {label: int(label) for label in given}
+        for label, place in given.items():
+            if not 0 <= index[label] < (len(names) if names else MAX_CLASSES):
+                raise ValueError(
+                    f"{place}: label {label}: expected 0 <= label < "
+                    f"{len(names) if names else MAX_CLASSES}"
+                )
+    else:
+        names = names or tuple(sorted(map(str, given)))
+        known = {name: i for i, name in enumerate(names)}
+        for label, place in given.items():
+            if str(label) not in known:
+                raise ValueError(f"{place}: {unknown('class', str(label), names)}")
+        index = {label: known[str(label)] for label in given}
+    return [tuple(index[label] for label in example) for example in labels], names
