@@ -46,6 +46,15 @@ def test_pretrain_transfer_evaluate(tmp_path):
     assert {"1shot", "5shot", "5shot_std"} == results[0].keys() - {"1shot_std"}
     assert results[0] != results[1]
 
+    for protocol, options, name in (
+        ("linear", ["--l2=1e-3,1e-1"], "dev_accuracy"),
+        ("knn", ["--neighbours=1,5"], "5nn"),
+        ("classification", ["--dev_split=train[:200]"], "temperature"),
+    ):
+        code, out, err = command(*evaluate, f"--protocol={protocol}", *options)
+        assert code == 0, err
+        assert 0 < json.loads(out)[name] and json.loads(out)["examples"] == 599
+
 
 def test_killed_at_any_moment_resumes_exactly(tmp_path):
     """SIGKILL between steps, during a save and at random; then bit-identical to never killed."""

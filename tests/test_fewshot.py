@@ -16,16 +16,14 @@ def test_reference(golden, seed, shots, l2):
         io["features_train"][index], io["labels_train"][index], io["features_test"], l2
     )
     correct = np.sum(predicted == io["labels_test"])
-    expected = round(float(io[f"acc_seed{seed}_shots{shots}_l2_{l2}"]) * 600)
-    # At l2 = 1 the problem's condition exceeds float32, in which the reference was computed: an
-    # exact solution differs in up to 4 of 600 images. The published protocol is l2 = 1024.
-    assert abs(correct - expected) <= (4 if l2 == 1 else 0)
+    assert correct == round(float(io[f"acc_seed{seed}_shots{shots}_l2_{l2}"]) * 600)
 
 
 def test_both_sides_of_the_solution_agree():
     """Fewer examples than features, and as many copies of them as make it more."""
     rng = np.random.default_rng(0)
     x, y, test = rng.normal(size=(20, 30)), np.arange(20) % 4, rng.normal(size=(50, 30))
+    x, test = x.astype(np.float32), test.astype(np.float32)
     few = least_squares(x, y, test, l2=10.0)
     many = least_squares(np.tile(x, (3, 1)), np.tile(y, 3), test, l2=30.0)
     np.testing.assert_array_equal(few, many)

@@ -1,14 +1,16 @@
-"""Accuracy and loss over a whole dataset, every example counted exactly once."""
+"""Accuracy, loss and calibration over a whole dataset, every example counted exactly once."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import Source, open_source
+from vit_jax.evaluation.calibration import bin_confidences, calibration_error
 from vit_jax.evaluation.features import make_batches
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import replicated
@@ -17,18 +19,31 @@ from vit_jax.training.step import LossConfig, example_losses, make_targets
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationConfig:
-    """What to evaluate on. A top-1 prediction is right if it is one of the image's labels."""
+    """What to evaluate on.
+
+    A prediction is right if it is one of the image's labels; images without any aren't counted:
+    the rule of ImageNet-ReaL (Beyer et al., arXiv 2006.07159). With `only_present` a prediction is
+    the best of the classes that the split has: the rule of ImageNet-A and -R, of which each has 200
+    of the 1,000. Logits are divided by `temperature`, see `calibration.fit_temperature`.
+    """
 
     data: DataConfig
     batch_size: int = 256
+    only_present: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}: expected more than 0")
 
 
 def make_classification(
     config: ClassificationConfig, model: Model, mesh: Mesh, loss: LossConfig
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"accuracy": share in [0, 1], "loss": mean, "examples": count}.
+    """params -> {"accuracy": share in [0, 1], "loss": mean, "ece": in [0, 1], "examples": count}.
 
-    Opens the dataset at once, so that a missing one is found before anything is trained.
+    "top5" where there are more than five classes; "excluded" counts images without a label. Opens
+    the dataset at once, so that a missing one is found before anything is trained.
     """
     source = open_source(config.data.dataset, config.data.split, config.data.data_dir)
     if source.num_classes != model.num_classes:
@@ -36,27 +51,50 @@ def make_classification(
             f"{config.data.dataset} has {source.num_classes} classes, the model {model.num_classes}"
         )
     batches = make_batches(source, config.data, model, mesh, config.batch_size)
+    classes = present_classes(source) if config.only_present else np.arange(model.num_classes)
+    best = min(5, len(classes) - 1)
 
     def count(params, batch):
-        logits = model.apply(params, batch["image"]).logits
-        targets = make_targets(batch["label"], model.num_classes)
+        logits = model.apply(params, batch["image"]).logits[:, classes] / config.temperature
+        targets = make_targets(batch["label"], model.num_classes)[:, classes]
+        labelled = targets.max(axis=1) > 0
+        mask = batch["mask"] & labelled
+        _, top = jax.lax.top_k(logits, max(best, 1))
+        hits = jnp.take_along_axis(targets, top, axis=1) > 0
         correct = jnp.take_along_axis(targets, logits.argmax(-1)[:, None], axis=1)[:, 0] > 0
-        losses = jnp.where(batch["mask"], example_losses(loss, logits, targets), 0.0)
+        probabilities = jax.nn.sigmoid if loss.name == "sigmoid" else jax.nn.softmax
         return {
-            "correct": jnp.sum(correct & batch["mask"]),
-            "loss": losses.sum(),
-            "examples": batch["mask"].sum(),
+            "correct": jnp.sum(correct & mask),
+            "top5": jnp.sum(hits.any(axis=1) & mask),
+            "loss": jnp.where(mask, example_losses(loss, logits, targets), 0.0).sum(),
+            "bins": bin_confidences(probabilities(logits).max(axis=1), correct, mask),
+            "examples": mask.sum(),
+            "excluded": jnp.sum(batch["mask"] & ~labelled),
         }
 
     count = jax.jit(count, out_shardings=replicated(mesh))
 
     def evaluate(params: dict) -> dict[str, float]:
-        totals = [jax.device_get(count(params, batch)) for batch in batches()]
-        examples = sum(int(t["examples"]) for t in totals)
-        return {
-            "accuracy": sum(int(t["correct"]) for t in totals) / examples,
-            "loss": float(sum(t["loss"].astype(float) for t in totals)) / examples,
+        counts = [jax.device_get(count(params, batch)) for batch in batches()]
+        totals = {key: sum(c[key].astype(np.float64) for c in counts) for key in counts[0]}
+        if not (examples := int(totals["examples"])):
+            raise ValueError(f"{config.data.dataset} {config.data.split}: no image has a label")
+        result = {
+            "accuracy": float(totals["correct"]) / examples,
+            "loss": float(totals["loss"]) / examples,
+            "ece": calibration_error(totals["bins"]),
             "examples": examples,
         }
+        if best == 5:
+            result["top5"] = float(totals["top5"]) / examples
+        if totals["excluded"]:
+            result["excluded"] = int(totals["excluded"])
+        return result
 
     return evaluate
+
+
+def present_classes(source: Source) -> np.ndarray:
+    """The classes that some example has, ascending."""
+    labels = (np.atleast_1d(source[i]["label"]) for i in range(len(source)))
+    return np.unique(np.concatenate(list(labels)))

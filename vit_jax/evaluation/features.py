@@ -1,13 +1,13 @@
 """Whole datasets through a model: batches on the mesh, and frozen representations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import DataConfig, eval_batches
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import Source, open_source
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import check_batch_size, local_rows, put_batch, replicated
 
@@ -38,22 +38,46 @@ def make_batches(
 
 
 def make_extractor(
-    model: Model, mesh: Mesh
+    model: Model, mesh: Mesh, output: str = "features"
 ) -> Callable[[dict, Batches], tuple[np.ndarray, np.ndarray]]:
-    """(params, batches) -> (features float32 [N, D], labels [N] or [N, K]), in dataset order.
+    """(params, batches) -> (outputs float32 [N, D], labels [N] or [N, K]), in dataset order.
 
-    Every process gets all of them.
+    `output`: the "features" that the head takes, or its "logits". Every process gets all of them.
     """
 
     def forward(params, batch):
-        return model.apply(params, batch["image"]).features, batch["label"], batch["mask"]
+        outputs = getattr(model.apply(params, batch["image"]), output)
+        return outputs, batch["label"], batch["mask"]
 
     forward = jax.jit(forward, out_shardings=replicated(mesh))
 
     def extract(params: dict, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
         found = [jax.device_get(forward(params, batch)) for batch in batches()]
-        features = np.concatenate([f[mask] for f, _, mask in found])
+        outputs = np.concatenate([values[mask] for values, _, mask in found])
         labels = np.concatenate([label[mask] for _, label, mask in found])
-        return features, labels
+        return outputs, labels
 
     return extract
+
+
+def extract_split(
+    sources: Mapping[str, Source], data: DataConfig, model: Model, mesh: Mesh, batch_size: int
+) -> Callable[[dict, str], tuple[np.ndarray, np.ndarray]]:
+    """(params, name of a source) -> its features and labels, as `make_extractor` gives them."""
+    batches = {
+        name: make_batches(source, data, model, mesh, batch_size)
+        for name, source in sources.items()
+    }
+    extract = make_extractor(model, mesh)
+    return lambda params, name: extract(params, batches[name])
+
+
+def open_single_label(data: DataConfig) -> Source:
+    """The source; ValueError if its examples have several labels."""
+    source = open_source(data.dataset, data.split, data.data_dir)
+    if source.labels_per_example is not None:
+        raise ValueError(
+            f"{data.dataset} has several labels an image: this protocol takes one. Evaluate with "
+            "--protocol=classification"
+        )
+    return source

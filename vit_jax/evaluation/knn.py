@@ -1,0 +1,94 @@
+"""k nearest neighbours by cosine similarity of frozen features, weighted by exp(similarity / T).
+
+Wu et al., arXiv 1805.01978, section 3.4, with T = 0.07 as there and in DINO (arXiv 2104.14294).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.evaluation.features import extract_split, open_single_label
+from vit_jax.models.variants import Model
+
+BLOCK = 256  # test examples at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnConfig:
+    """Neighbours are sought in `split`; accuracy is measured on all of `test_split`."""
+
+    data: DataConfig
+    test_split: str = "test"
+    neighbours: tuple[int, ...] = (1, 10, 20)
+    temperature: float = 0.07
+    batch_size: int = 256
+
+
+def nearest_neighbours(
+    features: np.ndarray,
+    labels: np.ndarray,
+    test_features: np.ndarray,
+    neighbours: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, np.ndarray]:
+    """The labels predicted for test_features [M, D], for each number of neighbours: k -> [M].
+
+    From features [N, D] with labels [N]. Raises ValueError if there aren't as many neighbours.
+    """
+    if not neighbours or not 1 <= min(neighbours) <= max(neighbours) <= len(labels):
+        raise ValueError(
+            f"neighbours {tuple(neighbours)}: expected numbers from 1 to {len(labels)}, which is "
+            "how many examples there are to choose from"
+        )
+    classes, targets = np.unique(labels, return_inverse=True)
+    features, test_features = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for x in (features.astype(np.float32), test_features.astype(np.float32))
+    )
+    vote = partial(_vote, jnp.asarray(features), jnp.asarray(targets), temperature=temperature)
+    votes = [
+        vote(test_features[start : start + BLOCK], len(classes), tuple(neighbours))
+        for start in range(0, len(test_features), BLOCK)
+    ]
+    return {
+        k: classes[np.concatenate([np.asarray(v[i]) for v in votes])]
+        for i, k in enumerate(neighbours)
+    }
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _vote(features, targets, test_features, num_classes, neighbours, *, temperature):
+    exact = jax.lax.Precision.HIGHEST  # TPUs would round to bfloat16
+    similarity = jnp.matmul(test_features, features.T, precision=exact)
+    similarity, index = jax.lax.top_k(similarity, max(neighbours))
+    # Relative to the nearest one, or else exp(1 / T) overflows for small T.
+    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    votes = jax.nn.one_hot(targets[index], num_classes) * weights[:, :, None]
+    return [votes[:, :k].sum(axis=1).argmax(axis=1) for k in neighbours]
+
+
+def make_knn(config: KnnConfig, model: Model, mesh: Mesh) -> Callable[[dict], dict[str, float]]:
+    """params -> {"20nn": accuracy in [0, 1], ..., "examples": count}."""
+    names = {"train": config.data.split, "test": config.test_split}
+    sources = {
+        name: open_single_label(dataclasses.replace(config.data, split=split))
+        for name, split in names.items()
+    }
+    extract = extract_split(sources, config.data, model, mesh, config.batch_size)
+
+    def evaluate(params: dict) -> dict[str, float]:
+        features, labels = extract(params, "train")
+        test_features, test_labels = extract(params, "test")
+        predicted = nearest_neighbours(
+            features, labels, test_features, config.neighbours, config.temperature
+        )
+        accuracies = {f"{k}nn": float(np.mean(y == test_labels)) for k, y in predicted.items()}
+        return {**accuracies, "examples": len(test_labels)}
+
+    return evaluate

@@ -1,0 +1,135 @@
+"""Linear probe: logistic regression on frozen features by L-BFGS, its penalty chosen on dev.
+
+The protocol of CLIP (Radford et al., arXiv 2103.00020, appendix A.3): the strength of the penalty
+is swept on a logarithmic grid, and the chosen one is fitted to train and dev together. Features are
+standardised by the training examples' own mean and deviation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from scipy import optimize
+
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.splits import stratified_split
+from vit_jax.evaluation.features import extract_split, open_single_label
+from vit_jax.models.variants import Model
+
+ITERATIONS = 1000  # at most, as CLIP's
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Trained on `split`; accuracy is measured on all of `test_split`.
+
+    Without a `dev_split`, a tenth of each class of `split`, drawn with `seed`, takes its place.
+    """
+
+    data: DataConfig
+    test_split: str = "test"
+    dev_split: str | None = None
+    l2: tuple[float, ...] = tuple(10.0**k for k in range(-6, 3))
+    seed: int = 0
+    batch_size: int = 256
+
+
+def fit_logistic(
+    features: np.ndarray, labels: np.ndarray, l2: float, start: np.ndarray
+) -> np.ndarray:
+    """argmin_W of the mean cross-entropy + l2 / 2 |W|^2: [N, D], [N] -> [D + 1, C] like `start`.
+
+    The last row is the bias, which has no penalty. `labels` are 0 to C - 1. Gradients are float32,
+    on the default device; the search is scipy's, in float64.
+    """
+    x, y, shape = jnp.asarray(features, jnp.float32), jnp.asarray(labels), start.shape
+
+    def value_and_grad(w: np.ndarray) -> tuple[float, np.ndarray]:
+        value, grad = _objective(jnp.asarray(w.reshape(shape), jnp.float32), x, y, l2)
+        return float(value), np.asarray(grad, np.float64).ravel()
+
+    options = {"maxiter": ITERATIONS, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-10}
+    found = optimize.minimize(
+        value_and_grad, start.ravel(), jac=True, method="L-BFGS-B", options=options
+    )
+    return found.x.reshape(shape)
+
+
+@jax.jit
+@jax.value_and_grad
+def _objective(w: jax.Array, x: jax.Array, y: jax.Array, l2: float) -> jax.Array:
+    logits = jnp.matmul(x, w[:-1], precision=jax.lax.Precision.HIGHEST) + w[-1]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)
+    return losses.mean() + l2 / 2 * jnp.sum(w[:-1] ** 2)
+
+
+def linear_probe(
+    train: tuple[np.ndarray, np.ndarray],
+    dev: tuple[np.ndarray, np.ndarray],
+    test_features: np.ndarray,
+    l2: tuple[float, ...],
+) -> tuple[np.ndarray, float, float]:
+    """(labels predicted for [M, D]: [M], the chosen l2, its accuracy on dev).
+
+    `train` and `dev` are features [N, D] and labels [N]. The strongest penalty goes first, each
+    next one starts from its solution; of equally good ones the stronger is chosen.
+    """
+    if not l2 or min(l2) <= 0:
+        raise ValueError(f"l2 = {l2}: expected numbers greater than 0")
+    classes = np.unique(np.concatenate([train[1], dev[1]]))
+    best, chosen, kept = -1.0, 0.0, None
+    w = np.zeros((train[0].shape[1] + 1, len(classes)))
+    fit = _fitter(*train, classes)
+    for penalty in sorted(l2, reverse=True):
+        w, predict = fit(penalty, w)
+        accuracy = float(np.mean(predict(dev[0]) == dev[1]))
+        if accuracy > best:
+            best, chosen, kept = accuracy, penalty, w
+    both = (np.concatenate([a, b]) for a, b in zip(train, dev, strict=True))
+    _, predict = _fitter(*both, classes)(chosen, kept)
+    return predict(test_features), chosen, best
+
+
+def _fitter(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Callable:
+    """(l2, start) -> (W, features -> labels); all features are standardised by these."""
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-5
+    x, y = (features - mean) / std, np.searchsorted(classes, labels)
+
+    def fit(l2: float, start: np.ndarray) -> tuple[np.ndarray, Callable]:
+        w = fit_logistic(x, y, l2, start)
+        return w, lambda f: classes[((f - mean) / std @ w[:-1] + w[-1]).argmax(axis=1)]
+
+    return fit
+
+
+def make_probe(config: ProbeConfig, model: Model, mesh: Mesh) -> Callable[[dict], dict[str, float]]:
+    """params -> {"accuracy": in [0, 1], "l2": the chosen one, "dev_accuracy", "examples"}."""
+    names = {"train": config.data.split, "test": config.test_split}
+    if config.dev_split:
+        names["dev"] = config.dev_split
+    sources = {
+        name: open_single_label(dataclasses.replace(config.data, split=split))
+        for name, split in names.items()
+    }
+    extract = extract_split(sources, config.data, model, mesh, config.batch_size)
+
+    def evaluate(params: dict) -> dict[str, float]:
+        train = extract(params, "train")
+        if config.dev_split:
+            dev = extract(params, "dev")
+        else:
+            parts = stratified_split(train[1], {"train": 0.9, "dev": 0.1}, config.seed)
+            train, dev = (tuple(x[parts[name]] for x in train) for name in ("train", "dev"))
+        test_features, test_labels = extract(params, "test")
+        predicted, l2, dev_accuracy = linear_probe(train, dev, test_features, config.l2)
+        return {
+            "accuracy": float(np.mean(predicted == test_labels)),
+            "l2": l2,
+            "dev_accuracy": dev_accuracy,
+            "examples": len(test_labels),
+        }
+
+    return evaluate
