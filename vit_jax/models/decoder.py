@@ -91,7 +91,7 @@ class Decoder:
     def __post_init__(self):
         for field in dataclasses.fields(TransformerConfig):
             value = getattr(self.config, field.name)
-            absent = ("stochastic_depth", "layer_scale", "parallel", "scan", "remat")
+            absent = ("stochastic_depth", "layer_scale", "parallel", "scan", "remat", "attention")
             if field.name in absent and value != field.default:
                 raise ValueError(f"{field.name} = {value!r}: a decoder has no such thing")
 

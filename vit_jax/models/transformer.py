@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.attention import attention_weights, choose_attention, flash_attention
 from vit_jax.models.positions import Positions, position_table, rotate
 from vit_jax.parallel.mesh import constrain_batch
 
@@ -43,6 +44,7 @@ class TransformerConfig:
     qk_norm: bool = False
     layer_scale: float | None = None
     parallel: bool = False
+    attention: str = "auto"
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
@@ -154,18 +156,27 @@ class MultiHeadAttention(nn.Module):
             key = self._through_cache("cached_key", key, index)
             value = self._through_cache("cached_value", value, index)
 
-        # Scores and softmax in float32 whatever the dtype of what they are made from.
-        exact = {"preferred_element_type": jnp.float32}
-        scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, **exact)
-        if offsets is not None:
-            scores += jnp.einsum("bnhk,nmhk->bhnm", query, offsets.astype(query.dtype), **exact)
-        scores *= query.shape[-1] ** -0.5
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1)
-        self.sow("intermediates", "attention", weights)
-        weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
-        y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
+        plain = (  # the weights themselves are needed, or it is more than self-attention
+            self.is_mutable_collection("intermediates")
+            or (config.attention_dropout > 0 and keys is not None)
+            or x is not context
+            or not (offsets is None and mask is None and self.cache_length is None)
+            or self.is_initializing()
+        )
+        way = choose_attention(config.attention, query, plain=plain)
+        if way == "xla":
+            bias = None
+            if offsets is not None:
+                offsets = offsets.astype(query.dtype) * query.shape[-1] ** -0.5
+                bias = jnp.einsum(
+                    "bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32
+                )
+            weights = attention_weights(query, key, bias=bias, mask=mask)
+            self.sow("intermediates", "attention", weights)
+            weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
+            y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
+        else:
+            y = flash_attention(query, key, value)
         return nn.DenseGeneral(
             config.width, axis=(-2, -1), dtype=config.dtype, kernel_init=init, name="out"
         )(y)

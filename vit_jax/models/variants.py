@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.config import build, unknown
+from vit_jax.models.attention import ATTENTIONS, misfit
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
 from vit_jax.models.resnet import ResNet, StemConfig
@@ -113,6 +114,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-6  # of LayerNorms
 
     head_bias: float = 0.0  # initial bias of the head; -10 with sigmoid loss over many classes
+    # What computes the encoder's attention (`models.attention`): auto | xla | cudnn. The numbers
+    # agree within rounding.
+    attention: str = "auto"
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     scan: bool = False  # one loop over the layers: faster to compile, the same numbers
     remat: str = "none"  # recompute in the backward pass: none | dots | full; the same numbers
@@ -306,7 +310,7 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     """ValueError for values that no model can have."""
     choices = {"pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "mlp": MLPS}
     if family in ("ViT", "hybrid"):
-        choices |= {"position": KINDS, "position_at": PLACES}
+        choices |= {"position": KINDS, "position_at": PLACES, "attention": ATTENTIONS}
     for kind, known in choices.items():
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)
@@ -326,10 +330,25 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
                 f"width {config.width}: {config.position} positions need a multiple of "
                 f"{unit[config.position]}"
             )
+        _check_attention(config)
     if config.zero_padded_pool and not config.preactivation:
         raise ValueError("zero_padded_pool: of pre-activation ResNets alone (preactivation=True)")
     if config.stem_width is not None and config.stem_width % 32:
         raise ValueError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.attention in ("auto", "xla"):
+        return
+    problem = misfit(config.attention, config.width // config.num_heads, config.dtype)
+    if config.attention_dropout:
+        problem = (
+            f"attention_dropout = {config.attention_dropout} drops weights, which it never has"
+        )
+    elif config.position == "relative":
+        problem = "relative positions change its scores"
+    if problem:
+        raise ValueError(f"attention = {config.attention!r}: {problem}; use 'auto' or 'xla'")
 
 
 def _check_image_size(variant: str, image_size: tuple[int, int], unit: int) -> None:

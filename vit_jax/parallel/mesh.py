@@ -98,6 +98,12 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(constrain, tree)
 
 
+def platform() -> str:
+    """Inside jit: "tpu", "gpu" or "cpu", of the devices of `use_mesh`, or else of jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """ValueError unless every microbatch divides over the devices."""
     unit = mesh.size * accumulation

@@ -77,6 +77,7 @@ MAY_CHANGE = (
     "fewshot",
     "log_every",
     "mesh",
+    "model.attention",
     "model.remat",
 )
 
