@@ -12,7 +12,7 @@ PACKAGE = ROOT / "vit_jax"
 
 # A module may import from its own floor and from those below it.
 FLOORS = [
-    {"pretrain", "transfer", "evaluate", "convert", "plan"},
+    {"pretrain", "transfer", "evaluate", "convert", "plan", "visualize"},
     {"training.loop", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer"},
     {"data", "weights", "analysis", "training.metrics"},
