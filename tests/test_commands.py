@@ -53,7 +53,7 @@ def test_pretrain_transfer_evaluate(tmp_path):
     ):
         code, out, err = command(*evaluate, f"--protocol={protocol}", *options)
         assert code == 0, err
-        assert 0 < json.loads(out)[name] and json.loads(out)["examples"] == 599
+        assert json.loads(out)[name] > 0 and json.loads(out)["examples"] == 599
 
 
 def test_killed_at_any_moment_resumes_exactly(tmp_path):

@@ -1,46 +1,64 @@
 """Meshes and sharding rules."""
 
+import re
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
     check_batch_size,
+    check_tensor_axis,
     local_rows,
     make_mesh,
+    path_name,
     put_batch,
     put_tree,
     state_shardings,
 )
+from vit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vit_jax.training.step import start_state
 
 
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), {"data": 8, "fsdp": 1}),
-        (MeshConfig(data=-1, fsdp=4), {"data": 2, "fsdp": 4}),
-        (MeshConfig(data=1, fsdp=-1), {"data": 1, "fsdp": 8}),
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=-1, fsdp=4), (2, 4, 1)),
+        (MeshConfig(data=1, fsdp=-1), (1, 8, 1)),
+        (MeshConfig(fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=2, tensor=-1), (2, 1, 4)),
     ],
 )
 def test_shapes(config, shape):
-    assert dict(make_mesh(config).shape) == shape
+    mesh = make_mesh(config)
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_the_default_takes_any_number_of_devices(devices):
+    assert make_mesh(MeshConfig(), jax.devices()[:devices]).devices.shape == (devices, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
-        (MeshConfig(data=0), "positive sizes"),
-        (MeshConfig(data=3, fsdp=2), "data=3 x fsdp=2 does not fit 8 devices"),
-        (MeshConfig(data=-1, fsdp=3), "does not fit 8 devices"),
-        (MeshConfig(rules=((".*", "split"),)), "'replicate' or 'fsdp'"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
+        ({"data": 0}, "positive sizes"),
+        ({"data": 3, "fsdp": 2}, "data=3 x fsdp=2 x tensor=1 does not fit 8 devices"),
+        ({"fsdp": 3}, "does not fit 8 devices"),
+        ({"tensor": 16}, "does not fit 8 devices"),
+        ({"rules": ((".*", "split"),)}, "'replicate', 'fsdp' or 'tensor"),
+        ({"rules": ((".*", "tensor[1]"),)}, "counted from the last"),
     ],
 )
 def test_bad_meshes(config, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(config)
+        make_mesh(MeshConfig(**config))
 
 
 def test_the_first_rule_that_matches_wins():
@@ -68,6 +86,87 @@ def test_the_first_rule_that_matches_wins():
         state_shardings(make_mesh(config), MeshConfig(rules=((".*/kernel", "fsdp"),)), shapes)
 
 
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, np.float32)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_heads_and_hidden_width_over_tensor(scanned):
+    """Columns before the nonlinearity, rows behind it; with a leading axis of layers alike."""
+    layers = (3,) * scanned
+    block = {
+        "MultiHeadDotProductAttention_0": {
+            "query": {"kernel": shape(*layers, 64, 4, 16), "bias": shape(*layers, 4, 16)},
+            "out": {"kernel": shape(*layers, 4, 16, 64), "bias": shape(*layers, 64)},
+        },
+        "MlpBlock_0": {
+            "Dense_0": {"kernel": shape(*layers, 64, 128), "bias": shape(*layers, 128)},
+            "Dense_1": {"kernel": shape(*layers, 128, 64), "bias": shape(*layers, 64)},
+        },
+    }
+    config = MeshConfig(data=2, fsdp=2, tensor=2, min_size=4000)
+    placed = state_shardings(make_mesh(config), config, {"params": block, "mu": block})
+    for tree in placed.values():
+        specs = {
+            "/".join(key.key for key in path[1:]): (None,) * scanned + tuple(dims)
+            for path, dims in (
+                (p, s.spec[scanned:]) for p, s in jax.tree_util.tree_leaves_with_path(tree)
+            )
+        }
+        lead = (None,) * scanned
+        assert specs == {
+            "query/kernel": (*lead, "fsdp", "tensor"),
+            "query/bias": (*lead, "tensor"),
+            "out/kernel": (*lead, "tensor", None, "fsdp"),
+            "out/bias": lead,
+            "Dense_0/kernel": (*lead, "fsdp", "tensor"),
+            "Dense_0/bias": (*lead, "tensor"),
+            "Dense_1/kernel": (*lead, "tensor", "fsdp"),
+            "Dense_1/bias": lead,
+        }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_moments_follow_their_parameters(optimizer):
+    model = build_model(ModelConfig("ViT-nano/8", num_heads=4, depth=1, scan=True), 5, (16, 16))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    made = make_optimizer(OptimizerConfig(optimizer), lambda step: step, 1.0, params)
+    state = jax.eval_shape(partial(start_state, optimizer=made, use_ema=True), params)
+    config = MeshConfig(fsdp=2, tensor=2, min_size=1)
+    placed = state_shardings(make_mesh(config), config, state)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    shardings = jax.tree.leaves(placed)
+    of_params = {
+        path_name(path): at for path, at in jax.tree_util.tree_leaves_with_path(placed.params)
+    }
+    moments = 0
+    for (path, leaf), at in zip(leaves, shardings, strict=True):
+        at.shard_shape(leaf.shape)  # raises where it does not divide
+        name = path_name(path)
+        second = re.search(r"/v(_row|_col)?/", name)  # of Adafactor
+        for own, sharding in of_params.items():
+            if name.endswith(f"/{own}") and not second and leaf.shape:
+                assert at == sharding, name
+                moments += 1
+    assert moments == len(of_params) * {"adamw": 4, "sgd": 3, "adafactor": 3}[optimizer]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        ("ViT-nano/8", {}, r"does not divide dimension -2 of .*/key/bias.*use one of 1, 3"),
+        ("R26x1", {}, "neither attention nor an MLP"),
+    ],
+)
+def test_a_tensor_axis_that_splits_nothing_is_an_error(variant, options, message):
+    model = build_model(ModelConfig(variant, **options), 5, (32, 32))
+    config = MeshConfig(tensor=2)
+    with pytest.raises(ValueError, match=message):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        mesh = make_mesh(config)
+        check_tensor_axis(mesh, state_shardings(mesh, config, shapes))
+
+
 def test_batches_divide():
     mesh = make_mesh(MeshConfig())
     check_batch_size(96, mesh, accumulation=4)
@@ -77,17 +176,22 @@ def test_batches_divide():
         check_batch_size(8, mesh, accumulation=3)
     with pytest.raises(ValueError, match=r"batch size 0 .* \(8 or 16\)"):
         check_batch_size(0, mesh)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))  # whose devices share their rows
+    check_batch_size(2, mesh)
+    with pytest.raises(ValueError, match=r"over 2 devices \(data x fsdp of 8\)"):
+        check_batch_size(3, mesh)
 
 
-def test_batches_and_parameters_arrive_whole():
-    config = MeshConfig(data=2, fsdp=4, min_size=1)
+@pytest.mark.parametrize(("tensor", "rows"), [(1, 2), (2, 4)])
+def test_batches_and_parameters_arrive_whole(tensor, rows):
+    config = MeshConfig(data=2, fsdp=-1, tensor=tensor, min_size=1)
     mesh = make_mesh(config)
     np.testing.assert_array_equal(local_rows(mesh, 16), np.arange(16))
     batch = {"image": np.arange(16 * 4).reshape(16, 4).astype(np.uint8)}
     placed = put_batch(mesh, batch)["image"]
-    assert {s.data.shape for s in placed.addressable_shards} == {(2, 4)}
+    assert {s.data.shape for s in placed.addressable_shards} == {(rows, 4)}
     np.testing.assert_array_equal(placed, batch["image"])
     tree = {"kernel": np.arange(32.0, dtype=np.float32).reshape(4, 8)}
     placed = put_tree(tree, state_shardings(mesh, config, tree))["kernel"]
-    assert {s.data.shape for s in placed.addressable_shards} == {(4, 2)}
+    assert {s.data.shape for s in placed.addressable_shards} == {(4, 2 * tensor)}
     np.testing.assert_array_equal(placed, tree["kernel"])

@@ -1,7 +1,7 @@
 """Laws of the step: the same numbers on every mesh, with accumulation, scan and remat."""
 
 import dataclasses
-from functools import partial
+from functools import lru_cache
 
 import chex
 import jax
@@ -17,6 +17,7 @@ from vit_jax.parallel.mesh import (
     make_mesh,
     path_name,
     put_batch,
+    put_tree,
     replicated,
     state_shardings,
     use_mesh,
@@ -31,42 +32,56 @@ from vit_jax.training.optimizer import (
 from vit_jax.training.step import (
     LossConfig,
     example_losses,
-    init_state,
     make_targets,
     make_train_step,
+    start_state,
 )
 
 STEPS = 5
 ALL_DATA = MeshConfig()
+ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 SOFTMAX = LossConfig()
 # The softmax doesn't see the keys' biases: their gradients are rounding errors, which AdamW would
 # scale up to whole steps but for an epsilon above them.
 ADAMW = OptimizerConfig(weight_decay=0.1, eps=1e-6)
+SMALL = {"variant": "ViT-nano/8", "width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+BLOCK = "Transformer/encoderblock_0/MlpBlock_0"
+RANDOM = {"dropout": 0.2, "attention_dropout": 0.1, "stochastic_depth": 0.1}
+
+
+@lru_cache
+def initial_params(config):
+    """Computed once for each model: a step's laws are not those of its initial state."""
+    return jax.device_get(jax.jit(build_model(config, 5, (16, 16)).init)(jax.random.key(0)))
 
 
 def run(
     mesh=ALL_DATA,
+    devices=8,
     accumulation=1,
     ema_decay=None,
     optimizer=ADAMW,
     loss=SOFTMAX,
     labels=None,
     steps=STEPS,
+    each=None,
     **model_options,
 ):
-    """Trains a small model for a few steps: (final state, metrics of every step)."""
-    options = {"variant": "ViT-nano/8", "depth": 2, "dtype": "float32", "dropout": 0.2}
-    model = build_model(ModelConfig(**{**options, **model_options}), 5, (16, 16))
+    """Trains a small model for a few steps: (final state, metrics of every step).
+
+    `each` sees every state, the first one before any step.
+    """
+    options = ModelConfig(**{**SMALL, **RANDOM, "dtype": "float32", **model_options})
+    model = build_model(options, 5, (16, 16))
     schedule_config = ScheduleConfig(peak=1e-3, warmup=2)
     schedule = make_schedule(schedule_config, STEPS)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = initial_params(dataclasses.replace(options, remat="none"))
     optimizer_config = optimizer
     optimizer = make_optimizer(optimizer_config, schedule, schedule_config.peak, params)
     mesh_config = dataclasses.replace(mesh, min_size=2**8)
-    mesh = make_mesh(mesh_config)
-    first = partial(init_state, model, optimizer, use_ema=ema_decay is not None)
-    key = jax.random.key(0)
-    shardings = state_shardings(mesh, mesh_config, jax.eval_shape(first, key))
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    state = start_state(params, optimizer, use_ema=ema_decay is not None)
+    shardings = state_shardings(mesh, mesh_config, state)
     step = make_train_step(
         model,
         optimizer,
@@ -82,9 +97,11 @@ def run(
     batch = {"image": images, "label": labels}
     history = []
     with use_mesh(mesh):
-        state = jax.jit(first, out_shardings=shardings)(key)
+        state = put_tree(jax.device_get(state), shardings)
         step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
         for _ in range(steps):
+            if each:
+                each(jax.device_get(state))
             state, metrics = step(state, put_batch(mesh, batch))
             history.append(jax.device_get(metrics))
     return state, history
@@ -115,28 +132,34 @@ def test_it_learns(plain):
     assert history[-1]["param_norm"] != history[0]["param_norm"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 8), (4, 2), (2, 4)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (4, 2, 1), (2, 2, 2)])
 def test_every_mesh_computes_the_same(plain, mesh):
-    sharded = run(mesh=MeshConfig(data=mesh[0], fsdp=mesh[1]))
-    kernel = sharded[0].params["embedding"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * mesh[1] == kernel.size  # really split
-    moments = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(sharded[0].opt_state)
-        if path_name(path).endswith("mu/embedding/kernel")
-    ]
-    assert [m.sharding for m in moments] == [kernel.sharding]  # and its moment with it
+    data, fsdp, tensor = mesh
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    sharded = run(mesh=config, devices=data * fsdp * tensor)
+    for path, parts in (("embedding/kernel", fsdp), (f"{BLOCK}/Dense_1/kernel", fsdp * tensor)):
+        found = {
+            path_name(keys): leaf
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(sharded[0])
+            if path_name(keys).endswith(path)
+        }
+        assert len(found) == 3  # really split, and its two moments with it
+        assert {leaf.addressable_shards[0].data.size * parts for leaf in found.values()} == {
+            next(iter(found.values())).size
+        }
     assert_same(plain, sharded)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_changes_no_number(plain, accumulation):
-    assert_same(plain, run(accumulation=accumulation))
+@pytest.mark.parametrize(("mesh", "accumulation"), [(ALL_DATA, 4), (ALL_AXES, 2)])
+def test_accumulation_changes_no_number(plain, mesh, accumulation):
+    assert_same(plain, run(mesh=mesh, accumulation=accumulation))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_scan_and_remat_change_no_number(plain, remat):
-    state, history = run(scan=True, remat=remat)
+@pytest.mark.parametrize(("mesh", "remat"), [(ALL_DATA, "none"), (ALL_AXES, "full")])
+def test_scan_and_remat_change_no_number(plain, mesh, remat):
+    state, history = run(mesh=mesh, scan=True, remat=remat)
+    kernel = state.params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_1"]["kernel"]
+    assert ("tensor" in kernel.sharding.spec) == (mesh is ALL_AXES)
     state = dataclasses.replace(state, params=unstack_layers(state.params, 2))
     assert_same(plain, (state, history))
 
@@ -147,17 +170,16 @@ def test_dropout_and_seed_matter(plain):
 
 
 def test_ema_is_the_running_average():
-    decay = 0.9
-    _, after = zip(*[(n, run(steps=n, ema_decay=decay)[0]) for n in (1, 2, 3)], strict=True)
-    initial = run(steps=0)[0].params["embedding"]["kernel"]
-    expected = np.asarray(initial)
-    for state in after:
-        expected = decay * expected + (1 - decay) * np.asarray(state.params["embedding"]["kernel"])
+    decay, states = 0.9, []
+    run(ema_decay=decay, each=states.append)
+    expected = states[0].params["embedding"]["kernel"]
+    for state in states[1:]:
+        expected = decay * expected + (1 - decay) * state.params["embedding"]["kernel"]
         np.testing.assert_allclose(state.ema["embedding"]["kernel"], expected, rtol=1e-5, atol=1e-7)
-    assert run(steps=1)[0].ema is None
 
 
 def test_frozen_parameters_stay_and_cost_no_gradient(plain):
+    assert plain[0].ema is None
     optimizer = OptimizerConfig(lr_multipliers=(("head/.*", 1.0), (".*", 0.0)), weight_decay=0.1)
     state, history = run(optimizer=optimizer)
     initial = run(steps=0)[0]

@@ -1,7 +1,13 @@
 """The device mesh and every sharding rule: the only place that names mesh axes.
 
-The global batch is split over both axes. `fsdp` splits large parameters too, and the optimizer's
-moments with them; `data` replicates them. Any shape of mesh computes the same numbers.
+| axis     | splits the global batch | splits parameters, and their moments              |
+|----------|-------------------------|---------------------------------------------------|
+| `data`   | yes                     | no                                                |
+| `fsdp`   | yes                     | large ones, gathered where they are used          |
+| `tensor` | no                      | heads of attention and the MLP's hidden width, as |
+|          |                         | Megatron-LM (arXiv 1909.08053, section 3)         |
+
+Any shape of mesh computes the same numbers.
 """
 
 import dataclasses
@@ -14,9 +20,22 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Dimensions count from the end: the same rules hold for scanned layers, with a leading axis more.
+# Columns before the nonlinearity and rows behind it, so that a block sums over `tensor` twice, once
+# behind attention and once behind the MLP, and backward twice again.
+RULES: tuple[tuple[str, str], ...] = (
+    (r".*/v(_row|_col)?/.*", "fsdp"),  # Adafactor's second moments lack an axis
+    (r".*/(query|key|value)/(kernel|bias)", "tensor[-2]"),  # [D, H, K], [H, K]
+    (r".*/out/kernel", "tensor[-3]"),  # [H, K, D]
+    (r".*/(Dense_0|gate)/(kernel|bias)", "tensor[-1]"),  # [D, M], [M]
+    (r".*/Dense_1/kernel", "tensor[-2]"),  # [M, D]
+    (r".*", "fsdp"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +43,26 @@ class MeshConfig:
     """Devices along each axis; -1 (at most once) takes what is left.
 
     `rules` are (regex, placement) pairs over "/"-joined paths of the train state; the first that
-    matches wins. Placements: "replicate", or "fsdp": split the largest dimension that divides, if
-    the tensor has `min_size` elements (small ones cost more to gather than to keep).
+    matches wins. Placements: "replicate"; "fsdp": split the largest dimension that divides, if the
+    array has `min_size` elements (small ones cost more to gather than to keep); "tensor[-2]": split
+    that dimension over `tensor`, and the largest other one as "fsdp" does.
+
+    Raises ValueError for a placement that is none of these.
     """
 
     data: int = -1
     fsdp: int = 1
-    rules: tuple[tuple[str, str], ...] = ((".*", "fsdp"),)
+    tensor: int = 1
+    rules: tuple[tuple[str, str], ...] = RULES
     min_size: int = 2**20
+
+    def __post_init__(self):
+        for _, placement in self.rules:
+            if not re.fullmatch(r"replicate|fsdp|tensor\[-[1-9]\]", placement):
+                raise ValueError(
+                    f"placement {placement!r}: expected 'replicate', 'fsdp' or 'tensor[-1]', "
+                    "with the number of a dimension, counted from the last"
+                )
 
 
 def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mesh:
@@ -42,7 +73,7 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
     """
     on = jax.devices() if on is None else on
     devices = len(on)
-    shape = [config.data, config.fsdp]
+    shape = [config.data, config.fsdp, config.tensor]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise ValueError(f"mesh {_show(shape)}: expected positive sizes and at most one -1")
@@ -53,9 +84,6 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
             f"mesh {_show(shape)} does not fit {devices} devices: their product must be {devices}; "
             "set one axis to -1 to take what is left"
         )
-    for _, placement in config.rules:
-        if placement not in ("replicate", "fsdp"):
-            raise ValueError(f"placement {placement!r}: expected 'replicate' or 'fsdp'")
     # Auto: since jax 0.9 the default is Explicit, under which sharding becomes part of types.
     types = (AxisType.Auto,) * len(AXES)
     slices = len({d.slice_index for d in on if d.platform == "tpu" and hasattr(d, "slice_index")})
@@ -65,7 +93,7 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
         raise ValueError(
             f"mesh {_show(shape)} does not fit {slices} slices: data must be a multiple of {slices}"
         )
-    grid = create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1], on)
+    grid = create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], on)
     return Mesh(grid, AXES, axis_types=types)
 
 
@@ -79,20 +107,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """The leading axis split over data and fsdp; the devices along `tensor` have the same rows."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain_batch(tree: Any, axis: int = 0) -> Any:
-    """Inside jit, under `jax.set_mesh`: keeps `axis` of every leaf split over all devices.
+    """Inside jit, under `use_mesh`: keeps `axis` of every leaf split as a batch, and no other.
 
     Without a mesh, and where the axis doesn't divide (the one image of `init`), leaves pass.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    spec = PartitionSpec(*[None] * axis, AXES)
+    spec = PartitionSpec(*[None] * axis, BATCH_AXES)
 
     def constrain(x):
-        splits = not mesh.empty and x.shape[axis] % mesh.size == 0
+        splits = not mesh.empty and x.shape[axis] % batch_parts(mesh) == 0
         return jax.lax.with_sharding_constraint(x, spec) if splits else x
 
     return jax.tree.map(constrain, tree)
@@ -105,11 +138,13 @@ def platform() -> str:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """ValueError unless every microbatch divides over the devices."""
-    unit = mesh.size * accumulation
+    """ValueError unless every microbatch divides over the devices of the batch."""
+    parts = batch_parts(mesh)
+    unit = parts * accumulation
     if batch_size < 1 or batch_size % unit:
         below = max(batch_size // unit, 1) * unit
-        over = f"{mesh.size} devices" + (f" x {accumulation} microbatches" * (accumulation > 1))
+        over = f"{parts} devices" + (f" (data x fsdp of {mesh.size})" * (parts < mesh.size))
+        over += f" x {accumulation} microbatches" * (accumulation > 1)
         raise ValueError(
             f"batch size {batch_size} does not divide over {over}: "
             f"use a multiple of {unit} ({below} or {below + unit})"
@@ -117,21 +152,51 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None
 
 
 def state_shardings(mesh: Mesh, config: MeshConfig, shapes: Any) -> Any:
-    """NamedShardings for a tree of arrays or shapes, by the first rule that matches each path."""
+    """NamedShardings for a tree of arrays or shapes, by the first rule that matches each path.
+
+    Raises ValueError for a path without a rule, and where `tensor` doesn't divide what it should:
+    its devices would repeat each other's work.
+    """
 
     def place(path, leaf) -> NamedSharding:
         name = path_name(path)
         placement = next((p for regex, p in config.rules if re.fullmatch(regex, name)), None)
         if placement is None:
             raise ValueError(f"no sharding rule matches {name}: end the rules with ('.*', ...)")
+        axes: list[str | None] = [None] * len(leaf.shape)
+        if placement.startswith("tensor") and mesh.shape["tensor"] > 1:
+            axes[_tensor_dim(placement, name, leaf.shape, mesh.shape["tensor"])] = "tensor"
         split = mesh.shape["fsdp"]
-        dims = [d for d, n in enumerate(leaf.shape) if n % split == 0]
-        if placement == "replicate" or split == 1 or leaf.size < config.min_size or not dims:
-            return replicated(mesh)
-        largest = max(dims, key=lambda d: (leaf.shape[d], d))
-        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+        dims = [d for d, n in enumerate(leaf.shape) if axes[d] is None and n % split == 0]
+        if placement != "replicate" and split > 1 and leaf.size >= config.min_size and dims:
+            axes[max(dims, key=lambda d: (leaf.shape[d], d))] = "fsdp"
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def check_tensor_axis(mesh: Mesh, shardings: Any) -> None:
+    """ValueError for a `tensor` axis that splits none of these arrays, such as a ResNet's."""
+    size = mesh.shape["tensor"]
+    if size > 1 and not any("tensor" in at.spec for at in jax.tree.leaves(shardings)):
+        raise ValueError(
+            f"mesh tensor={size}: the model has neither attention nor an MLP to split: set tensor=1"
+        )
+
+
+def _tensor_dim(placement: str, name: str, shape: tuple[int, ...], split: int) -> int:
+    """The dimension that "tensor[-2]" means."""
+    dim = int(placement[len("tensor[") : -1])
+    size = shape[dim] if len(shape) >= -dim else 1
+    if size % split:
+        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"mesh tensor={split} does not divide dimension {dim} of {name}, {shape}: "
+            f"use one of {fitting}"
+        )
+    return dim
 
 
 def path_name(path: tuple) -> str:
@@ -150,7 +215,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows (see `local_rows`) -> global arrays, split over all devices."""
+    """This process's rows (see `local_rows`) -> global arrays, split over the batch's devices."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -29,6 +29,7 @@ from vit_jax.models.variants import Model, ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
     check_batch_size,
+    check_tensor_axis,
     local_rows,
     make_mesh,
     put_batch,
@@ -173,6 +174,8 @@ def build_training(
     optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
+    shardings = state_shardings(mesh, config.mesh, shapes)
+    check_tensor_axis(mesh, shardings)
     return Training(
         config=config,
         mesh=mesh,
@@ -181,7 +184,7 @@ def build_training(
         schedule=schedule,
         optimizer=optimizer,
         shapes=shapes,
-        shardings=state_shardings(mesh, config.mesh, shapes),
+        shardings=shardings,
     )
 
 
