@@ -1,7 +1,7 @@
 """Preprocessing on the host, written as a string: `"inception_crop|flip"`.
 
 An operation is a function (image, rng, size, *arguments) -> image on uint8 [H, W, 3]. Crops and
-`resize` end at `size`, so a recipe states the image size once; `flip` and `affine` keep the size.
+`resize` end at `size`, so a recipe states the image size once; the others keep the size.
 
 Images are resized bilinearly with antialiasing (Pillow). The published pipelines resize with
 TensorFlow's bilinear, which does not antialias; weights transfer between the two.
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.config import unknown
+from vit_jax.data.randaugment import autoaugment, randaugment, random_erasing
 
 Size = tuple[int, int]  # height, width
 Preprocess = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -130,7 +131,10 @@ def affine(
 
 OPS = {
     op.__name__: op
-    for op in (resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine)
+    for op in (
+        *(resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine),
+        *(randaugment, autoaugment, random_erasing),
+    )
 }
 
 

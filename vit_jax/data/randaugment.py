@@ -1,0 +1,240 @@
+"""RandAugment, AutoAugment's ImageNet policy and random erasing on uint8 [H, W, 3].
+
+The operations are those of the TensorFlow code with which EfficientNet, AugReg's ViTs and "Better
+plain ViT baselines" were trained (google-research/big_vision, pp/autoaugment.py), its oddities
+included, since published results depend on them:
+
+- Magnitudes run from 0 to 10; AugReg also uses 15 and 20. 0 isn't mild: it is nearly black for
+  Brightness, nearly grey for Color, one bit a channel for Posterize and the negative for Solarize.
+- Posterize and Solarize become weaker as the magnitude rises to 10. Above, Solarize's threshold
+  wraps around, as a constant that TensorFlow casts to uint8 does: 10 and 20 give the negative of
+  the whole image, 15 solarizes at 128. Posterize keeps 6 bits at 15, and all of them at 20.
+- Contrast blends with a constant that is no mean of the image but H * W / 256, 255 at most.
+- Rotate turns about the centre, ShearX and ShearY keep the upper left corner. All take the nearest
+  pixel; what comes into view, and what Cutout cuts out, is the grey of 128.
+- Translations (100 pixels at magnitude 10) and Cutout (a square of 80) don't scale with the image.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+GREY = (128, 128, 128)
+
+
+def randaugment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    layers: int = 2,
+    magnitude: float = 10,
+) -> np.ndarray:
+    """`layers` operations, one after another, each drawn from the 16 with equal probability.
+
+    Cubuk et al., arXiv:1909.13719. AugReg (arXiv:2106.10270) trains with 2 layers of magnitude 0,
+    10, 15 or 20.
+    """
+    if not (isinstance(layers, int) and layers >= 0 and 0 <= magnitude <= 30):
+        raise ValueError(
+            f"expected layers >= 0 and 0 <= magnitude <= 30, found {layers} and {magnitude}"
+        )
+    picture = Image.fromarray(image)
+    names = list(OPERATIONS)
+    for choice in rng.integers(len(names), size=layers):
+        picture = OPERATIONS[names[choice]](picture, magnitude, rng)
+    return np.asarray(picture)
+
+
+def autoaugment(image: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """One of the 25 sub-policies that AutoAugment found on ImageNet, drawn at random.
+
+    Cubuk et al., arXiv:1805.09501, table 9; magnitudes as above, but Posterize keeps 4 bits and
+    more (table 6).
+    """
+    picture = Image.fromarray(image)
+    for name, probability, magnitude in IMAGENET_POLICY[rng.integers(len(IMAGENET_POLICY))]:
+        if rng.random() < probability:
+            operation = _posterize_from_4 if name == "Posterize" else OPERATIONS[name]
+            picture = operation(picture, magnitude, rng)
+    return np.asarray(picture)
+
+
+def random_erasing(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    probability: float = 0.5,
+    min_area: float = 0.02,
+    max_area: float = 0.4,
+    min_aspect: float = 0.3,
+) -> np.ndarray:
+    """A rectangle of the image becomes noise: each value uniform in 0 to 255.
+
+    Zhong et al., arXiv:1708.04896, algorithm 1 with its ImageNet values: area and height / width
+    uniform in [min_area, max_area] and [min_aspect, 1 / min_aspect], drawn anew until it fits; the
+    image as it is after 100 attempts.
+    """
+    if not (0 <= probability <= 1 and 0 < min_area <= max_area < 1 and 0 < min_aspect <= 1):
+        raise ValueError(
+            "expected 0 <= probability <= 1, 0 < min_area <= max_area < 1 and 0 < min_aspect <= 1, "
+            f"found {probability}, {min_area}, {max_area} and {min_aspect}"
+        )
+    if rng.random() >= probability:
+        return image
+    image_height, image_width = image.shape[:2]
+    for _ in range(100):
+        area = rng.uniform(min_area, max_area) * image_height * image_width
+        aspect = rng.uniform(min_aspect, 1 / min_aspect)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < height <= image_height and 0 < width <= image_width:
+            top = int(rng.integers(image_height - height, endpoint=True))
+            left = int(rng.integers(image_width - width, endpoint=True))
+            noise = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+            image = image.copy()
+            image[top : top + height, left : left + width] = noise
+            break
+    return image
+
+
+def _autocontrast(image, magnitude, rng):
+    return ImageOps.autocontrast(image)
+
+
+def _equalize(image, magnitude, rng):
+    return ImageOps.equalize(image)
+
+
+def _invert(image, magnitude, rng):
+    return ImageOps.invert(image)
+
+
+def _rotate(image, magnitude, rng):
+    angle = math.radians(_either_sign(3.0 * magnitude, rng))
+    cos, sin = math.cos(angle), math.sin(angle)
+    right, bottom = image.width - 1, image.height - 1
+    to_x = (right - (cos * right - sin * bottom)) / 2
+    to_y = (bottom - (sin * right + cos * bottom)) / 2
+    return _move(image, (cos, -sin, to_x, sin, cos, to_y))
+
+
+def _posterize(image, magnitude, rng):
+    shift = min((8 - int(magnitude / 10 * 4)) % 256, 7)  # TensorFlow shifts by no more
+    return image.point([value >> shift << shift for value in range(256)] * 3)
+
+
+def _posterize_from_4(image, magnitude, rng):
+    return ImageOps.posterize(image, 4 + int(magnitude / 10 * 4))
+
+
+def _solarize(image, magnitude, rng):
+    return ImageOps.solarize(image, int(magnitude / 10 * 256) % 256)
+
+
+def _solarize_add(image, magnitude, rng):
+    addition = int(magnitude / 10 * 110)
+    added = [min(value + addition, 255) if value < 128 else value for value in range(256)]
+    return image.point(added * 3)
+
+
+def _enhance(enhancement, image, magnitude, rng):
+    return enhancement(image).enhance(_blend_factor(magnitude))
+
+
+def _contrast(image, magnitude, rng):
+    level = min(image.width * image.height // 256, 255)
+    grey = Image.new("RGB", image.size, (level, level, level))
+    return Image.blend(grey, image, _blend_factor(magnitude))
+
+
+def _shear_x(image, magnitude, rng):
+    return _move(image, (1, _either_sign(0.03 * magnitude, rng), 0, 0, 1, 0))
+
+
+def _shear_y(image, magnitude, rng):
+    return _move(image, (1, 0, 0, _either_sign(0.03 * magnitude, rng), 1, 0))
+
+
+def _translate_x(image, magnitude, rng):
+    return _move(image, (1, 0, _either_sign(10.0 * magnitude, rng), 0, 1, 0))
+
+
+def _translate_y(image, magnitude, rng):
+    return _move(image, (1, 0, 0, 0, 1, _either_sign(10.0 * magnitude, rng)))
+
+
+def _cutout(image, magnitude, rng):
+    reach = int(magnitude / 10 * 40)
+    row, column = int(rng.integers(image.height)), int(rng.integers(image.width))
+    image = image.copy()
+    image.paste(GREY, (column - reach, row - reach, column + reach, row + reach))
+    return image
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": _autocontrast,
+    "Equalize": _equalize,
+    "Invert": _invert,
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "Color": functools.partial(_enhance, ImageEnhance.Color),
+    "Contrast": _contrast,
+    "Brightness": functools.partial(_enhance, ImageEnhance.Brightness),
+    "Sharpness": functools.partial(_enhance, ImageEnhance.Sharpness),
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _translate_x,
+    "TranslateY": _translate_y,
+    "Cutout": _cutout,
+    "SolarizeAdd": _solarize_add,
+}
+
+# (operation, probability, magnitude) twice.
+IMAGENET_POLICY = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, 2)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 8), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
+    (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+)
+
+
+def _blend_factor(magnitude: float) -> float:
+    """How much of the image is left: 1 keeps it as it is, more exaggerates."""
+    return magnitude / 10 * 1.8 + 0.1
+
+
+def _either_sign(value: float, rng: np.random.Generator) -> float:
+    return value if rng.random() < 0.5 else -value
+
+
+def _move(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Each pixel (x, y) takes the one nearest to (a x + b y + c, d x + e y + f)."""
+    a, b, c, d, e, f = matrix
+    # Pillow counts pixels' centres from 0.5 and rounds down.
+    matrix = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GREY)
