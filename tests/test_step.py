@@ -22,6 +22,7 @@ from vit_jax.parallel.mesh import (
     state_shardings,
     use_mesh,
 )
+from vit_jax.training.augmentation import AugmentationConfig
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -41,6 +42,7 @@ STEPS = 5
 ALL_DATA = MeshConfig()
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 SOFTMAX = LossConfig()
+PLAIN_IMAGES = AugmentationConfig()
 # The softmax doesn't see the keys' biases: their gradients are rounding errors, which AdamW would
 # scale up to whole steps but for an epsilon above them.
 ADAMW = OptimizerConfig(weight_decay=0.1, eps=1e-6)
@@ -62,6 +64,7 @@ def run(
     ema_decay=None,
     optimizer=ADAMW,
     loss=SOFTMAX,
+    augmentation=PLAIN_IMAGES,
     labels=None,
     steps=STEPS,
     each=None,
@@ -87,6 +90,7 @@ def run(
         optimizer,
         schedule,
         loss,
+        augmentation=augmentation,
         seed=3,
         trainable=jax.tree.map(bool, match_rules(optimizer_config.lr_multipliers, params)),
         accumulation=accumulation,
@@ -176,6 +180,15 @@ def test_ema_is_the_running_average():
     for state in states[1:]:
         expected = decay * expected + (1 - decay) * state.params["embedding"]["kernel"]
         np.testing.assert_allclose(state.ema["embedding"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_augmentation_is_the_same_on_every_mesh_and_with_accumulation(plain):
+    mixing = AugmentationConfig(mixup=0.8, cutmix=1.0, per_example=True, saturation=0.4)
+    labels = np.stack([np.arange(32) % 5, np.arange(32) % 3], axis=1).astype(np.int32)
+    options = {"augmentation": mixing, "labels": labels, "steps": 3, "depth": 1}
+    mixed = run(**options)
+    assert mixed[1][0]["grad_norm"] != pytest.approx(plain[1][0]["grad_norm"], rel=1e-3)
+    assert_same(mixed, run(mesh=MeshConfig(data=4, fsdp=2), accumulation=2, **options))
 
 
 def test_frozen_parameters_stay_and_cost_no_gradient(plain):

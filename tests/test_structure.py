@@ -15,7 +15,7 @@ FLOORS = [
     {"pretrain", "transfer", "evaluate", "convert", "plan", "visualize"},
     {"training.loop", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer"},
-    {"data", "weights", "analysis", "training.metrics"},
+    {"data", "weights", "analysis", "training.augmentation", "training.metrics"},
     {"models"},
     {"parallel"},
     {"config"},

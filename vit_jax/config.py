@@ -127,7 +127,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def recipe(**fields: Any) -> ml_collections.ConfigDict:
     """What a recipe's `get_config` returns: its fields, and room for those of every group."""
-    groups = ("checkpoint", "data", "loss", "mesh", "model", "optimizer", "schedule")
+    groups = (
+        "augmentation",
+        "checkpoint",
+        "data",
+        "loss",
+        "mesh",
+        "model",
+        "optimizer",
+        "schedule",
+    )
     return ml_collections.ConfigDict({**{group: {} for group in groups}, **fields})
 
 

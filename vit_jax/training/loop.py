@@ -45,6 +45,7 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
+from vit_jax.training.augmentation import AugmentationConfig
 from vit_jax.training.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -96,6 +97,7 @@ class TrainConfig:
     epochs: float | None = None
     seed: int = 0  # of the initial parameters, the data's order and dropout
     loss: LossConfig = LossConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()  # on the device; data's is the host's
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
     accumulation: int = 1  # microbatches of which a step takes the mean gradient
@@ -117,6 +119,11 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
+        if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
+            raise ValueError(
+                f"batch_size = {self.batch_size} in {self.accumulation} microbatch(es): mixup and "
+                "cutmix need an even number of rows in each"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +148,7 @@ class Training:
             self.optimizer,
             self.schedule,
             config.loss,
+            augmentation=config.augmentation,
             seed=config.seed,
             trainable=jax.tree.map(bool, multipliers),
             accumulation=config.accumulation,

@@ -13,6 +13,7 @@ import optax
 
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
+from vit_jax.training.augmentation import AugmentationConfig, augment, draw
 
 
 @jax.tree_util.register_dataclass
@@ -46,15 +47,20 @@ def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
     return one_hot if labels.ndim == 1 else one_hot.max(axis=1)
 
 
+def share_targets(config: LossConfig, targets: jax.Array) -> jax.Array:
+    """Softmax shares the probability equally among an image's labels: [B, C] -> [B, C]."""
+    if config.name == "softmax":
+        targets = targets / jnp.maximum(targets.sum(-1, keepdims=True), 1.0)
+    return targets
+
+
 def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The loss of each example: logits [B, C], targets [B, C] -> [B].
 
-    Label smoothing e moves the targets to t * (1 - e) + e / C. Softmax shares the probability
-    equally among an image's labels.
+    Label smoothing e moves the targets to t * (1 - e) + e / C.
     """
     num_classes = logits.shape[-1]
-    if config.name == "softmax":
-        targets = targets / jnp.maximum(targets.sum(-1, keepdims=True), 1.0)
+    targets = share_targets(config, targets)
     targets = targets * (1.0 - config.label_smoothing) + config.label_smoothing / num_classes
     if config.name == "softmax":
         return optax.softmax_cross_entropy(logits, targets)
@@ -80,6 +86,7 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     loss: LossConfig,
     *,
+    augmentation: AugmentationConfig,
     seed: int,
     trainable: Any,
     accumulation: int = 1,
@@ -89,7 +96,8 @@ def make_train_step(
 
     `trainable`, a tree of bools, says of which parameters a gradient is computed at all.
 
-    Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update),
+    Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
+    images as they were augmented but labels as they were before they were mixed),
     `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
     soon as a parameter isn't).
     """
@@ -98,9 +106,10 @@ def make_train_step(
         params = jax.tree.map(
             lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable
         )
-        logits = model.apply(params, batch["image"], keys).logits
-        targets = make_targets(batch["label"], model.num_classes)
-        hits = jnp.take_along_axis(targets, logits.argmax(-1)[:, None], axis=1)
+        labels = make_targets(batch["label"], model.num_classes)
+        images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
+        logits = model.apply(params, images, keys).logits
+        hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
         return example_losses(loss, logits, targets).mean(), hits.mean()
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -109,7 +118,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = jnp.arange(batch["image"].shape[0])
         keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
-        gradients = _accumulate(grad_fn, accumulation, state.params, batch, keys)
+        batch = {**batch, "draws": draw(augmentation, seed, state.step, len(rows))}
+        together = 2 if augmentation.mixes else 1
+        gradients = _accumulate(grad_fn, accumulation, together, state.params, batch, keys)
         (loss_value, accuracy), grads = gradients
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -130,13 +141,17 @@ def make_train_step(
     return train_step
 
 
-def _accumulate(grad_fn, accumulation: int, params, batch, keys):
-    """Means of the loss, accuracy and gradients over microbatches, one after another."""
+def _accumulate(grad_fn, accumulation: int, together: int, params, batch, keys):
+    """Means of the loss, accuracy and gradients over microbatches, one after another.
+
+    `together`: so many rows, one after another, stay in one microbatch.
+    """
     if accumulation == 1:
         return grad_fn(params, batch, keys)
 
-    def split(x):  # [B, ...] -> [A, B/A, ...], every A-th row together: no row changes its device
-        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+    def split(x):  # [B, ...] -> [A, B/A, ...], every A-th row or pair: none changes its device
+        x = x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(accumulation, -1, *x.shape[3:])
 
     microbatches = constrain_batch(jax.tree.map(split, (batch, keys)), axis=1)
 
