@@ -27,12 +27,14 @@ setup(
         "ml_collections>=1.0,<2",
         "ml_dtypes>=0.5,<1",
         "numpy>=2.0,<3",
+        "opencv-python-headless>=4.11,<6",  # resizing: 7 times as quick as Pillow
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<1",
         "pillow>=11,<14",
         "safetensors>=0.5,<1",
         "scikit-learn>=1.5,<2",
         "scipy>=1.13,<2",
+        "simplejpeg>=1.8,<2",  # libjpeg-turbo: 2.5 times as quick as through Pillow
         "tensorflow-datasets>=4.9.10,<5",
         "tqdm>=4.66,<5",
     ],

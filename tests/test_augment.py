@@ -227,7 +227,7 @@ def test_affine_scale():
         ("pad_crop(size=3)", "multiple values for argument 'size'; expected pad_crop(pixels: int)"),
         ("inception_crop(area=1)", "unexpected keyword argument 'area'"),
         ("central_crop(256)", "expected 0 < fraction <= 1, found 256"),
-        ("random_crop('a')", "expected random_crop(fraction: float)"),
+        ("random_crop('a')", "expected random_crop(fraction: float"),
         ("inception_crop(0.5, 0.1)", "expected 0 < min_area <= max_area <= 1"),
         ("pad_crop(1.5)", "expected a whole number of pixels"),
         ("affine(scale=1)", "0 <= scale < 1"),

@@ -3,8 +3,11 @@
 An operation is a function (image, rng, size, *arguments) -> image on uint8 [H, W, 3]. Crops and
 `resize` end at `size`, so a recipe states the image size once; the others keep the size.
 
-Images are resized bilinearly with antialiasing (Pillow). The published pipelines resize with
-TensorFlow's bilinear, which does not antialias; weights transfer between the two.
+Images are resized bilinearly without antialiasing, as TensorFlow does and therefore the published
+pipelines: it is what their weights have seen, and the quickest. `method` says otherwise:
+
+- `bilinear_antialias`, `bicubic_antialias`: Pillow's; the way of Hugging Face's and timm's weights;
+- `area`: means over rectangles, big_vision's default for resizing to the smaller side.
 """
 
 import ast
@@ -13,29 +16,50 @@ import inspect
 import math
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from vit_jax.config import unknown
+from vit_jax.data.decode import Jpeg
 from vit_jax.data.randaugment import autoaugment, randaugment, random_erasing
 
 Size = tuple[int, int]  # height, width
-Preprocess = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Preprocess = Callable[[np.ndarray | Jpeg, np.random.Generator], np.ndarray]
+
+METHODS = {
+    "bilinear": cv2.INTER_LINEAR,
+    "area": cv2.INTER_AREA,
+    "bilinear_antialias": Image.Resampling.BILINEAR,
+    "bicubic_antialias": Image.Resampling.BICUBIC,
+}
 
 
-def resize(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+def resize(
+    image: np.ndarray, rng: np.random.Generator, size: Size, method: str = "bilinear"
+) -> np.ndarray:
     """The whole image, its aspect ratio not kept."""
-    return _resize_box(image, size, (0, 0, image.shape[1], image.shape[0]))
+    if method not in METHODS:
+        raise unknown("way of resizing", method, METHODS)
+    if image.shape[:2] == size:
+        return image
+    if method.endswith("_antialias"):
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), METHODS[method]))
+    return cv2.resize(image, (size[1], size[0]), interpolation=METHODS[method])
 
 
 def inception_crop(
-    image: np.ndarray,
+    image: np.ndarray | Jpeg,
     rng: np.random.Generator,
     size: Size,
     min_area: float = 0.05,
     max_area: float = 1.0,
+    method: str = "bilinear",
 ) -> np.ndarray:
     """A random part of the image, resized (Szegedy et al., arXiv:1409.4842, section 6).
+
+    Of a JPEG no more is decoded than the part needs; where it is at least twice as large as `size`,
+    it is decoded at a half, quarter or eighth, whose means over pixels keep aliasing away.
 
     Drawn as TensorFlow's `sample_distorted_bounding_box` does: width / height uniform in
     [3/4, 4/3], then the height uniform among those for which the part covers `min_area` to
@@ -55,22 +79,37 @@ def inception_crop(
             width = max(1, round(height * aspect))
             top = int(rng.integers(image_height - height, endpoint=True))
             left = int(rng.integers(image_width - width, endpoint=True))
-            return _resize_box(image, size, (left, top, left + width, top + height))
-    return resize(image, rng, size)
+            break
+    else:
+        left, top, width, height = 0, 0, image_width, image_height
+    box = (left, top, left + width, top + height)
+    if isinstance(image, Jpeg):
+        part = image.crop(box, at_least=size)
+    else:
+        part = image[box[1] : box[3], box[0] : box[2]]
+    return resize(part, rng, size, method)
 
 
 def random_crop(
-    image: np.ndarray, rng: np.random.Generator, size: Size, fraction: float
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    fraction: float,
+    method: str = "bilinear",
 ) -> np.ndarray:
     """A random crop of the image resized to size / fraction; BiT fine-tunes with 384 / 448 = 0.857.
 
     Kolesnikov et al., arXiv:1912.11370, section 3.3.
     """
-    return _crop(resize(image, rng, _enlarge(size, fraction)), size, rng)
+    return _crop(resize(image, rng, _enlarge(size, fraction), method), size, rng)
 
 
 def central_crop(
-    image: np.ndarray, rng: np.random.Generator, size: Size, fraction: float
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    fraction: float,
+    method: str = "bilinear",
 ) -> np.ndarray:
     """The centre of the image, its aspect ratio kept, resized to just cover size / fraction.
 
@@ -79,7 +118,7 @@ def central_crop(
     enlarged = _enlarge(size, fraction)
     scale = max(enlarged[0] / image.shape[0], enlarged[1] / image.shape[1])
     covering = (round(image.shape[0] * scale), round(image.shape[1] * scale))
-    return _crop(resize(image, rng, covering), size)
+    return _crop(resize(image, rng, covering, method), size)
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
@@ -91,7 +130,7 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: in
 
 def flip(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
     """The image or its mirror image, with equal probability."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return cv2.flip(image, 1) if rng.random() < 0.5 else image
 
 
 def affine(
@@ -146,14 +185,16 @@ def parse_preprocess(spec: str, image_size: Size) -> Preprocess:
       image_size: height and width in pixels of what the crops and `resize` return.
 
     Returns:
-      (uint8 [H, W, 3], np.random.Generator) -> uint8 image, a function of these two alone.
+      (uint8 [H, W, 3] or a Jpeg, np.random.Generator) -> uint8 image, a function of these alone.
 
     Raises:
       ValueError: an unknown operation, or arguments that it does not take.
     """
     steps = [_parse_op(text.strip(), image_size) for text in spec.split("|")]
 
-    def preprocess(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def preprocess(image: np.ndarray | Jpeg, rng: np.random.Generator) -> np.ndarray:
+        if isinstance(image, Jpeg) and steps[0].func is not inception_crop:
+            image = image.decode()
         for step in steps:
             image = step(image, rng)
         return image
@@ -184,14 +225,6 @@ def _parse_op(text: str, size: Size) -> Preprocess:
         shown = ", ".join(map(str, list(signature.parameters.values())[3:]))
         raise ValueError(f"preprocessing op {text!r}: {error}; expected {name}({shown})") from error
     return step
-
-
-def _resize_box(image: np.ndarray, size: Size, box: tuple[int, int, int, int]) -> np.ndarray:
-    """The pixels inside box (left, top, right, bottom), resized to `size`."""
-    if image.shape[:2] == size and box == (0, 0, size[1], size[0]):
-        return image
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized)
 
 
 def _enlarge(size: Size, fraction: float) -> Size:

@@ -2,24 +2,27 @@
 
 The training data is one infinite stream: epoch after epoch, each in its own random order. Step n
 takes positions n * B to (n + 1) * B - 1, whatever the number of processes, workers and threads, and
-the random numbers that preprocess an example depend on (seed, position) alone. Grain only runs the
-function step -> batch ahead of time and in parallel.
+the random numbers that preprocess an example, or choose another one for a broken one, depend on
+(seed, position) alone. Grain only runs the function step -> batch ahead of time and in parallel.
 
 Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import grain
-import grain.experimental
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import decode_image
+from vit_jax.data.decode import open_image
+from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
+from vit_jax.data.order import epoch_stream, mixture_stream
 from vit_jax.data.sources import Source, open_source, parse_split
+
+_REPLACEMENTS = 16  # that are tried for one broken example
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,54 @@ class DataConfig:
 
     Attributes:
       dataset, split, data_dir: see `sources.open_source`.
+      mixture: instead of them, name -> a dataset with a weight: see `mixture.PartConfig`. One epoch
+        is as many examples as all parts have together.
+      mixture_labels: `shared` or `concatenated`: see `mixture.open_mixture`.
       preprocess: see `augment.parse_preprocess`.
       num_threads: threads that make batches, each one batch at a time; 0 for none.
       num_workers: worker processes, with `num_threads` each; 0 for threads in this process. They
         are spawned, so the program must guard its `__main__`, and hand over batches through
         /dev/shm, which containers keep small by default.
       prefetch: local batches made ahead by each worker, at least one a thread.
+      cache_gib: so much of the encoded examples each process or worker keeps in memory: those that
+        it reads first.
+      skip_broken: broken examples (undecodable, or their label out of range) that each process
+        passes over, with a warning, until one more is an error; 0: the first one is. In training
+        another example of the same dataset takes the place.
     """
 
-    dataset: str
+    dataset: str = ""
     split: str = "train"
     preprocess: str = "resize"
     data_dir: str | None = None
     num_threads: int = 8
     num_workers: int = 0
     prefetch: int = 4
+    mixture: dict[str, PartConfig] = field(default_factory=dict)
+    mixture_labels: str = "shared"
+    cache_gib: float = 0.0
+    skip_broken: int = 0
+
+    def __post_init__(self):
+        if bool(self.dataset) == bool(self.mixture):
+            raise ValueError(
+                f"dataset = {self.dataset!r} and mixture of {list(self.mixture)}: "
+                "set exactly one of them"
+            )
+        if self.cache_gib < 0 or self.skip_broken < 0:
+            raise ValueError(f"expected {self.cache_gib=} and {self.skip_broken=} to be at least 0")
+
+
+def open_data(data: DataConfig) -> Source:
+    """Opens the dataset or the mixture. Raises ValueError or FileNotFoundError as they do."""
+    if data.mixture:
+        return open_mixture(data.mixture, data.mixture_labels)
+    return open_source(data.dataset, data.split, data.data_dir)
 
 
 def global_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """The examples of step `step`, for all processes together: int64 [B]."""
-    return _stream(seed, range(step * batch_size, (step + 1) * batch_size), num_examples)
+    """The examples of step `step` of one dataset, for all processes together: int64 [B]."""
+    return epoch_stream(seed, range(step * batch_size, (step + 1) * batch_size), num_examples)
 
 
 # Classes and examples of sets that are rarely at hand where a run is planned. JFT-300M: arXiv
@@ -73,7 +104,7 @@ def dataset_size(
             examples = sum(b - a for _, a, b in parse_split(data.split, sizes, name))
         else:
             try:
-                source = open_source(data.dataset, data.split, data.data_dir)
+                source = open_data(data)
             except (ValueError, FileNotFoundError) as error:
                 hint = "A plan needs no data: give --num_classes and --num_examples"
                 raise type(error)(f"{error}\n{hint}") from error
@@ -108,18 +139,23 @@ def train_batches(
 
     Returns:
       Iterator of {"image": uint8 [b, H, W, 3], "label": int32 [b], or for a multi-label source
-      [b, K] padded with -1}.
+      [b, K] padded with -1}. With `skip_broken` also "skipped": bool [b], where another example
+      takes the place of a broken one.
 
     Raises:
       ValueError: at once for a preprocessing that does not work on the first example; while
         iterating for a broken example.
     """
-    read = _batch_reader(source, data.preprocess, image_size, seed)
+    read = _batch_reader(source, data, image_size, seed)
     rows = _checked_rows(batch_size, rows)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         positions = [step * batch_size + row for row in rows]
-        return read(_stream(seed, positions, len(source)), positions)
+        if isinstance(source, Mixture):
+            indices = mixture_stream(seed, positions, source.sizes, source.weights)
+        else:
+            indices = epoch_stream(seed, positions, len(source))
+        return read(indices, positions)
 
     return _run_ahead(batch, range(start_step, 1 << 62), data)
 
@@ -141,44 +177,25 @@ def eval_batches(
 
     Returns:
       Iterator of ceil(N / B) dicts as `train_batches` yields them, with "mask": bool [b] and
-      "index": int64 [b].
+      "index": int64 [b]. Where a broken example was skipped, the mask is False too.
 
     Raises:
       ValueError: as `train_batches`.
     """
-    read = _batch_reader(source, data.preprocess, image_size, seed=0)
+    read = _batch_reader(source, data, image_size, seed=None)
     rows = _checked_rows(batch_size, rows)
     num_batches = -(-len(source) // batch_size)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         index = np.array(rows, np.int64) + step * batch_size
         index[index >= len(source)] = -1
-        return read(index, index) | {"mask": index >= 0, "index": index}
+        found = read(index, index)
+        mask = index >= 0
+        if data.skip_broken:
+            mask &= ~found["skipped"]
+        return found | {"mask": mask, "index": index}
 
     return _run_ahead(batch, range(num_batches), data)
-
-
-def _stream(seed: int, positions: Iterable[int], num_examples: int) -> np.ndarray:
-    """The examples at these positions of the training stream: int64."""
-    order = (
-        _epoch_order(seed, p // num_examples, num_examples)(p % num_examples) for p in positions
-    )
-    return np.fromiter(order, np.int64)
-
-
-@functools.lru_cache(maxsize=8)
-def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], int]:
-    """A random permutation of range(num_examples), as a function."""
-    key = np.random.SeedSequence((seed, epoch))
-    # Grain permutes at least 2**16 numbers and skips those out of range: milliseconds an index for
-    # a small set. A table is quicker there.
-    if num_examples <= 1 << 16:
-        return np.random.default_rng(key).permutation(num_examples).__getitem__
-    # Four rounds, as Grain itself uses, leave neighbours visibly dependent; eight do not.
-    (word,) = key.generate_state(1)
-    return functools.partial(
-        grain.experimental.index_shuffle, max_index=num_examples - 1, seed=int(word), rounds=8
-    )
 
 
 def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
@@ -192,40 +209,93 @@ def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
     return [int(row) for row in rows]
 
 
-def _batch_reader(source: Source, preprocess: str, image_size: tuple[int, int], seed: int):
-    """(indices, positions) -> batch; fails at once if the first example does not pass."""
+def _batch_reader(
+    source: Source, data: DataConfig, image_size: tuple[int, int], seed: int | None
+) -> Callable[[Sequence[int], Sequence[int]], dict[str, np.ndarray]]:
+    """(indices, positions) -> batch; fails at once if the first example does not pass.
+
+    Without a seed, broken examples are left out, not replaced.
+    """
     if not len(source):
         raise ValueError("the source is empty: expected at least one example")
-    if not 0 <= seed < 1 << 64:
+    if not 0 <= (seed or 0) < 1 << 64:
         raise ValueError(f"seed {seed}: expected 0 <= seed < 2**64")
-    augment = parse_preprocess(preprocess, image_size)
+    augment = parse_preprocess(data.preprocess, image_size)
     single_label = source.labels_per_example is None
+    records = _Cache(source, data.cache_gib) if data.cache_gib else source
 
-    def read(indices, positions) -> dict[str, np.ndarray]:
+    def example(index: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            record = records[index]
+            rng = _generator(seed or 0, position)
+            image = augment(open_image(record["image"]), rng)
+            return image, _valid_labels(record["label"], source)
+        except ValueError as error:
+            raise ValueError(f"{source.describe(index)}: {error}") from error
+
+    def another(broken: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """An example that takes the place of a broken one."""
+        near = source.part_of(broken) if isinstance(source, Mixture) else range(len(source))
+        rng = _generator(seed, position, purpose=1)
+        for index in rng.integers(near.start, near.stop, size=_REPLACEMENTS):
+            try:
+                return example(int(index), position)
+            except ValueError as error:
+                found = error
+        raise ValueError(f"{_REPLACEMENTS} others in its place are broken as well, such as {found}")
+
+    def read(indices: Sequence[int], positions: Sequence[int]) -> dict[str, np.ndarray]:
         image = np.zeros((len(indices), *image_size, 3), np.uint8)
         label = np.full((len(indices), source.labels_per_example or 1), -1, np.int32)
+        skipped = np.zeros(len(indices), bool)
         for row, (index, position) in enumerate(zip(indices, positions, strict=True)):
             if index < 0:
                 continue  # padding
             try:
-                record = source[int(index)]
-                rng = np.random.Generator(np.random.Philox(key=[seed, position]))
-                image[row] = _fitting(augment(decode_image(record["image"]), rng), image_size)
-                labels = _valid_labels(record["label"], source)
-                label[row, : len(labels)] = labels
+                pixels, labels = example(int(index), int(position))
             except ValueError as error:
-                raise ValueError(f"{source.describe(int(index))}: {error}") from error
-        return {"image": image, "label": label[:, 0] if single_label else label}
+                if not data.skip_broken:
+                    raise
+                logging.warning("skipped: %s", error)
+                skipped[row] = True
+                if seed is None:
+                    continue
+                pixels, labels = another(int(index), int(position))
+            image[row] = _fitting(pixels, image_size, source.describe(int(index)))
+            label[row, : len(labels)] = labels
+        batch = {"image": image, "label": label[:, 0] if single_label else label}
+        return batch | ({"skipped": skipped} if data.skip_broken else {})
 
     read([0], [0])
     return read
 
 
-def _fitting(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+def _generator(seed: int, position: int, purpose: int = 0) -> np.random.Generator:
+    """Random numbers for a position: of the preprocessing (0), or to replace a broken example."""
+    key = np.array([seed, position], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=purpose << 192))
+
+
+class _Cache:
+    """A source whose first records to be read stay in memory, up to a limit in GiB."""
+
+    def __init__(self, source: Source, gib: float):
+        self._source, self._left, self._kept = source, gib * 2**30, {}
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if (record := self._kept.get(index)) is None:
+            record = self._source[index]
+            self._left -= len(record["image"])
+            if self._left > 0:
+                self._kept[index] = record
+        return record
+
+
+def _fitting(image: np.ndarray, image_size: tuple[int, int], which: str) -> np.ndarray:
     if image.shape != (*image_size, 3):
         raise ValueError(
-            f"preprocessing gives an image of {image.shape[0]} x {image.shape[1]}, expected "
-            f"{image_size[0]} x {image_size[1]}: add `resize` or a crop"
+            f"{which}: preprocessing gives an image of {image.shape[0]} x {image.shape[1]}, "
+            f"expected {image_size[0]} x {image_size[1]}: add `resize` or a crop"
         )
     return image
 
@@ -247,14 +317,22 @@ def _run_ahead(
     steps: range,
     data: DataConfig,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates over batch(step) for the steps, in order."""
+    """Iterates over batch(step) for the steps, in order, until too many examples were skipped."""
     if data.num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
     threads = grain.ReadOptions(data.num_threads, max(data.prefetch, data.num_threads))
     workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
     dataset = grain.MapDataset.source(steps).map(batch).to_iter_dataset(threads)
     batches = iter(dataset.mp_prefetch(workers))
+    skipped = 0
     try:
-        yield from batches
+        for found in batches:
+            skipped += int(found["skipped"].sum()) if data.skip_broken else 0
+            if skipped > data.skip_broken:
+                raise ValueError(
+                    f"{skipped} broken examples, more than skip_broken = {data.skip_broken}: see "
+                    "the warnings above, and mend the dataset or raise the limit"
+                )
+            yield found
     finally:
         batches.close()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig
-from vit_jax.data.sources import Source, open_source
+from vit_jax.data.pipeline import DataConfig, open_data
+from vit_jax.data.sources import Source
 from vit_jax.evaluation.calibration import bin_confidences, calibration_error
 from vit_jax.evaluation.features import make_batches
 from vit_jax.models.variants import Model
@@ -45,7 +45,7 @@ def make_classification(
     "top5" where there are more than five classes; "excluded" counts images without a label. Opens
     the dataset at once, so that a missing one is found before anything is trained.
     """
-    source = open_source(config.data.dataset, config.data.split, config.data.data_dir)
+    source = open_data(config.data)
     if source.num_classes != model.num_classes:
         raise ValueError(
             f"{config.data.dataset} has {source.num_classes} classes, the model {model.num_classes}"

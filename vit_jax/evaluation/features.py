@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig, eval_batches
-from vit_jax.data.sources import Source, open_source
+from vit_jax.data.pipeline import DataConfig, eval_batches, open_data
+from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import check_batch_size, local_rows, put_batch, replicated
 
@@ -74,7 +74,7 @@ def extract_split(
 
 def open_single_label(data: DataConfig) -> Source:
     """The source; ValueError if its examples have several labels."""
-    source = open_source(data.dataset, data.split, data.data_dir)
+    source = open_data(data)
     if source.labels_per_example is not None:
         raise ValueError(
             f"{data.dataset} has several labels an image: this protocol takes one. Evaluate with "

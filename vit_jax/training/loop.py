@@ -21,8 +21,8 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.analysis.flops import training_flops
-from vit_jax.data.pipeline import DataConfig, train_batches
-from vit_jax.data.sources import Source, open_source
+from vit_jax.data.pipeline import DataConfig, open_data, train_batches
+from vit_jax.data.sources import Source
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
 from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
 from vit_jax.models.variants import Model, ModelConfig, build_model
@@ -71,10 +71,12 @@ MAY_CHANGE = (
     "accumulation",
     "checkpoint",
     "classification",
+    "data.cache_gib",
     "data.data_dir",
     "data.num_threads",
     "data.num_workers",
     "data.prefetch",
+    "data.skip_broken",
     "eval_every",
     "fewshot",
     "log_every",
@@ -210,7 +212,7 @@ def prepare(
     """
     mesh = make_mesh(config.mesh)
     data = config.data
-    source = open_source(data.dataset, data.split, data.data_dir)
+    source = open_data(data)
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
     evaluators = {

@@ -148,6 +148,7 @@ class Recorder:
         self._metrics, self._stopwatch, self._log_every = metrics, stopwatch, log_every
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._checked = self._recorded = start
+        self._skipped = 0  # broken examples since the last record
         self._batch_size, self._flops = batch_size, flops_per_image * batch_size
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
@@ -167,6 +168,8 @@ class Recorder:
     def _record(self, step: int, values: dict[str, jax.Array], must_check: bool) -> None:
         jax.block_until_ready(values)  # never more than two steps under way
         due = step % self._log_every == 0 or step == self._metrics.steps
+        if "skipped" in values:
+            self._skipped += int(values.pop("skipped"))
         if not (due or must_check):
             return
         fetched = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -185,6 +188,8 @@ class Recorder:
         fetched["img_per_sec"] = self._batch_size / seconds
         fetched["img_per_sec_per_device"] = fetched["img_per_sec"] / jax.device_count()
         fetched["input_wait"] = waited
+        if self._skipped:
+            fetched["skipped"], self._skipped = self._skipped, 0
         if self._peak:
             fetched["mfu"] = self._flops / seconds / self._peak
         self._metrics.write(step, fetched)

@@ -99,7 +99,8 @@ def make_train_step(
     Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
     images as they were augmented but labels as they were before they were mixed),
     `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
-    soon as a parameter isn't).
+    soon as a parameter isn't), and `skipped`, examples that others took the place of, if the batch
+    tells.
     """
 
     def loss_fn(params, batch, keys):
@@ -136,6 +137,8 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
+        if "skipped" in batch:
+            metrics["skipped"] = batch["skipped"].sum()
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step

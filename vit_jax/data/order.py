@@ -1,0 +1,84 @@
+"""(seed, position) -> example: the order of the training stream, in O(1) memory.
+
+One stream without end: epoch after epoch of a dataset, each in its own random order. A mixture
+interleaves its parts' streams; each part goes through its own epochs.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import grain.experimental
+import numpy as np
+
+_BLOCK = 1024  # positions over which a mixture's parts are spread at random
+_WEIGHT_BITS = 32  # of a part's share
+
+
+def epoch_stream(seed: int, positions: Iterable[int], num_examples: int) -> np.ndarray:
+    """The examples at these positions of the training stream: int64."""
+    order = (
+        _epoch_order(seed, p // num_examples, num_examples)(p % num_examples) for p in positions
+    )
+    return np.fromiter(order, np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], int]:
+    """A random permutation of range(num_examples), as a function."""
+    key = np.random.SeedSequence((seed, epoch))
+    # Grain permutes at least 2**16 numbers and skips those out of range: milliseconds an index for
+    # a small set. A table is quicker there.
+    if num_examples <= 1 << 16:
+        return np.random.default_rng(key).permutation(num_examples).__getitem__
+    # Four rounds, as Grain itself uses, leave neighbours visibly dependent; eight do not.
+    (word,) = key.generate_state(1)
+    return functools.partial(
+        grain.experimental.index_shuffle, max_index=num_examples - 1, seed=int(word), rounds=8
+    )
+
+
+def mixture_stream(
+    seed: int, positions: Iterable[int], sizes: Sequence[int], weights: Sequence[float]
+) -> np.ndarray:
+    """The same for parts that lie behind one another, in proportion to their weights: int64.
+
+    Of 1,024 positions that begin at a multiple of it, each part has its share, rounded, at random
+    places. Of each part every example comes once in each of the part's own epochs.
+    """
+    starts = np.cumsum([0, *sizes])
+    shares = _shares(tuple(weights))
+    found = []
+    for position in positions:
+        block, place = divmod(position, _BLOCK)
+        part, turn = _turn(block * _BLOCK + int(_places(seed, block)[place]), shares)
+        found.append(starts[part] + epoch_stream(_part_seed(seed, part), [turn], sizes[part])[0])
+    return np.array(found, np.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _part_seed(seed: int, part: int) -> int:
+    return int(np.random.SeedSequence((seed, part, 2)).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=8)
+def _places(seed: int, block: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence((seed, block, 1))).permutation(_BLOCK)
+
+
+@functools.lru_cache(maxsize=8)
+def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Of each part but the last: its share of what the parts before it leave, times 2**32."""
+    rest = np.cumsum(weights[::-1])[::-1]
+    return tuple(
+        round(w / r * 2**_WEIGHT_BITS) for w, r in zip(weights[:-1], rest[:-1], strict=True)
+    )
+
+
+def _turn(position: int, shares: Sequence[int]) -> tuple[int, int]:
+    """Which part has this position, and how many it had before: whole numbers, so exact."""
+    for part, share in enumerate(shares):
+        before = (position * share) >> _WEIGHT_BITS
+        if ((position + 1) * share) >> _WEIGHT_BITS > before:
+            return part, before
+        position -= before
+    return len(shares), position
