@@ -10,11 +10,13 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import build
-from vit_jax.training import checkpoint, loop
+from vit_jax.training import loop, workdir
 from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.metrics import CLOCK, Metrics, read_metrics
+from vit_jax.training.step import init_state
 
 
 def config(**changes):
@@ -80,6 +82,24 @@ def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, mesh, ema_decay
     ours, theirs = (read_metrics(tmp_path / name) for name in ("whole", "stopped"))
     assert deterministic(ours) == deterministic(theirs)
     assert [r["step"] for r in ours if "test/accuracy" in r] == [3, 6, 8]
+    check_times(theirs, tmp_path / "stopped")
+
+
+def check_times(records, workdir):
+    """Of a run that was stopped after step 5 and went on from step 3."""
+    trained = [r for r in records if "loss" in r]
+    for record in trained:
+        assert {*CLOCK} - {"mfu", "seconds"} <= record.keys()  # no peak of a CPU is known
+        times = [v for k, v in record.items() if k.startswith("time_")]
+        assert record["goodput"] + sum(times) == pytest.approx(1)
+        assert record["goodput"] > 0 and min(times) >= -1e-9
+        assert record["img_per_sec_per_chip"] == pytest.approx(record["img_per_sec"] / 8)
+    hours = [r["chip_hours"] for r in trained]
+    assert hours == sorted(hours)
+    assert trained[-1]["eta"] == 0 < trained[-2]["eta"]
+    assert trained[2]["time_down"] == 0 < trained[3]["time_down"]
+    starts = json.loads((workdir / "starts.json").read_text())
+    assert [(s["from_step"], s["to_step"]) for s in starts] == [(0, 3), (3, 8)]
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
@@ -188,16 +208,27 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, monkeypatch):
-    values = {"loss": 1.25, "img_per_sec": 12345.0, "mfu": 0.456}
+    values = {
+        "loss": 1.25,
+        "img_per_sec": 12345.0,
+        "img_per_sec_per_chip": 3086.25,
+        "mfu": 0.456,
+        "input_wait": 0.01,
+        "goodput": 0.9,
+        "eta": 120.0,
+        "chip_hours": 1.5,
+    }
     shown = {}
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
         with Metrics(tmp_path, steps=100) as metrics:
-            metrics.progress(40, values, seconds_per_step=2.0)
+            metrics.progress(40, values, "90% (save 10%)")
         shown[stream.isatty()] = stream.getvalue()
     assert "40/100" in shown[True] and "loss=1.2500" in shown[True] and "MFU=45.6%" in shown[True]
-    line = "step 40/100  loss 1.2500  img/s 12,345  MFU 45.6%  ETA 02:00\n"
-    assert shown[False] == line
+    assert shown[False] == (
+        "step 40/100  loss 1.2500  img/s 12,345  img/s/chip 3,086  MFU 45.6%  "
+        "goodput 90% (save 10%)  ETA 02:00  chip-hours 1.50\n"
+    )
 
 
 def test_tensorboard(tmp_path):
@@ -206,6 +237,47 @@ def test_tensorboard(tmp_path):
         metrics.write(3, {"loss": 1.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
+
+
+def test_a_trace_and_compiled_programs_are_kept(tmp_path):
+    """Both in the workdir, though jax has compiled before; a second run compiles less."""
+    hits = []
+
+    def listener(event, **_):
+        hits.append(event.endswith("cache_hits"))
+
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.monitoring.register_event_listener(listener)
+    try:
+        run(tmp_path / "a", steps=4, profile_steps="2:3")
+        assert not any(hits)
+        compiled = tmp_path / "a" / "compiled"
+        assert list(compiled.glob("jit_train_step-*-cache"))
+        run(tmp_path / "b", steps=4, compilation_cache=str(compiled))
+        assert any(hits)
+        assert not (tmp_path / "b" / "compiled").exists()
+        run(tmp_path / "c", steps=2, compilation_cache="")
+        assert not (tmp_path / "c" / "compiled").exists()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
+        jax.config.update("jax_compilation_cache_dir", cache)
+        compilation_cache.reset_cache()
+    (trace,) = (tmp_path / "a" / "profile").rglob("*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    assert {dict(e.stats)["step_num"] for e in events if e.name == "train"} == {2, 3}
+    assert any("dot" in e.name for e in events)  # the devices' work is in it
+
+
+def test_a_trace_that_the_run_ends_within(tmp_path):
+    run(tmp_path, steps=3, profile_steps="3:9")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_checkpoints_that_are_not_there(tmp_path):
@@ -224,7 +296,7 @@ def test_workdirs(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         loop.prepare(config(), str(tmp_path / "file"))
-    monkeypatch.setattr(checkpoint.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(workdir.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="not writable"):
         loop.prepare(config(), str(tmp_path))
     assert os.listdir(tmp_path) == ["file"]
@@ -235,7 +307,7 @@ def test_the_compiled_step_never_recompiles(tmp_path):
     with loop.use_mesh(prepared.mesh):
         key = jax.random.key(0)
         state = jax.jit(
-            lambda key: loop.init_state(prepared.model, prepared.optimizer, key, use_ema=False),
+            lambda key: init_state(prepared.model, prepared.optimizer, key, use_ema=False),
             out_shardings=prepared.shardings,
         )(key)
         batches = prepared.batches(0)
@@ -253,6 +325,8 @@ def test_config_errors():
         ({"log_every": 0}, "log_every = 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"checkpoint": {"every": 0}}, "checkpoint.every = 0"),
+        ({"profile_steps": "7"}, "profile_steps = '7': expected the first and the last step"),
+        ({"profile_steps": "9:7"}, "profile_steps = '9:7'"),
     ]:
         with pytest.raises(ValueError, match=message):
             config(**changes)

@@ -13,9 +13,17 @@ PACKAGE = ROOT / "vit_jax"
 # A module may import from its own floor and from those below it.
 FLOORS = [
     {"pretrain", "transfer", "evaluate", "convert", "plan", "visualize"},
-    {"training.loop", "evaluation"},
-    {"training.step", "training.checkpoint", "training.optimizer"},
-    {"data", "weights", "analysis", "training.augmentation", "training.metrics"},
+    {"training.loop", "training.initial", "evaluation"},
+    {"training.step", "training.checkpoint", "training.optimizer", "training.workdir"},
+    {
+        "data",
+        "weights",
+        "analysis",
+        "training.augmentation",
+        "training.clock",
+        "training.metrics",
+        "training.profile",
+    },
     {"models"},
     {"parallel"},
     {"config"},

@@ -1,6 +1,9 @@
 """What a run outlives: preemption, damaged checkpoints, dead neighbours; and branching off."""
 
+import asyncio
 import os
+import re
+import resource
 import signal
 import socket
 import time
@@ -8,13 +11,14 @@ import time
 import chex
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path import atomicity
 from processes import checkpoint_arrays, command, pretrain, records, start
 
 from vit_jax.config import build
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training.metrics import Metrics, read_metrics
 
 
 def run(workdir, **changes):
@@ -77,8 +81,8 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED, err
-    assert "told to end: saving step" in err
     last = read_metrics(workdir)[-1]["step"]
+    assert f"step {last} is saved" in err and f"told to end after step {last}:" in err
     assert last < 40
     assert (workdir / "checkpoints" / str(last)).is_dir()  # what was said is kept
     code, _, err = command(*pretrain(workdir, 40))
@@ -128,19 +132,76 @@ def test_without_a_readable_checkpoint_nothing_is_begun_anew(tmp_path, monkeypat
     assert sorted(p.name for p in (tmp_path / "unreadable").iterdir()) == ["4", "5"]
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, monkeypatch):
-    """The save of step 6 fails as on a full disk; the run ends in an error and goes on from 4."""
+def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, monkeypatch):
+    """From the save of step 6 on no file can grow beyond 30 kB, as on a disk that is nearly full.
+
+    It fails in the background; the run ends before the next would begin.
+    """
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = loop.Checkpoints.save
 
-    def failing(self, state, description):
+    def filling(self, state, description):
         if int(state.step) == 6:
-            raise OSError(28, "No space left on device")
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, unlimited[1]))
         save(self, state, description)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(loop.Checkpoints, "save", failing)
-        run(tmp_path)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Checkpoints, "save", filling)
+            with pytest.raises(OSError, match=r"step 6 could not be saved: .*File too large"):
+                run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert reported(capsys) == [2, 4]
     run(tmp_path)
+    assert "from step 4 of 8" in capsys.readouterr().err
+    assert_equal_runs(tmp_path, whole)
+
+
+def reported(capsys):
+    """The steps that the run said to have saved."""
+    return [int(step) for step in re.findall(r"step (\d+) is saved", capsys.readouterr().err)]
+
+
+def test_what_a_slow_store_was_said_to_hold_is_there(whole, tmp_path, monkeypatch):
+    """Every checkpoint gets its name a second late: until then nothing is said of it."""
+    rename, say = atomicity.async_path.rename, Metrics.say
+    said = []
+
+    async def late(path, target):
+        await asyncio.sleep(1)
+        return await rename(path, target)
+
+    def checking(self, text):
+        if found := re.search(r"step (\d+) is saved", text):
+            said.append(int(found[1]))
+            assert (self.workdir / "checkpoints" / found[1]).is_dir()
+        say(self, text)
+
+    monkeypatch.setattr(atomicity.async_path, "rename", late)
+    monkeypatch.setattr(Metrics, "say", checking)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        preempt_at(patch, 5)
+        run(tmp_path)
+    assert said == [2, 4, 5]
+    run(tmp_path)
+    assert said == [2, 4, 5, 6, 8]
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_a_step_that_comes_again_is_saved_again(whole, tmp_path, monkeypatch, capsys):
+    """Preempted, damaged, and preempted at the very same step."""
+    with monkeypatch.context() as patch:
+        preempt_at(patch, 5)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                run(tmp_path)
+            assert reported(capsys)[-1] == 5
+            assert (tmp_path / "checkpoints" / "5").is_dir()
+            largest_file(tmp_path / "checkpoints" / "5" / "params").unlink()
+    run(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "unreadable").iterdir()) == ["5", "5.1"]
     assert_equal_runs(tmp_path, whole)
 
 

@@ -15,6 +15,7 @@ from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.training.clock import Clock, process_age
 from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt
 
 CONFIG = configuration.define_config_flag()
@@ -31,10 +32,10 @@ class TransferConfig(loop.TrainConfig):
     drop: tuple[str, ...] = DROP  # regexes of the checkpoint's tensors to leave out
 
 
-def prepare(config: TransferConfig, workdir: str) -> loop.Run:
+def prepare(config: TransferConfig, workdir: str, clock: Clock | None = None) -> loop.Run:
     """As `loop.prepare`, with the parameters of `config.init`."""
     if not config.init:
-        return loop.prepare(config, workdir)
+        return loop.prepare(config, workdir, clock=clock)
 
     def load(model: Model, shapes: dict) -> dict:
         params, description = load_checkpoint(config.init)
@@ -61,15 +62,16 @@ def prepare(config: TransferConfig, workdir: str) -> loop.Run:
         print(f"{config.init}:\n{report}")
         return adapted
 
-    return loop.prepare(config, workdir, load)
+    return loop.prepare(config, workdir, load, clock)
 
 
 def main(_) -> None:
     """Builds the run from its flags, and trains."""
+    clock = Clock(process_age())
     with configuration.explained_errors():
         config = configuration.build(TransferConfig, CONFIG.value.to_dict())
         multihost.initialize(DISTRIBUTED.value)
-        run = prepare(config, WORKDIR.value)
+        run = prepare(config, WORKDIR.value, clock)
     loop.train(run)
 
 

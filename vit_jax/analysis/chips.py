@@ -8,6 +8,8 @@ and HGX systems around them, without sparsity.
 
 import dataclasses
 
+import jax
+
 GIB = 2**30
 
 
@@ -91,3 +93,10 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
 PEAK_FLOPS: dict[str, float] = {
     kind: chip.device_peak_flops for chip in _TABLE for kind in chip.device_kinds
 }
+
+
+def num_chips() -> float:
+    """Chips of all devices that jax has; a device that isn't in the table counts as one."""
+    kind = jax.devices()[0].device_kind
+    devices = next((chip.devices for chip in _TABLE if kind in chip.device_kinds), 1)
+    return jax.device_count() / devices

@@ -86,6 +86,15 @@ def check_shared(folder: Path) -> None:
         )
 
 
+def everyones(value: float) -> np.ndarray:
+    """The value of each process: float64 [processes]."""
+    if jax.process_count() == 1:
+        return np.array([value])
+    # jax would make float32 of it.
+    parts = np.frombuffer(np.float64(value).tobytes(), np.uint32)
+    return multihost_utils.process_allgather(parts).view(np.float64)[:, 0]
+
+
 def all_agree(value: bool) -> bool:
     """Whether it is true on every process."""
     if jax.process_count() == 1:

@@ -6,8 +6,7 @@ parameters can be used without the run's config.
 """
 
 import dataclasses
-import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,65 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """Writes the checkpoints of one run; to be made when the state to begin with is restored.
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    `saved(step)` is called once a checkpoint is complete, no sooner; a save that fails raises
+    OSError from the next call of any method. What a killed save left behind is removed.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, saved: Callable[[int], None]):
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last, keep_period=config.keep_every
+                max_to_keep=config.keep_last,
+                keep_period=config.keep_every,
+                cleanup_tmp_directories=True,
             ),
         )
+        self._saved = saved
+        self._saving: int | None = None
 
     def save(self, state: TrainState, description: dict[str, Any]) -> None:
-        """Begins to save in the background; a folder appears under its name only when complete."""
+        """Begins to save in the background, once the save before is complete.
+
+        A folder appears under its name only when complete.
+        """
+        self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
         items["model"] = ocp.args.JsonSave(description)
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        step = int(state.step)
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise RuntimeError(f"step {step} is not saved: there is a checkpoint of a later one")
+        self._saving = step
+
+    def poll(self) -> None:
+        """Looks, without waiting, whether a save has come to its end, a good or a bad one."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what is being saved is complete."""
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax hands on whatever the storage raises
+            cause = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"step {step} could not be saved: {cause}\nThe checkpoints before it are complete: "
+                "make room, or mend the storage, and start again"
+            ) from error
+        self._saved(step)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         """Waits until what is being saved is complete."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self.wait()
+        if kind is None:
+            self._manager.close()
 
 
 def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
@@ -68,7 +103,7 @@ def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[s
     Raises ValueError if none can.
     """
     notes = []
-    for step in sorted(_steps(workdir), reverse=True):
+    for step in sorted(saved_steps(workdir), reverse=True):
         folder = workdir / "checkpoints" / str(step)
         try:
             restored, problem = restore(folder, state), ""
@@ -78,8 +113,10 @@ def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[s
             return restored, notes
         notes.append(f"{problem or f'another process cannot read {folder}'}; going back by one")
         if is_main():
-            (workdir / "unreadable").mkdir(exist_ok=True)
-            folder.rename(workdir / "unreadable" / str(step))
+            kept = workdir / "unreadable"
+            kept.mkdir(exist_ok=True)
+            again = len(list(kept.glob(f"{step}*")))
+            folder.rename(kept / (f"{step}.{again}" if again else f"{step}"))
         barrier(f"unreadable {step}")
     raise ValueError(
         f"no checkpoint in {workdir} can be read; they are kept in {workdir / 'unreadable'}:\n"
@@ -109,7 +146,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the newest of the run whose workdir it is."""
     folder = Path(path).absolute()
     if (folder / "checkpoints").is_dir():
-        if not (steps := _steps(folder)):
+        if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
     if not (folder / "params").is_dir():
@@ -118,6 +155,12 @@ def find_checkpoint(path: str | Path) -> Path:
             f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
         )
     return folder
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The complete checkpoints: orbax gives a folder its number when all of it is written."""
+    folder = workdir / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -155,65 +198,3 @@ def save_checkpoint(path: str | Path, params: dict, description: dict[str, Any])
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(Path(path).absolute(), args=ocp.args.Composite(**items))
-
-
-def open_workdir(
-    workdir: str, config: dict[str, Any], *, may_change: tuple[str, ...]
-) -> tuple[Path, int]:
-    """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
-
-    `may_change` names the fields (dotted; a prefix covers what is below it) that a restart may set
-    otherwise. Raises ValueError for an empty name, and for a folder with checkpoints of a run whose
-    config differs in anything else, showing the differences; OSError if it can't be written.
-    """
-    if not workdir:
-        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
-    if "://" in workdir:
-        raise ValueError(f"workdir {workdir}: expected a local folder; mount the bucket as one")
-    path = Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
-    step = max(_steps(path), default=0)
-    file = path / "config.json"
-    if step and file.exists():
-        changed = [
-            f"  {name}: {before!r} there, {now!r} here"
-            for name, before, now in _differences(
-                json.loads(file.read_text()), json.loads(json.dumps(config))
-            )
-            if not any(name == field or name.startswith(field + ".") for field in may_change)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with another config, at step {step}:\n"
-                + "\n".join(changed)
-                + "\nUse another --workdir, or the same config to resume."
-            )
-    return path, step
-
-
-def keep_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
-    if is_main():
-        partial = workdir / "config.json.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-
-
-def _steps(workdir: Path) -> list[int]:
-    """The complete checkpoints: orbax gives a folder its number when all of it is written."""
-    folder = workdir / "checkpoints"
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for key in sorted(old.keys() | new.keys())
-            for difference in _differences(
-                old.get(key), new.get(key), f"{name}.{key}" if name else key
-            )
-        ]
-    return [] if old == new else [(name, old, new)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vit_jax.analysis.chips import num_chips
 from vit_jax.analysis.flops import training_flops
 from vit_jax.data.pipeline import DataConfig, open_data, train_batches
 from vit_jax.data.sources import Source
@@ -33,7 +35,6 @@ from vit_jax.parallel.mesh import (
     local_rows,
     make_mesh,
     put_batch,
-    put_tree,
     replicated,
     state_shardings,
     use_mesh,
@@ -50,12 +51,10 @@ from vit_jax.training.checkpoint import (
     CheckpointConfig,
     Checkpoints,
     find_checkpoint,
-    keep_config,
-    open_workdir,
-    restore,
-    restore_newest,
 )
-from vit_jax.training.metrics import Metrics, Recorder, Stopwatch
+from vit_jax.training.clock import Clock, Starts
+from vit_jax.training.initial import first_state
+from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     Schedule,
@@ -64,13 +63,16 @@ from vit_jax.training.optimizer import (
     make_schedule,
     match_rules,
 )
-from vit_jax.training.step import LossConfig, TrainState, init_state, make_train_step, start_state
+from vit_jax.training.profile import Profile, parse_window
+from vit_jax.training.step import LossConfig, TrainState, make_train_step, start_state
+from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir
 
 # A restart may set these otherwise: they change a run's speed or what is seen of it, nothing else.
 MAY_CHANGE = (
     "accumulation",
     "checkpoint",
     "classification",
+    "compilation_cache",
     "data.cache_gib",
     "data.data_dir",
     "data.num_threads",
@@ -83,6 +85,7 @@ MAY_CHANGE = (
     "mesh",
     "model.attention",
     "model.remat",
+    "profile_steps",
 )
 
 
@@ -106,6 +109,8 @@ class TrainConfig:
     resume: str = ""  # a checkpoint to go on from, with all its state, in a workdir of its own
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    compilation_cache: str = "workdir"  # or a folder to share; "": none, see `compiled_kept`
+    profile_steps: str = ""  # "100:105": an XProf trace of steps 100 to 105
     log_every: int = 50
     eval_every: int | None = None  # steps; None: at the end alone
     classification: dict[str, ClassificationConfig] = dataclasses.field(default_factory=dict)
@@ -126,6 +131,7 @@ class TrainConfig:
                 f"batch_size = {self.batch_size} in {self.accumulation} microbatch(es): mixup and "
                 "cutmix need an even number of rows in each"
             )
+        parse_window(self.profile_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +175,7 @@ class Run(Training):
     evaluators: dict[str, Callable[[dict], dict[str, float]]]
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
+    clock: Clock
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
 
 
@@ -202,14 +209,17 @@ def prepare(
     config: TrainConfig,
     workdir: str,
     load: Callable[[Model, dict], dict] | None = None,
+    clock: Clock | None = None,
 ) -> Run:
     """Builds and checks all parts of a run without compiling anything.
 
     `load(model, shapes)` gives the parameters to start from, where there are others than random
-    ones; shapes stay in its result where fresh values belong. It isn't called on resuming.
+    ones; shapes stay in its result where fresh values belong. It isn't called on resuming. `clock`
+    is one that runs already, if the time before this call counts too.
 
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
+    clock = clock or Clock()
     mesh = make_mesh(config.mesh)
     data = config.data
     source = open_data(data)
@@ -255,6 +265,7 @@ def prepare(
         source=source,
         evaluators=evaluators,
         batches=batches,
+        clock=clock,
         loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
     )
@@ -267,15 +278,17 @@ def train(run: Run) -> dict[str, float]:
     is then from before. Told to end by SIGTERM, it saves and exits with code
     `multihost.PREEMPTED`; started again, it goes on.
     """
-    config = run.config
+    config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
     with ExitStack() as stack:
         enter = stack.enter_context
+        enter(clock)
         enter(use_mesh(run.mesh))
-        checkpoints = enter(Checkpoints(run.workdir, config.checkpoint))
+        enter(compiled_kept(run.workdir, config.compilation_cache))
         preemption = enter(Preemption())
-        state, notes = _first_state(run)
-        start = int(state.step)
+        with clock.within("restore" if run.resumes else "start"):
+            state, notes = first_state(run)
+            start = int(state.step)
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise ValueError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
@@ -290,86 +303,80 @@ def train(run: Run) -> dict[str, float]:
             metrics.say(f"{run.workdir} is finished: {run.steps} steps")
             return metrics.last()
 
-        stopwatch = Stopwatch()
-        local_batches = run.batches(start)
-        stack.callback(local_batches.close)
-        batches = (put_batch(run.mesh, batch) for batch in local_batches)
-        batch = next(batches)
-        step = _compile(run, state, batch)
-        metrics.say(f"compiled in {stopwatch.reset():.1f} s")
+        starts = Starts(run.workdir, clock, start, num_chips())
+        starts.keep(start)
+        checkpoints = enter(Checkpoints(run.workdir, config.checkpoint, metrics.saved))
+        with clock.within("input"):
+            local_batches = run.batches(start)
+            stack.callback(local_batches.close)
+            batches = (put_batch(run.mesh, batch) for batch in local_batches)
+            first = next(batches)
+        with clock.within("compile"):
+            step = _compile(run, state, first)
+        metrics.say(f"compiled in {clock.seconds['compile']:.1f} s")
+        if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
+            _evaluate(run, state, start, metrics)  # preempted before it came to that
         recorder = Recorder(
             metrics,
-            stopwatch,
+            clock,
+            starts,
             start=start,
             log_every=config.log_every,
             batch_size=config.batch_size,
             flops_per_image=training_flops(run.model),
         )
-        if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
-            _evaluate(run, state, start, metrics, stopwatch)  # preempted before it came to that
-        for done in range(start + 1, run.steps + 1):
-            state, values = step(state, batch)
+        with recorder, clock.within("train"):
+            batches = chain([first], batches)
+            end = _take_steps(run, step, state, batches, recorder, checkpoints, preemption)
+        with clock.within("save"):
+            checkpoints.wait()
+        starts.keep(end)
+        metrics.say(starts.summary())
+        if end < run.steps:
+            metrics.say(f"told to end after step {end}: start again to go on from there")
+            raise SystemExit(PREEMPTED)
+        return metrics.last()
+
+
+def _take_steps(
+    run: Run,
+    step: Callable,
+    state: TrainState,
+    batches: Iterator[dict],
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
+) -> int:
+    """Trains until the last step or preemption; returns that step, whose save is under way."""
+    config, metrics = run.config, recorder.metrics
+    batch = next(batches)
+    with Profile(run.workdir, config.profile_steps, run.clock) as profile:
+        for done in range(int(state.step) + 1, run.steps + 1):
+            with profile.step(done, state):
+                state, values = step(state, batch)
             recorder.add(done, values)  # fetches the step before, while this one runs
             last = done == run.steps
             preempted = preemption.reached(done) and not last
             if not (last or preempted):
-                with stopwatch.waiting():
+                with recorder.waiting():
                     batch = next(batches)
             evaluates = last or (_evaluates(config, done) and not preempted)
             saves = last or preempted or done % config.checkpoint.every == 0
             if evaluates or saves:
                 recorder.flush()
             if evaluates:
-                _evaluate(run, state, done, metrics, stopwatch)
+                _evaluate(run, state, done, metrics)
+            checkpoints.poll()
             if saves:
-                with stopwatch.paused():
+                with run.clock.within("save"):
                     checkpoints.save(state, run.model.description)
             if preempted:
-                metrics.say(f"told to end: saving step {done}; start again to go on from there")
-                raise SystemExit(PREEMPTED)
-        return metrics.last()
+                break
+    return done
 
 
 def _evaluates(config: TrainConfig, step: int) -> bool:
     return bool(config.eval_every) and step % config.eval_every == 0
-
-
-def _first_state(run: Run) -> tuple[TrainState, list[str]]:
-    """The state to begin with, and what there is to say about it."""
-    if run.resumes:
-        as_placed = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(
-                shape.shape, shape.dtype, sharding=sharding
-            ),
-            run.shapes,
-            run.shardings,
-        )
-        if run.resumes == run.workdir:
-            return restore_newest(run.workdir, as_placed)
-        return restore(run.resumes, as_placed), []
-    use_ema = run.config.ema_decay is not None
-    key = jax.random.key(run.config.seed)
-    if run.loaded is None:
-        # Born sharded: no device, and no host, ever holds more than its part.
-        born = jax.jit(
-            partial(init_state, run.model, run.optimizer, use_ema=use_ema),
-            out_shardings=run.shardings,
-        )
-        return born(key), []
-    fresh = jax.jit(run.model.init, out_shardings=run.shardings.params)(key)
-    params = jax.tree.map(
-        lambda loaded, new, sharding: (
-            put_tree(loaded, sharding) if isinstance(loaded, np.ndarray) else new
-        ),
-        run.loaded,
-        fresh,
-        run.shardings.params,
-    )
-    born = jax.jit(
-        partial(start_state, optimizer=run.optimizer, use_ema=use_ema),
-        out_shardings=run.shardings,
-    )
-    return born(params), []
 
 
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
@@ -377,10 +384,8 @@ def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
     return run.lower(state, batch).compile()
 
 
-def _evaluate(
-    run: Run, state: TrainState, step: int, metrics: Metrics, stopwatch: Stopwatch
-) -> None:
-    with stopwatch.paused():
+def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:
+    with run.clock.within("evaluate"):
         params = state.params if state.ema is None else state.ema
         for name, evaluator in run.evaluators.items():
             start = time.perf_counter()

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,25 @@ import jax
 from tqdm import tqdm
 
 from vit_jax.analysis.chips import PEAK_FLOPS
-from vit_jax.parallel.multihost import is_main
+from vit_jax.parallel.multihost import everyones, is_main
+from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 
 # Measured by the clock: the only values that differ between a run and its repetition.
-CLOCK = ("img_per_sec", "img_per_sec_per_device", "mfu", "input_wait", "seconds")
+CLOCK = (
+    "img_per_sec",
+    "img_per_sec_per_chip",
+    "mfu",
+    "input_wait",  # share of the time since the last record, of the process that waited longest
+    "input_wait_process",
+    "goodput",  # share of the run's wall time; the rest is in the time_* of the other states
+    "goodput_this_start",
+    *(f"time_{state}" for state in (*STATES, LOST, DOWN) if state != "train"),
+    "eta",  # seconds
+    "chip_hours",
+    "seconds",  # of an evaluation
+)
+# From this share of time on that devices wait for input, the log says that the job is bound by it.
+INPUT_BOUND = 0.1
 
 
 class Metrics:
@@ -31,6 +47,7 @@ class Metrics:
         self._bar = None
         self._file = None
         self._board = None
+        self._advised = False
         self.steps = steps
         self.workdir = workdir
         if not is_main():
@@ -54,23 +71,46 @@ class Metrics:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def progress(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
-        """Shows loss, speed and time to go: a bar on a terminal, a line elsewhere."""
+    def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
+        """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
+
+        `values` are a record's; `goodput` tells more of it.
+        """
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['img_per_sec']:,.0f}"}
+        if self._bar is None:
+            shown["img/s/chip"] = f"{values['img_per_sec_per_chip']:,.0f}"
         if "mfu" in values:
             shown["MFU"] = f"{values['mfu']:.1%}"
+        shown["goodput"] = f"{values['goodput']:.0%}"
+        input_bound = values["input_wait"] >= INPUT_BOUND
         if self._bar is not None:
+            shown |= {"input-bound": f"{values['input_wait']:.0%}"} if input_bound else {}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        to_go = seconds_per_step * (self.steps - step)
-        shown["ETA"] = tqdm.format_interval(to_go)
-        self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        shown["goodput"] = goodput or shown["goodput"]
+        shown["ETA"] = tqdm.format_interval(values["eta"])
+        shown["chip-hours"] = f"{values['chip_hours']:,.2f}"
+        line = "  ".join(f"{k} {v}" for k, v in shown.items())
+        if input_bound:
+            where = f" (process {values['input_wait_process']})" * (jax.process_count() > 1)
+            line += f"  input-bound: {values['input_wait']:.0%} of the time waits for data{where}"
+        self.say(f"step {step}/{self.steps}  {line}")
+        if input_bound and not self._advised:
+            self._advised = True
+            self.say(
+                "input-bound: devices idle until a batch is there. Try data.num_workers, "
+                "data.num_threads, storage that is nearer, a cheaper data.preprocess"
+            )
 
     def say(self, text: str) -> None:
         """A line of text for people."""
         if is_main():
             tqdm.write(text, file=sys.stderr)
+
+    def saved(self, step: int) -> None:
+        """Tells that a checkpoint is complete."""
+        self.say(f"step {step} is saved")
 
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of that step is recorded; processes that don't record say yes."""
@@ -95,40 +135,6 @@ class Metrics:
                 resource.close()
 
 
-class Stopwatch:
-    """Time of training alone."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> float:
-        """Starts anew; returns the seconds since the last start."""
-        now = time.perf_counter()
-        seconds = now - getattr(self, "_start", now)
-        self._start, self._waited = now, 0.0
-        return seconds
-
-    def lap(self, steps: int) -> tuple[float, float]:
-        """(seconds a step, share of them that waited for input) since the last lap."""
-        waited = self._waited
-        seconds = self.reset()
-        return seconds / steps, waited / seconds
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts what is inside as waiting for input."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out what is inside: evaluation, checkpoints."""
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-
 class Recorder:
     """Fetches each step's metrics once the next step is under way, and records those due.
 
@@ -138,36 +144,60 @@ class Recorder:
     def __init__(
         self,
         metrics: Metrics,
-        stopwatch: Stopwatch,
+        clock: Clock,
+        starts: Starts,
         *,
         start: int,
         log_every: int,
         batch_size: int,
         flops_per_image: int,
     ):
-        self._metrics, self._stopwatch, self._log_every = metrics, stopwatch, log_every
+        self.metrics, self._clock, self._starts = metrics, clock, starts
+        self._log_every = log_every
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._checked = self._recorded = start
+        self._checked = self._recorded = self._start = start
         self._skipped = 0  # broken examples since the last record
         self._batch_size, self._flops = batch_size, flops_per_image * batch_size
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
+        self._lap = dict(clock.read())
+        # Another thread sees when a step is finished: waiting for input costs only from then on.
+        self._watcher = ThreadPoolExecutor(1)
+        self._finished: Future[float] | None = None  # the pending step's
+        self._waited = (0.0, 0.0)  # for the batch after the pending step's: from, to
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that is still under way, and records those before it."""
         previous, self._pending = self._pending, (step, values)
+        if previous:
+            self._finish()
+        self._finished = self._watcher.submit(_finished_at, values)
         if previous:
             self._record(*previous, must_check=False)
 
     def flush(self) -> None:
         """Waits for the newest step, records it if it is due, and checks it in any case."""
         if self._pending:
+            self._finish()
             self._record(*self._pending, must_check=True)
         self._pending = None
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the batch after the pending step's is waited for."""
+        start = time.perf_counter()
+        yield
+        self._waited = start, time.perf_counter()
+
+    def _finish(self) -> None:
+        """Waits for the pending step: never are more than two under way."""
+        finished = self._finished.result()
+        began, ended = self._waited
+        self._clock.move(max(0.0, ended - max(began, finished)), "train", "input")
+        self._waited = (0.0, 0.0)
+
     def _record(self, step: int, values: dict[str, jax.Array], must_check: bool) -> None:
-        jax.block_until_ready(values)  # never more than two steps under way
-        due = step % self._log_every == 0 or step == self._metrics.steps
+        due = step % self._log_every == 0 or step == self.metrics.steps
         if "skipped" in values:
             self._skipped += int(values.pop("skipped"))
         if not (due or must_check):
@@ -176,24 +206,54 @@ class Recorder:
         if not all(map(math.isfinite, fetched.values())):
             raise FloatingPointError(
                 f"not finite after step {step}: {fetched}. It was finite after step "
-                f"{self._checked}; the last checkpoint in {self._metrics.workdir} is good. Lower "
+                f"{self._checked}; the last checkpoint in {self.metrics.workdir} is good. Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
                 f"steps {self._checked + 1} to {step}."
             )
         self._checked = step
-        if not due:
-            return
-        seconds, waited = self._stopwatch.lap(step - self._recorded)
+        if due:
+            if self._skipped:
+                fetched["skipped"], self._skipped = self._skipped, 0
+            fetched |= self._speed(step)
+            self.metrics.write(step, fetched)
+            self.metrics.progress(step, fetched, self._starts.goodput())
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """What the clock says: of the steps since the last record, and of the run."""
+        before, now = self._lap, self._clock.read()
+        waits = everyones(now["input"] - before["input"])
+        self._clock.move(waits.max() - (now["input"] - before["input"]), "train", "input")
+        self._lap = self._clock.read()
+        lap = {state: seconds - before[state] for state, seconds in self._lap.items()}
+        running = lap["train"] + lap["input"]
+        seconds = running / (step - self._recorded)
         self._recorded = step
-        fetched["img_per_sec"] = self._batch_size / seconds
-        fetched["img_per_sec_per_device"] = fetched["img_per_sec"] / jax.device_count()
-        fetched["input_wait"] = waited
-        if self._skipped:
-            fetched["skipped"], self._skipped = self._skipped, 0
-        if self._peak:
-            fetched["mfu"] = self._flops / seconds / self._peak
-        self._metrics.write(step, fetched)
-        self._metrics.progress(step, fetched, seconds)
+        self._starts.keep(step)
+        run = shares(self._starts.seconds())
+        stalls = (self._lap["evaluate"] + self._lap["save"]) / (step - self._start)
+        values = {
+            "img_per_sec": self._batch_size / seconds,
+            "img_per_sec_per_chip": self._batch_size / seconds / self._starts.chips,
+            "input_wait": lap["input"] / running,
+            "input_wait_process": int(waits.argmax()),
+            "goodput": run["train"],
+            "goodput_this_start": shares(self._lap)["train"],
+            **{f"time_{state}": share for state, share in run.items() if state != "train"},
+            "eta": (self.metrics.steps - step) * (seconds + stalls),
+            "chip_hours": self._starts.chip_hours(),
+        }
+        return values | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watcher.shutdown(wait=False)
+
+
+def _finished_at(values: dict[str, jax.Array]) -> float:
+    jax.block_until_ready(values)
+    return time.perf_counter()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

@@ -1,0 +1,58 @@
+"""An XProf trace of some steps: what devices and host did, to the microsecond."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.training.clock import Clock
+
+
+def parse_window(text: str) -> range:
+    """ "100:105" -> the steps 100 to 105; nothing from "". ValueError for anything else."""
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"profile_steps = {text!r}: expected the first and the last step, such as '100:105'"
+        )
+    return range(int(first), int(last) + 1)
+
+
+class Profile:
+    """Traces the steps of a window into `workdir/profile`, every process into files of its own.
+
+    A run that is resumed within the window traces the rest of it; one that ends there, what was.
+    """
+
+    def __init__(self, workdir: Path, window: str, clock: Clock):
+        self._folder, self._window, self._clock = workdir / "profile", parse_window(window), clock
+        self._tracing = False
+
+    def step(self, step: int, state: Any) -> AbstractContextManager:
+        """Around the call of a step, the number of which the trace shows; `state` is what it takes.
+
+        At the window's borders it waits for the steps before.
+        """
+        if (step in self._window) != self._tracing:
+            with self._clock.within("profile"):
+                jax.block_until_ready(state)
+                self._stop() if self._tracing else self._start()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def _start(self) -> None:
+        jax.profiler.start_trace(str(self._folder))
+        self._tracing = True
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._tracing:
+            self._stop()

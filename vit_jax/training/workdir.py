@@ -1,0 +1,95 @@
+"""The folder of a run: whether it may be used, the config it was made with, compiled programs."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from vit_jax.parallel.multihost import is_main
+from vit_jax.training.checkpoint import saved_steps
+
+
+def open_workdir(
+    workdir: str, config: dict[str, Any], *, may_change: tuple[str, ...]
+) -> tuple[Path, int]:
+    """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
+
+    `may_change` names the fields (dotted; a prefix covers what is below it) that a restart may set
+    otherwise. Raises ValueError for an empty name, and for a folder with checkpoints of a run whose
+    config differs in anything else, showing the differences; OSError if it can't be written.
+    """
+    if not workdir:
+        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+    if "://" in workdir:
+        raise ValueError(f"workdir {workdir}: expected a local folder; mount the bucket as one")
+    path = Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
+    step = max(saved_steps(path), default=0)
+    file = path / "config.json"
+    if step and file.exists():
+        changed = [
+            f"  {name}: {before!r} there, {now!r} here"
+            for name, before, now in _differences(
+                json.loads(file.read_text()), json.loads(json.dumps(config))
+            )
+            if not any(name == field or name.startswith(field + ".") for field in may_change)
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another config, at step {step}:\n"
+                + "\n".join(changed)
+                + "\nUse another --workdir, or the same config to resume."
+            )
+    return path, step
+
+
+def keep_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
+    if is_main():
+        partial = workdir / "config.json.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+
+
+@contextmanager
+def compiled_kept(workdir: Path, where: str) -> Iterator[None]:
+    """Inside, programs that took a second to compile are kept, and found by the next start.
+
+    `where` is "workdir", another folder, to share between runs, or "" for nowhere. A cache that was
+    set for jax in another way, such as JAX_COMPILATION_CACHE_DIR, is left as it is.
+    """
+    if jax.config.jax_compilation_cache_dir or not where:
+        yield
+        return
+    folder = workdir / "compiled" if where == "workdir" else where
+    try:
+        _set_cache(str(folder))
+        yield
+    finally:
+        _set_cache(None)
+
+
+def _set_cache(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # Whether there is a cache is decided at the first compilation of a process, which is over:
+    # jax.random.key is one. This makes it decide anew.
+    compilation_cache.reset_cache()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(
+                old.get(key), new.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if old == new else [(name, old, new)]
