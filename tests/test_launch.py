@@ -1,6 +1,5 @@
 """The launchers, against stand-ins that record how they are called; the page beside them."""
 
-import io
 import json
 import os
 import shlex
@@ -11,9 +10,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from vit_jax.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "experiments/launch"
@@ -477,28 +473,3 @@ def test_the_pages_commands_run(desk):
         assert done.returncode == 0, done.stderr
         assert done.stdout
     assert scripts == set(LAUNCHERS)
-
-
-def test_imagenet21k(tmp_path):
-    for number, name in enumerate(["n01440764", "n02119789"]):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as file:
-            for image in range(4):
-                data = io.BytesIO()
-                Image.new("RGB", (9, 8), (100 * number, 10 * image, 0)).save(data, "PNG")
-                data = data.getvalue()[: 20 if (number, image) == (1, 3) else None]
-                member = tarfile.TarInfo(f"{name}_{image}.JPEG")
-                member.size = len(data)
-                file.addfile(member, io.BytesIO(data))
-    command = [sys.executable, LAUNCH / "imagenet21k.py", f"--tars={tmp_path}"]
-    done = subprocess.run(
-        [*command, f"--data_dir={tmp_path}/data"], capture_output=True, text=True, check=True
-    )
-    assert "7 images of 2 classes" in done.stdout
-    assert "left out n02119789_3.JPEG" in done.stderr
-    source = open_source("imagenet21k", "full", f"{tmp_path}/data")
-    assert source.class_names == ("n01440764", "n02119789")
-    labels = [record["label"] for record in source.records]
-    assert sorted(labels) == [0] * 4 + [1] * 3 and labels != sorted(labels)
-    for record in source.records:
-        red = Image.open(io.BytesIO(record["image"])).getpixel((0, 0))[0]
-        assert red == 100 * record["label"]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "vit_jax"
 
 # A module may import from its own floor and from those below it.
 FLOORS = [
-    {"pretrain", "transfer", "evaluate", "convert", "plan", "visualize"},
+    {"pretrain", "transfer", "evaluate", "convert", "plan", "prepare", "visualize"},
     {"training.loop", "training.initial", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer", "training.workdir"},
     {

@@ -1,12 +1,14 @@
 """Image folders, read without preparation; what lies at a path, in general."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from vit_jax.config import unknown
@@ -35,7 +37,7 @@ class Listing:
     Attributes:
       kind: what it is, in words.
       splits: random-access records {"image": encoded bytes or uint8 pixels, "label": an int or a
-        tuple of them}, with `name(index)`: the file, for messages.
+        tuple of them}, with `name(index)`, the file, for messages, and `sizes()`, bytes int64 [N].
       num_classes, class_names, labels_per_example: as in `sources.Source`.
     """
 
@@ -72,6 +74,9 @@ class ImageFiles(Sequence):
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.path.getsize(os.path.join(self.folder, p)) for p in self.paths])
 
 
 def read_folder(root: Path) -> Listing:
@@ -120,6 +125,12 @@ def read_folder(root: Path) -> Listing:
         labels = [label[name] for name in names for _ in found[split].get(name, ())]
         records[split] = ImageFiles(str(root), paths, labels)
     return Listing("image folder", records, len(names), tuple(names))
+
+
+def split_in(name: str) -> str | None:
+    """The split that a file's name speaks of: `set-train-0000.tar`, `val/0000.tar`."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), None)
 
 
 def _holds_splits(folder: Path) -> bool:

@@ -13,7 +13,9 @@ import numpy as np
 from vit_jax.config import unknown
 from vit_jax.data.files import Listing, read_folder
 from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.idx import find_idx, read_idx
 from vit_jax.data.tables import TABLES, read_table
+from vit_jax.data.tars import find_tars, read_tars
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
@@ -82,7 +84,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         return _open_digits(split)
     if name.partition("/")[0] in FORMULAS:
         return _open_formula(name, split)
-    if name.startswith(("/", ".", "~")):
+    if is_path(name):
         listing = open_path(name)
         sizes = {s: len(records) for s, records in listing.splits.items()}
         records = _read_split(split, sizes, name, lambda s, a, b: _Part(listing.splits[s], a, b))
@@ -90,21 +92,35 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     return _open_tfds(name, split, data_dir)
 
 
+def is_path(name: str) -> bool:
+    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`."""
+    return name.startswith(("/", ".", "~"))
+
+
 def open_path(path: str) -> Listing:
-    """Lists what lies at a path: an image folder, or a .csv, .tsv or .jsonl table of images.
+    """Lists what lies at a path: images in a folder, a table of them, IDX files or tars.
 
     Raises:
       FileNotFoundError: nothing is there, or no images.
-      ValueError: what is there isn't consistent: see `files.read_folder` and `tables.read_table`.
+      ValueError: what is there isn't consistent: see `files.read_folder`, `tables.read_table`,
+        `idx.read_idx` and `tars.read_tars`.
     """
     found = Path(path).expanduser()
     if found.is_dir():
+        if idx := find_idx(found):
+            return read_idx(idx)
+        if tars := find_tars(found):
+            return read_tars(tars)
         return read_folder(found)
     if not found.exists():
         raise FileNotFoundError(f"there is no {path}")
     if found.suffix.lower() in TABLES:
         return read_table(found)
-    raise ValueError(f"{path} is a file: expected a folder, or a table ({', '.join(TABLES)})")
+    if found.suffix.lower() == ".tar":
+        return read_tars([found])
+    raise ValueError(
+        f"{path} is a file: expected a folder, a table ({', '.join(TABLES)}) or a .tar"
+    )
 
 
 def parse_split(

@@ -52,27 +52,26 @@ def read_table(path: Path) -> Listing:
             )
         if not os.path.isfile(path.parent / file):
             raise FileNotFoundError(f"{place}: there is no file {path.parent / file}")
-        label = row["labels"] if several else [row["label"]]
-        if isinstance(label, str):
+        label = row["labels"] if several else row["label"]
+        if several and isinstance(label, str):
             label = label.split("|") if label else []
-        if not isinstance(label, list):
-            raise ValueError(f"{place}: labels {label!r}: expected a list")
+        if several != isinstance(label, list):
+            raise ValueError(f"{place}: labels {label!r}: expected a list, and one in each line")
         files.append(file)
         splits.append(split)
-        labels.append(tuple(label))
+        labels.append(label)
         places.append(place)
     if not files:
         raise ValueError(f"{path} has no rows: expected at least one image")
 
-    numbers, names = number_labels(labels, places, class_names_beside(path))
+    numbers, classes = number_labels(labels, places, class_names_beside(path))
     records = {}
     for split in dict.fromkeys(splits):
         rows = [row for row, other in enumerate(splits) if other == split]
-        chosen = [numbers[row] if several else numbers[row][0] for row in rows]
-        records[split] = ImageFiles(str(path.parent), [files[row] for row in rows], chosen)
-    num_classes = len(names) if names else 1 + max(max(ls, default=0) for ls in numbers)
-    most = max(1, *map(len, numbers)) if several else None
-    return Listing("table of images", records, num_classes, names, most)
+        records[split] = ImageFiles(
+            str(path.parent), [files[row] for row in rows], [numbers[row] for row in rows]
+        )
+    return Listing("table of images", records, *classes)
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -115,25 +114,31 @@ def class_names_beside(path: Path) -> tuple[str, ...] | None:
 
 
 def number_labels(
-    labels: Sequence[tuple[str | int, ...]], places: Sequence[str], names: tuple[str, ...] | None
-) -> tuple[list[tuple[int, ...]], tuple[str, ...] | None]:
+    labels: Sequence[str | int | list[str | int]],
+    places: Sequence[str],
+    names: tuple[str, ...] | None,
+) -> tuple[list[int] | list[tuple[int, ...]], tuple[int, tuple[str, ...] | None, int | None]]:
     """Labels as numbers, given names or numbers.
 
     Args:
-      labels: of each example; either all of them names, or all numbers, perhaps written as text.
+      labels: of each example, a name or a number (perhaps written as text); for a multi-label set
+        lists of them.
       places: where each example's stand, for messages.
       names: of the classes, if they are known.
 
     Returns:
-      (numbers of each example, names); the names are sorted if they weren't known, and None if the
-      labels are numbers without them.
+      Each example's number or tuple of numbers; and `Listing`'s (num_classes, class_names,
+      labels_per_example). Unknown names are sorted; of numbers, the highest is the last class.
 
     Raises:
       ValueError: names the place of a label that is neither, isn't known or is out of range.
     """
+    several = any(isinstance(example, list) for example in labels)
     given = {}  # distinct label -> the first place
     for example, place in zip(labels, places, strict=True):
-        for label in example:
+        if several and not isinstance(example, list):
+            raise ValueError(f"{place}: label {example!r}: expected a list, as others have")
+        for label in example if several else [example]:
             if type(label) not in (str, int) or label == "":
                 raise ValueError(f"{place}: label {label!r}: expected a class's name or number")
             given.setdefault(label, place)
@@ -161,4 +166,8 @@ def number_labels(
             if str(label) not in known:
                 raise ValueError(f"{place}: {unknown('class', str(label), names)}")
         index = {label: known[str(label)] for label in given}
-    return [tuple(index[label] for label in example) for example in labels], names
+    num_classes = len(names) if names else 1 + max(index.values(), default=0)
+    if not several:
+        return [index[label] for label in labels], (num_classes, names, None)
+    numbers = [tuple(index[label] for label in example) for example in labels]
+    return numbers, (num_classes, names, max(1, *map(len, numbers)))

@@ -1,0 +1,99 @@
+"""IDX files, the format of MNIST and Fashion-MNIST."""
+
+import gzip
+import math
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.files import Listing, split_in
+from vit_jax.data.tables import CLASS_NAMES, class_names_beside
+
+_IMAGES = re.compile(r"(.*)images([-.]idx3[-.]ubyte(?:\.gz)?)")
+
+
+@dataclass(frozen=True)
+class Pixels(Sequence):
+    """Images uint8 [N, H, W] and labels uint8 [N] of a pair of IDX files."""
+
+    file: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"{self.file}:{index}"
+
+    def sizes(self) -> np.ndarray:
+        return np.full(len(self), self.images[0].size, np.int64)
+
+
+def find_idx(folder: Path) -> list[Path]:
+    """The IDX files of images in a folder."""
+    return sorted(path for path in folder.iterdir() if _IMAGES.fullmatch(path.name))
+
+
+def read_idx(files: Sequence[Path]) -> Listing:
+    """Reads MNIST's kind of files: `train-images-idx3-ubyte` beside `train-labels-idx1-ubyte`.
+
+    Both may be gzipped. Files named t10k... are the test split.
+
+    Raises:
+      ValueError: a name without a split, a header of something else, a truncated file, or another
+        number of labels than of images.
+      FileNotFoundError: there are no labels.
+    """
+    splits = {}
+    for path in files:
+        stem, rest = _IMAGES.fullmatch(path.name).groups()
+        split = split_in(stem.replace("t10k", "test"))
+        if split is None or split in splits:
+            raise ValueError(f"{path}: expected one file for train and one for test (or t10k)")
+        labels = path.with_name(f"{stem}labels{rest.replace('idx3', 'idx1')}")
+        pixels, numbers = _idx_array(path, 3), _idx_array(labels, 1)
+        if len(pixels) != len(numbers) or not len(pixels):
+            raise ValueError(
+                f"{path} has {len(pixels)} images, {labels} {len(numbers)} labels: "
+                "expected as many, and at least one"
+            )
+        splits[split] = Pixels(path.name, pixels, numbers)
+    names = class_names_beside(files[0])
+    num_classes = 1 + max(int(records.labels.max()) for records in splits.values())
+    if names and num_classes > len(names):
+        raise ValueError(
+            f"{files[0].parent} has the label {num_classes - 1}: expected less than {len(names)}, "
+            f"the number of classes in {CLASS_NAMES}"
+        )
+    return Listing("IDX files", splits, len(names) if names else num_classes, names)
+
+
+def _idx_array(path: Path, rank: int) -> np.ndarray:
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    header = 4 + 4 * rank
+    if data[:4] != bytes([0, 0, 8, rank]) or len(data) < header:
+        raise ValueError(
+            f"{path} begins with {data[:4]!r}: expected an IDX file of uint8 with {rank} dimensions"
+        )
+    shape = struct.unpack_from(f">{rank}I", data, 4)
+    if len(data) != header + math.prod(shape):
+        raise ValueError(
+            f"{path} has {len(data)} bytes, its header promises {header + math.prod(shape)}: "
+            "truncated or damaged"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

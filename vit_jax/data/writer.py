@@ -1,0 +1,341 @@
+"""Writes a sharded ArrayRecord dataset that TFDS reads, resumably and to the same bytes each time.
+
+While it is being written the dataset lies in `incomplete.VERSION`: a journal, whose first line is
+the plan and each other line a finished shard, and the shards. A run that was killed loses the shard
+that it was writing. At the end the folder takes its name, with a manifest of what is in it.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+from tqdm import tqdm
+
+from vit_jax.data.decode import decode_image
+from vit_jax.data.files import Listing
+from vit_jax.data.journal import Journal, Plan, Shard, differences, make_plan
+from vit_jax.data.manifest import MANIFEST, file_list, file_sha256, progress_bar, read_manifest
+from vit_jax.data.sources import MAX_LABELS
+
+NAMED = 100  # images that are in two splits which the manifest names
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteConfig:
+    """How to write.
+
+    Attributes:
+      shards: files a split; by default one for each 128 MiB.
+      shuffle: whether to write examples in the order of a hash of their names, so that a slice is a
+        random sample; otherwise as they are listed.
+      max_broken: images that cannot be read or decoded are left out, up to so many.
+      threads: that read and check images; by default as many as there are cores.
+    """
+
+    shards: int | None = None
+    shuffle: bool = True
+    max_broken: int = 0
+    threads: int | None = None
+
+
+def write_dataset(
+    listing: Listing, data_dir: Path, name: str, version: str | None, config: WriteConfig
+) -> Path:
+    """Writes a dataset into DATA_DIR/NAME/VERSION, or goes on where a run before was killed.
+
+    Each image is decoded once to see whether it is whole, and written as it came; pixels are
+    written as PNG. Features are `image`, `label` (or `labels`, a sequence) and `file_name`.
+
+    Args:
+      listing: what to write.
+      data_dir: TFDS's folder of datasets.
+      name, version: of the dataset. By default the version is TFDS's own if TFDS knows a dataset of
+        this name (so that `tfds.builder(name)` looks for it), else 1.0.0.
+      config: how.
+
+    Returns:
+      The dataset's folder.
+
+    Raises:
+      ValueError: more broken images than allowed, the last of them named; a dataset of this name
+        that was made, or begun, from another input or with other options.
+      OSError: too little room, or another process is writing the same dataset.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name {name!r}: expected lower-case letters, digits and underscores")
+    if version and not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise ValueError(f"version {version!r}: expected three numbers, such as 1.0.0")
+    features = _features(listing)
+    version = version or _default_version(name, features)
+    plan = make_plan(listing, name, config.shards, config.shuffle)
+    final, folder = data_dir / name / version, data_dir / name / f"incomplete.{version}"
+    if final.exists():
+        made = read_manifest(final)["plan"]
+        if made != plan.record:
+            difference = differences(made, plan.record)
+            raise ValueError(f"{final} is there already, and differs: {difference}")
+        (final / Journal.NAME).unlink(missing_ok=True)  # killed at the very end
+        return final
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder, plan.record) as journal:
+        _write_shards(listing, plan, features, journal, config)
+        report = _report(listing, plan, journal.done)
+        _write_metadata(folder, version, features, plan, journal.done)
+        # A killed run may have left a manifest.
+        files = file_list(folder, {Journal.NAME, MANIFEST}, journal.done)
+        manifest = {"plan": plan.record, **report, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        folder.rename(final)
+    (final / Journal.NAME).unlink()
+    return final
+
+
+def _features(listing: Listing):
+    """TFDS's features for the listing."""
+    import tensorflow_datasets as tfds
+
+    if (listing.labels_per_example or 1) > MAX_LABELS:
+        raise ValueError(
+            f"an example has {listing.labels_per_example} labels: expected up to {MAX_LABELS}"
+        )
+    names = listing.class_names
+    for label in names or ():
+        if not label.isprintable():  # as undecodable bytes and line breaks are not
+            raise ValueError(f"class {label!r}: expected a name that can be printed")
+    classes = tfds.features.ClassLabel(
+        names=names, num_classes=None if names else listing.num_classes
+    )
+    several = listing.labels_per_example is not None
+    record = next(iter(listing.splits.values()))[0]["image"]
+    grey = isinstance(record, np.ndarray) and record.ndim == 2
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(*record.shape, 1) if grey else None),
+            "labels" if several else "label": tfds.features.Sequence(classes)
+            if several
+            else classes,
+            "file_name": tfds.features.Text(),
+        }
+    )
+
+
+def _default_version(name: str, features) -> str:
+    import tensorflow_datasets as tfds
+
+    try:
+        known = tfds.builder(name, data_dir="/nowhere").info
+    except tfds.core.registered.DatasetNotFoundError:
+        return "1.0.0"
+    label = "labels" if "labels" in features else "label"
+    if (
+        not {"image", label} <= known.features.keys() <= features.keys()
+        or known.features[label].num_classes != features[label].num_classes
+    ):
+        raise ValueError(
+            f"TFDS has a dataset {name} of its own with the features {known.features}: "
+            "choose another name"
+        )
+    return str(known.version)
+
+
+def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
+    needed = 0.0
+    for shard in todo:
+        split = plan.record["splits"][shard.split]
+        needed += split["bytes"] * (shard.stop - shard.start) / split["examples"]
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there"
+        )
+
+
+def _write_shards(
+    listing: Listing, plan: Plan, features, journal: Journal, config: WriteConfig
+) -> None:
+    """Writes the shards that aren't finished."""
+    from tensorflow_datasets.core import example_serializer
+
+    todo = [shard for shard in plan.shards if shard.file not in journal.done]
+    _check_room(plan, todo, journal.folder)
+
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    label = "labels" if "labels" in features else "label"
+
+    def load(item: tuple[str, int]) -> tuple[bytes, bytes] | str:
+        """The record and the hash of its image, or why it is broken."""
+        records, index = listing.splits[item[0]], int(item[1])
+        try:
+            record = records[index]
+            decode_image(record["image"])
+        except ValueError as error:
+            return str(error)
+        image = record["image"] if isinstance(record["image"], bytes) else _png(record["image"])
+        example = {
+            "image": io.BytesIO(image),
+            label: record["label"],
+            "file_name": records.name(index).encode(errors="replace").decode(),
+        }
+        # Deterministic: the order of a protocol buffer's map otherwise changes with each process.
+        proto = serializer.get_tf_example(features.encode_example(example))
+        digest = hashlib.blake2b(image, digest_size=8).digest()
+        return proto.SerializeToString(deterministic=True), digest
+
+    items = (
+        (shard.split, index)
+        for shard in todo
+        for index in plan.orders[shard.split][shard.start : shard.stop]
+    )
+    total = sum(map(len, plan.orders.values()))
+    left = sum(shard.stop - shard.start for shard in todo)
+    threads = config.threads or os.cpu_count()
+    num_broken = sum(len(shard["broken"]) for shard in journal.done.values())
+    with progress_bar(total, "img", initial=total - left) as bar:
+        loaded = _ordered(load, items, threads)
+        for shard in todo:
+            written = _write_shard(
+                shard,
+                itertools.islice(loaded, shard.stop - shard.start),
+                lambda position, shard=shard: listing.splits[shard.split].name(
+                    plan.orders[shard.split][position]
+                ),
+                journal.folder,
+                config.max_broken - num_broken,
+                bar,
+            )
+            num_broken += len(written["broken"])
+            if len(listing.splits) == 1:
+                written["hashes"] = ""  # there is nothing to compare them with
+            journal.add(shard.file, written)
+        loaded.close()
+
+
+def _write_shard(
+    shard: Shard,
+    loaded: Iterable[tuple[bytes, bytes] | str],
+    name: Callable[[int], str],
+    folder: Path,
+    may_break: int,
+    bar: tqdm,
+) -> dict[str, Any]:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    unfinished = folder / f"{shard.file}.unfinished"
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # as TFDS and Grain want it
+    size, hashes, broken = 0, [], []
+    for position, example in enumerate(loaded, shard.start):
+        bar.update()
+        if isinstance(example, str):
+            broken.append({"split": shard.split, "file": name(position), "reason": example})
+            if len(broken) > may_break:
+                raise ValueError(
+                    f"broken images in {shard.split}, the last of them "
+                    f"{broken[-1]['file']}: {example}\n"
+                    "To leave out up to N of them, run this again with --max_broken=N"
+                )
+            logging.warning("left out %s: %s", broken[-1]["file"], example)
+            continue
+        writer.write(example[0])
+        size += len(example[0])
+        hashes.append(example[1])
+    writer.close()
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    sha256 = file_sha256(unfinished)
+    unfinished.rename(folder / shard.file)
+    return {
+        "examples": len(hashes),
+        "bytes": size,
+        "sha256": sha256,
+        "broken": broken,
+        "hashes": b"".join(hashes).hex(),
+    }
+
+
+def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """map(function, items) on threads that run a little ahead."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        running = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) >= 4 * threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _report(listing: Listing, plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Broken images, and images that are in two splits."""
+    broken = [entry for shard in plan.shards for entry in done[shard.file]["broken"]]
+    kept, hashes = {}, {}
+    for split, records in listing.splits.items():
+        lost = {entry["file"] for entry in broken if entry["split"] == split}
+        kept[split] = [i for i in plan.orders[split] if not lost or records.name(i) not in lost]
+        if not kept[split]:
+            raise ValueError(f"no image of {split} can be read: expected at least one")
+        own = "".join(done[shard.file]["hashes"] for shard in plan.shards if shard.split == split)
+        hashes[split] = np.frombuffer(bytes.fromhex(own), np.uint64)
+    overlaps = []
+    for a, b in itertools.combinations(listing.splits, 2):
+        _, first, second = np.intersect1d(hashes[a], hashes[b], return_indices=True)
+        if not len(first):
+            continue
+        named = [
+            {a: listing.splits[a].name(kept[a][i]), b: listing.splits[b].name(kept[b][j])}
+            for i, j in zip(first[:NAMED], second[:NAMED], strict=True)
+        ]
+        logging.warning("%d images are both in %s and in %s: %s", len(first), a, b, named[:3])
+        overlaps.append({"splits": [a, b], "images": len(first), "named": named})
+    return {"broken": broken, "overlaps": overlaps}
+
+
+def _write_metadata(
+    folder: Path,
+    version: str,
+    features,
+    plan: Plan,
+    done: Mapping[str, Mapping[str, Any]],
+) -> None:
+    import tensorflow_datasets as tfds
+
+    splits = {}
+    for shard in plan.shards:
+        splits.setdefault(shard.split, []).append(done[shard.file])
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        version=version,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard["examples"] for shard in own],
+                num_bytes=sum(shard["bytes"] for shard in own),
+            )
+            for split, own in splits.items()
+        ],
+        check_data=False,
+        description=f"Written by vit_jax.prepare. See {MANIFEST}.",
+    )

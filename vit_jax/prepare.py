@@ -1,0 +1,92 @@
+"""Writes images as a dataset that training reads quickly and exactly.
+
+python -m vit_jax.prepare --input=PATH --output=DATA_DIR --name=my_set
+
+`--input` is an image folder (class/name.jpg, or train/class/name.jpg), a table (.csv, .tsv or
+.jsonl with path, label and perhaps split), a folder of IDX files (MNIST, Fashion-MNIST), of
+WebDataset tars or of ImageNet's original tars, or the name of a dataset that TFDS downloads and
+builds (pip install 'vit_jax[prepare]'). A run that was killed goes on when it is started again.
+
+python -m vit_jax.prepare --verify=DATA_DIR/my_set/1.0.0
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from vit_jax.config import explained_errors, parse_flags
+from vit_jax.data.manifest import MANIFEST, read_manifest, verify
+from vit_jax.data.sources import is_path, open_path
+from vit_jax.data.writer import WriteConfig, write_dataset
+
+flags.DEFINE_string("input", None, "A path, or the name of a TFDS dataset.")
+flags.DEFINE_string("output", None, "Where TFDS datasets are kept (data_dir in recipes).")
+flags.DEFINE_string("name", None, "The dataset's name, by default that of the input's folder.")
+flags.DEFINE_string("version", None, "By default 1.0.0, or TFDS's own of a dataset it knows.")
+flags.DEFINE_integer("shards", None, "Files a split, by default one for each 128 MiB.")
+flags.DEFINE_bool("shuffle", True, "Write in the order of a hash of the files' names.")
+flags.DEFINE_integer("max_broken", 0, "Leave out up to so many broken images.")
+flags.DEFINE_integer("threads", None, "Threads that check images, by default one a core.")
+flags.DEFINE_string("verify", None, "Only check this prepared dataset against its manifest.")
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    with explained_errors():
+        if args.verify:
+            _verify(Path(args.verify))
+        elif not args.input or not args.output:
+            raise ValueError("say what to read with --input and where to write with --output")
+        elif "://" in args.output:
+            raise ValueError(f"--output={args.output}: write to a disk and copy the folder then")
+        elif is_path(args.input):
+            _write(Path(args.input).expanduser().resolve(), Path(args.output).expanduser())
+        else:
+            _build_with_tfds(args.input, args.output)
+
+
+def _write(source: Path, output: Path) -> None:
+    args = flags.FLAGS
+    name = args.name or (source.stem if source.is_file() else source.name).lower()
+    listing = open_path(str(source))
+    splits = ", ".join(f"{len(records)} in {split}" for split, records in listing.splits.items())
+    print(f"{source}: {listing.kind}, {listing.num_classes} classes, {splits}", file=sys.stderr)
+    config = WriteConfig(args.shards, args.shuffle, args.max_broken, args.threads)
+    folder = write_dataset(listing, output, name, args.version, config)
+    broken = read_manifest(folder)["broken"]
+    print(
+        f"{folder} is written"
+        + (f"; {len(broken)} broken images are left out (see {MANIFEST})" if broken else "")
+        + f". Train on it with\n  --config.data.dataset={name} --config.data.data_dir={output}"
+    )
+
+
+def _verify(folder: Path) -> None:
+    problems = 0
+    for problem in verify(folder):
+        print(problem)
+        problems += 1
+    if problems:
+        sys.exit(f"error: {problems} of its files are not as they were written")
+    print(f"{folder}: every file is as it was written")
+
+
+def _build_with_tfds(name: str, output: str) -> None:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=output, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ValueError(
+            f"--input={name}: TFDS knows no such dataset. For a path, write ./{name}"
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(f"{error}: TFDS needs pip install 'vit_jax[prepare]'") from error
+    print(f"{builder.data_dir}: {builder.info.splits}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
