@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data.mixture import Mixture
 from vit_jax.data.pipeline import DataConfig, eval_batches, global_indices, train_batches
-from vit_jax.data.sources import Source, open_source
+from vit_jax.data.sources import Source
 
 BILLIONS = 3_000_000_000
 
@@ -178,12 +179,46 @@ def test_threads_do_not_change_the_batches():
         assert_same(train(source, 12, num_threads=num_threads), train(source, 12))
 
 
+def jpegs(num_examples, broken=()):
+    """Photographs of noise, one of them in CMYK; those that are broken have one byte each."""
+    records = []
+    for i in range(num_examples):
+        pixels = np.random.default_rng(i).integers(256, size=(40 + i, 60, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).convert("CMYK" if i == 3 else "RGB").save(file, "JPEG")
+        records.append({"image": b"?" if i in broken else file.getvalue(), "label": i % 10})
+    return records
+
+
+def mixed():
+    """All that the order depends on: parts with weights, JPEGs, broken ones that are replaced."""
+    records = jpegs(12, broken=(2, 9))
+    return Mixture(records, 10, sizes=(8, 4), weights=(2.0, 1.0))
+
+
+MIXED = {"preprocess": "inception_crop|randaugment|flip", "image_size": (16, 16), "start_step": 5}
+MIXED |= {"skip_broken": 1000, "cache_gib": 1e-5}
+
+
 def test_worker_processes_do_not_change_the_batches():
-    source = open_source("digits", "train")
-    options = {"preprocess": "affine|pad_crop(1)", "image_size": (8, 8), "start_step": 5}
-    ours = train(source, 7, num_workers=2, num_threads=2, **options)
-    assert_same(ours, train(source, 7, **options))
+    ours = train(mixed(), 7, num_workers=2, num_threads=2, **MIXED)
+    assert_same(ours, train(mixed(), 7, **MIXED))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_global_batch_depends_on_seed_and_step_alone(processes, num_threads):
+    """Ids, pixels and replacements; another start is another process count with other threads."""
+    whole = train(mixed(), 6, **MIXED)
+    assert sum(batch["skipped"].sum() for batch in whole) > 3
+    options = MIXED | {"start_step": 8, "num_threads": num_threads}
+    parts = [train(mixed(), 3, rows=r, **options) for r in np.split(np.arange(8), processes)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole[3:])
 
 
 def test_restart_in_the_middle_equals_uninterrupted():
@@ -254,6 +289,80 @@ def test_evaluation_stops_at_a_broken_example_and_names_it(num_workers):
     assert_same([next(batches), next(batches)], expected[:2])
     with pytest.raises(ValueError, match="example 9: cannot decode 4 bytes"):
         next(batches)
+
+
+# Broken examples.
+
+
+def test_a_broken_example_is_an_error_by_default():
+    source = Source(jpegs(12, broken=(2,)), 10)
+    with pytest.raises(ValueError, match="example 2: cannot decode 1 bytes"):
+        train(source, 12, preprocess="inception_crop", image_size=(8, 8))
+
+
+def test_another_takes_the_place_of_a_broken_one(caplog):
+    records = list(source_of(40).records)
+    records[7], records[30] = records[7] | {"label": 10}, records[30] | {"image": b""}
+    options = {"preprocess": "resize", "batch_size": 40, "num_threads": 0}
+    first, second = train(Source(records, 10), 2, skip_broken=4, **options)
+    assert "skipped: example 7: label 10: expected 0 <= label < 10" in caplog.text
+    assert "skipped: example 30: cannot decode 0 bytes" in caplog.text
+    whole, _ = train(source_of(40), 2, **options)
+    for batch in (first, second):
+        assert batch["skipped"].sum() == 2
+        assert not {7, 30} & set(batch["image"][:, 0, 0, 0].tolist())
+        np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 10)
+    sound = ~first["skipped"]
+    np.testing.assert_array_equal(sound, ~np.isin(whole["image"][:, 0, 0, 0], (7, 30)))
+    np.testing.assert_array_equal(first["image"][sound], whole["image"][sound])
+    with pytest.raises(ValueError, match="4 broken examples, more than skip_broken = 3"):
+        train(Source(records, 10), 2, skip_broken=3, **options)
+
+
+def test_a_mixtures_part_mends_itself():
+    records = jpegs(12, broken=(0, 1, 2))
+    source = Mixture(records, 10, sizes=(4, 8), weights=(1.0, 1.0))
+    (batch,) = train(
+        source, 1, batch_size=256, image_size=(8, 8), preprocess="resize", skip_broken=256
+    )
+    assert set(batch["label"][batch["skipped"]]) == {3}
+
+
+def test_what_is_all_broken_is_an_error():
+    source = Source(jpegs(8, broken=range(1, 8)), 10)
+    with pytest.raises(ValueError, match="16 others in its place are broken as well, such as exam"):
+        train(source, 40, image_size=(8, 8), preprocess="resize", skip_broken=10_000)
+
+
+def test_evaluation_leaves_a_broken_example_out():
+    records = list(source_of(10).records)
+    records[0], records[9] = records[0] | {"image": b"<html>"}, records[9] | {"label": -1}
+    batches = list(evaluate(Source(records, 10), batch_size=4, skip_broken=2))
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    assert np.flatnonzero(mask).tolist() == list(range(1, 9))
+    with pytest.raises(ValueError, match="2 broken examples, more than skip_broken = 1"):
+        list(evaluate(Source(records, 10), batch_size=4, skip_broken=1))
+
+
+def test_the_cache_reads_the_first_examples_once():
+    class Counting(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    size = sum(len(record["image"]) for record in jpegs(10))
+    options = {"image_size": (8, 8), "preprocess": "inception_crop", "batch_size": 10}
+    plain = train(Source(jpegs(10), 10), 4, **options)
+    read = []
+    for share in (2, 0.5):
+        records, limit = Counting(jpegs(10)), share * size / 2**30
+        kept = train(Source(records, 10), 4, cache_gib=limit, num_threads=0, **options)
+        assert_same(kept, plain)
+        read.append(records.read)
+    assert read[0] == 10
+    assert 20 < read[1] < 40
 
 
 # The errors.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -107,9 +107,11 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return _to_rgb(image)
     except _BROKEN as error:
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = error if known else f"it begins like none of {', '.join(FORMATS)}"
         raise ValueError(
             f"cannot decode {len(data)} bytes that begin with {bytes(data[:8])!r}: expected a "
-            f"whole image file, such as a JPEG or a PNG ({error})"
+            f"whole image file, such as a JPEG or a PNG ({reason})"
         ) from error
 
 

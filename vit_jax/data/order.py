@@ -6,6 +6,7 @@ interleaves its parts' streams; each part goes through its own epochs.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 import grain.experimental
 import numpy as np
@@ -16,13 +17,15 @@ _WEIGHT_BITS = 32  # of a part's share
 
 def epoch_stream(seed: int, positions: Iterable[int], num_examples: int) -> np.ndarray:
     """The examples at these positions of the training stream: int64."""
-    order = (
-        _epoch_order(seed, p // num_examples, num_examples)(p % num_examples) for p in positions
-    )
-    return np.fromiter(order, np.int64)
+    return np.fromiter((_example(seed, p, num_examples) for p in positions), np.int64)
 
 
-@functools.lru_cache(maxsize=8)
+def _example(seed: int, position: int, num_examples: int) -> int:
+    epoch, place = divmod(position, num_examples)
+    return _epoch_order(seed, epoch, num_examples)(place)
+
+
+@functools.lru_cache(maxsize=64)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], int]:
     """A random permutation of range(num_examples), as a function."""
     key = np.random.SeedSequence((seed, epoch))
@@ -45,14 +48,15 @@ def mixture_stream(
     Of 1,024 positions that begin at a multiple of it, each part has its share, rounded, at random
     places. Of each part every example comes once in each of the part's own epochs.
     """
-    starts = np.cumsum([0, *sizes])
+    starts = list(accumulate(sizes, initial=0))
     shares = _shares(tuple(weights))
-    found = []
-    for position in positions:
+
+    def example(position: int) -> int:
         block, place = divmod(position, _BLOCK)
-        part, turn = _turn(block * _BLOCK + int(_places(seed, block)[place]), shares)
-        found.append(starts[part] + epoch_stream(_part_seed(seed, part), [turn], sizes[part])[0])
-    return np.array(found, np.int64)
+        part, turn = _turn(block * _BLOCK + _places(seed, block)[place], shares)
+        return starts[part] + _example(_part_seed(seed, part), turn, sizes[part])
+
+    return np.fromiter(map(example, positions), np.int64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,8 +65,9 @@ def _part_seed(seed: int, part: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _places(seed: int, block: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence((seed, block, 1))).permutation(_BLOCK)
+def _places(seed: int, block: int) -> list[int]:
+    key = np.random.SeedSequence((seed, block, 1))
+    return np.random.default_rng(key).permutation(_BLOCK).tolist()
 
 
 @functools.lru_cache(maxsize=8)
