@@ -225,6 +225,36 @@ def test_tfds_by_name_and_split(name, data_dir):
     assert pickle.loads(pickle.dumps(train))[3] == train[3]  # for worker processes
 
 
+def test_shards_missing_truncated_or_damaged(data_dir, tmp_path):
+    """Found when the split is opened, or, inside a record, when that is read."""
+    shutil.copytree(f"{data_dir}/pets/1.0.0", tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "pets-train.array_record-00000-of-00001"
+    source = open_source(str(tmp_path), "train[5:]")  # the folder's path will do for the name
+    assert source.class_names == NAMES and len(source) == 15
+    assert source.describe(2) == "example 2 (record 7 of pets-train.array_record-00000-of-00001)"
+    whole = shard.read_bytes()
+    image = source[2]["image"]
+    damaged = bytearray(whole)
+    damaged[whole.index(image) + len(image) // 2] ^= 1
+    shard.write_bytes(damaged)
+    source = open_source(str(tmp_path), "train[5:]")
+    assert source[3] == open_source(f"{data_dir}/pets/1.0.0", "train")[8]
+    with pytest.raises(ValueError, match=r"cannot read it: .*Corrupted"):
+        source[2]
+    for data in (b"", whole[:-1], whole[: len(whole) // 2]):
+        shard.write_bytes(data)
+        with pytest.raises(ValueError, match=f"shard {shard} is truncated or damaged"):
+            open_source(str(tmp_path), "train")
+    other = (tmp_path / "pets-test.array_record-00000-of-00001").read_bytes()
+    shard.write_bytes(other)
+    with pytest.raises(ValueError, match=r"holds 6 records, its dataset_info.json says 20"):
+        open_source(str(tmp_path), "train")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 shards are missing, such as {shard}"):
+        open_source(str(tmp_path), "train")
+    assert len(open_source(str(tmp_path), "test")) == 6
+
+
 def test_tfds_multi_label(data_dir):
     source = open_source("tags", "train", data_dir)
     assert source.num_classes == 3
@@ -266,7 +296,7 @@ assert "tensorflow" not in sys.modules
 
 
 def test_source_keeps_only_image_and_label():
-    source = Source(({"image": b"", "labels": [1], "file_name": "x"},), 2, label_feature="labels")
+    source = Source(({"image": b"", "label": [1], "file_name": "x"},), 2)
     assert source[0] == {"image": b"", "label": [1]}
 
 

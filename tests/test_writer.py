@@ -10,10 +10,12 @@ import pytest
 import tensorflow_datasets as tfds
 from processes import command
 from test_image_files import contents, fill, write_table
+from test_sources import picture, png
 
 from vit_jax.data import writer
 from vit_jax.data.decode import decode_image
 from vit_jax.data.manifest import read_manifest, verify
+from vit_jax.data.prepared import build_with_tfds
 from vit_jax.data.sources import open_path, open_source
 from vit_jax.data.writer import WriteConfig, write_dataset
 
@@ -38,6 +40,7 @@ def test_a_folder_is_read_back_by_us_and_by_tfds(tmp_path):
             assert record["label"] == ours["label"]
             file = record["file_name"].decode()
             assert (tmp_path / "in" / file).read_bytes() == ours["image"]
+        assert source.describe(len(source) - 1).endswith(f", {file})")
     order = contents(open_source("my_set", "train", str(tmp_path)))
     assert order != contents(open_source(path, "train"))  # shuffled
     config = WriteConfig(shards=2, shuffle=False)
@@ -195,6 +198,36 @@ def test_names(tmp_path, name, version, message):
     with pytest.raises(ValueError, match=message):
         write_dataset(listing, tmp_path, name, version, WriteConfig())
     assert not (tmp_path / name).exists()
+
+
+def test_a_tfds_dataset_is_built_as_array_record(tmp_path):
+    class Registered(tfds.core.GeneratorBasedBuilder):
+        """Needs no download."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(4):
+                yield i, {"image": png(picture(i)), "label": i % 2}
+
+    build_with_tfds("registered", str(tmp_path))
+    assert len(open_source("registered", "train", str(tmp_path))) == 4
+    with pytest.raises(ValueError, match=r"TFDS knows no such dataset. For a path, write ./regis"):
+        build_with_tfds("regis", str(tmp_path))
+    with pytest.raises(ValueError, match="imagenet2012 must be fetched by hand"):
+        build_with_tfds("imagenet2012", str(tmp_path))
 
 
 def idx(values):

@@ -17,6 +17,7 @@ from absl import app, flags
 
 from vit_jax.config import explained_errors, parse_flags
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
+from vit_jax.data.prepared import build_with_tfds
 from vit_jax.data.sources import is_path, open_path
 from vit_jax.data.writer import WriteConfig, write_dataset
 
@@ -43,7 +44,7 @@ def main(_) -> None:
         elif is_path(args.input):
             _write(Path(args.input).expanduser().resolve(), Path(args.output).expanduser())
         else:
-            _build_with_tfds(args.input, args.output)
+            print(build_with_tfds(args.input, args.output))
 
 
 def _write(source: Path, output: Path) -> None:
@@ -70,22 +71,6 @@ def _verify(folder: Path) -> None:
     if problems:
         sys.exit(f"error: {problems} of its files are not as they were written")
     print(f"{folder}: every file is as it was written")
-
-
-def _build_with_tfds(name: str, output: str) -> None:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=output, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(
-            f"--input={name}: TFDS knows no such dataset. For a path, write ./{name}"
-        ) from error
-    try:
-        builder.download_and_prepare()
-    except ImportError as error:
-        raise ValueError(f"{error}: TFDS needs pip install 'vit_jax[prepare]'") from error
-    print(f"{builder.data_dir}: {builder.info.splits}")
 
 
 if __name__ == "__main__":

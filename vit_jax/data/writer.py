@@ -28,7 +28,7 @@ from vit_jax.data.decode import decode_image
 from vit_jax.data.files import Listing
 from vit_jax.data.journal import Journal, Plan, Shard, differences, make_plan
 from vit_jax.data.manifest import MANIFEST, file_list, file_sha256, progress_bar, read_manifest
-from vit_jax.data.sources import MAX_LABELS
+from vit_jax.data.prepared import MAX_LABELS
 
 NAMED = 100  # images that are in two splits which the manifest names
 

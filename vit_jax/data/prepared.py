@@ -1,0 +1,207 @@
+"""Datasets on disk that TFDS or `vit_jax.prepare` wrote, in ArrayRecord format."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from vit_jax.config import unknown
+from vit_jax.data.files import Listing
+
+LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
+METADATA = "features.json"  # is in every folder that holds such a dataset
+MAX_LABELS = 32  # of one example of a multi-label set
+
+
+@dataclass(frozen=True)
+class PreparedRecords(Sequence):
+    """A split.
+
+    Attributes:
+      data: TFDS's data source of it.
+      shards: paths of its files.
+      starts: the index of each shard's first example, and the number of all.
+      label_feature: the records' name for the label.
+    """
+
+    data: Any
+    shards: tuple[str, ...]
+    starts: tuple[int, ...]
+    label_feature: str
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self.data[index]
+        except RuntimeError as error:  # of the C++ reader, whose records have checksums
+            raise ValueError(f"cannot read it: {error}") from error
+        return {"image": record["image"], "label": record[self.label_feature]}
+
+    def name(self, index: int) -> str:
+        shard = bisect_right(self.starts, index) - 1
+        place = f"record {index - self.starts[shard]} of {os.path.basename(self.shards[shard])}"
+        try:
+            file = self.data[index].get("file_name")
+        except RuntimeError:  # it is the record itself that cannot be read
+            file = None
+        return f"{place}, {file.decode()}" if file else place
+
+    def check(self) -> None:
+        """Opens every shard.
+
+        Raises FileNotFoundError if some are missing, ValueError if one is truncated or holds
+        another number of records than the dataset's metadata say.
+        """
+        from array_record.python.array_record_module import ArrayRecordReader
+        from etils import epath
+
+        def count(path: str) -> int | str | None:
+            if not epath.Path(path).exists():
+                return None
+            try:
+                reader = ArrayRecordReader(path)
+                found = reader.num_records()
+                reader.close()
+            except RuntimeError as error:
+                return str(error)
+            return found
+
+        with ThreadPoolExecutor(32) as pool:  # mounted buckets answer slowly
+            counts = dict(zip(self.shards, pool.map(count, self.shards), strict=True))
+        missing = [path for path, found in counts.items() if found is None]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(self.shards)} shards are missing, such as {missing[0]}"
+            )
+        for i, (path, found) in enumerate(counts.items()):
+            if isinstance(found, str):
+                raise ValueError(f"shard {path} is truncated or damaged: {found}")
+            if found != self.starts[i + 1] - self.starts[i]:
+                raise ValueError(
+                    f"shard {path} holds {found} records, its dataset_info.json says "
+                    f"{self.starts[i + 1] - self.starts[i]}"
+                )
+
+
+def open_prepared(name: str, data_dir: str | None, known: Sequence[str] = ()) -> Listing:
+    """Opens a prepared dataset.
+
+    Args:
+      name: its name, or the path of the folder that holds its files.
+      data_dir: see `sources.open_source`.
+      known: other names that could have been meant.
+
+    Raises:
+      ValueError: an unknown dataset, or features that aren't those of image classification.
+      FileNotFoundError: it is not prepared, or not as ArrayRecord.
+    """
+    import tensorflow_datasets as tfds  # half a second, which the embedded sets need not wait for
+
+    builder = _builder(name, data_dir, known)
+    features = builder.info.features
+    label_feature = next((f for f in LABEL_FEATURES if f in features), None)
+    if "image" not in features or label_feature is None:
+        raise ValueError(
+            f"{name} has the features {', '.join(sorted(features))}: "
+            f"expected `image` and one of {', '.join(LABEL_FEATURES)}"
+        )
+    classes, labels_per_example = features[label_feature], None
+    if isinstance(classes, tfds.features.Sequence):
+        classes = classes.feature
+        labels_per_example = MAX_LABELS
+    if not isinstance(classes, tfds.features.ClassLabel):
+        raise ValueError(
+            f"{name}'s feature `{label_feature}` is {classes}: expected a ClassLabel or a Sequence "
+            "of ClassLabel, which states the number of classes"
+        )
+    # Decoding is ours: parallel, and only of what is used.
+    images = [f for f, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    decoders = {f: tfds.decode.SkipDecoding() for f in images}
+    splits = {}
+    for split in builder.info.splits:
+        data = builder.as_data_source(split=split, decoders=decoders)
+        info = data.dataset_info.splits[split]  # which knows the format that was chosen
+        starts = tuple(accumulate(info.shard_lengths, initial=0))
+        shards = tuple(map(os.fspath, info.filepaths))
+        splits[split] = PreparedRecords(data, shards, starts, label_feature)
+    return Listing(
+        "TFDS dataset", splits, classes.num_classes, tuple(classes.names), labels_per_example
+    )
+
+
+def _builder(name: str, data_dir: str | None, known: Sequence[str]):
+    """The builder of a dataset that is prepared in ArrayRecord format."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    try:
+        if (folder := os.path.expanduser(name)) and os.path.exists(f"{folder}/{METADATA}"):
+            builder = tfds.builder_from_directory(folder)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        found = [path.name for path in root.iterdir()] if root.exists() else []
+        registered = tfds.list_builders(with_community_datasets=False)
+        error_with_names = unknown("dataset", name, {*known, *found, *registered})
+        if os.path.exists(name):
+            raise ValueError(f"{error_with_names}. For the path, write ./{name}") from error
+        raise error_with_names from error
+    except AssertionError as error:  # a version that TFDS cannot build
+        raise ValueError(f"cannot open {name}: {error}") from error
+    folder = builder.data_dir
+    if not builder.info.splits:
+        command = f"tfds build {name} --file_format=array_record"
+        command += f" --data_dir={data_dir}" if data_dir else ""
+        manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        if manual:
+            command += (
+                f" --manual_dir=DIR\nDIR is where you put what must be fetched by hand: {manual}"
+            )
+        if name.partition(":")[0] == "imagenet2012":
+            command += "\nor, without TensorFlow, python -m vit_jax.prepare --input=DIR --output="
+            command += f"{data_dir or 'DATA_DIR'} --name=imagenet2012"
+        raise FileNotFoundError(
+            f"{name} is not prepared: {folder} holds no dataset. Prepare it with\n"
+            f"  pip install 'vit_jax[prepare]'\n  {command}"
+        )
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise FileNotFoundError(
+            f"{folder} holds {', '.join(sorted(formats))} files, expected array_record. "
+            f"Convert them with\n  pip install 'vit_jax[prepare]'\n"
+            f"  tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+        )
+    return builder
+
+
+def build_with_tfds(name: str, data_dir: str) -> str:
+    """Has TFDS download and build a dataset as ArrayRecord; returns the folder.
+
+    Raises ValueError for a dataset that TFDS doesn't know, that must be fetched by hand, or whose
+    building needs packages that aren't installed.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ValueError(
+            f"{name}: TFDS knows no such dataset. For a path, write ./{name}"
+        ) from error
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not builder.info.splits:
+        raise ValueError(
+            f"{name} must be fetched by hand: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}\nThen, for "
+            f"imagenet2012, --input=DIR --name={name}; for others, tfds build {name} "
+            f"--file_format=array_record --data_dir={data_dir} --manual_dir=DIR"
+        )
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(f"{error}: TFDS needs pip install 'vit_jax[prepare]'") from error
+    return str(builder.data_dir)
