@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # What may stand behind the colon, beside nothing.
 ARGUMENTS = {
     "pretrain/formula.py": ["dataset=fractals"],
+    "pretrain/masked.py": ["target=colors_4x4"],
     "pretrain/paper.py": ["ViT-L/16,dataset=imagenet21k"],
     "transfer/digits.py": [],
     "transfer/paper.py": ["cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"],

@@ -23,6 +23,7 @@ from vit_jax.parallel.mesh import (
     use_mesh,
 )
 from vit_jax.training.augmentation import AugmentationConfig
+from vit_jax.training.masked import MaskedPatchConfig
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -91,6 +92,7 @@ def run(
         schedule,
         loss,
         augmentation=augmentation,
+        masked=MaskedPatchConfig(),
         seed=3,
         trainable=jax.tree.map(bool, match_rules(optimizer_config.lr_multipliers, params)),
         accumulation=accumulation,
@@ -191,6 +193,14 @@ def test_augmentation_is_the_same_on_every_mesh_and_with_accumulation(plain):
     assert_same(mixed, run(mesh=MeshConfig(data=4, fsdp=2), accumulation=2, **options))
 
 
+def test_masked_patches_are_the_same_on_every_mesh_and_with_accumulation():
+    options = {"loss": LossConfig("masked_patches"), "patch_outputs": 512, "depth": 1, "steps": 3}
+    whole = run(pool="gap", **options)
+    assert whole[1][0]["loss"] == pytest.approx(np.log(512), abs=1e-5)
+    assert whole[1][-1]["loss"] < whole[1][0]["loss"] - 0.01
+    assert_same(whole, run(mesh=MeshConfig(data=2, fsdp=4), accumulation=2, pool="gap", **options))
+
+
 def test_frozen_parameters_stay_and_cost_no_gradient(plain):
     assert plain[0].ema is None
     optimizer = OptimizerConfig(lr_multipliers=(("head/.*", 1.0), (".*", 0.0)), weight_decay=0.1)
@@ -240,7 +250,10 @@ def test_several_labels_an_image():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"name": "hinge"}, "'softmax' or 'sigmoid'"), ({"label_smoothing": 1.0}, "label_smoothing")],
+    [
+        ({"name": "hinge"}, "Known: masked_patches, sigmoid, softmax"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+    ],
 )
 def test_bad_losses(options, message):
     with pytest.raises(ValueError, match=message):

@@ -21,6 +21,7 @@ FLOORS = [
         "analysis",
         "training.augmentation",
         "training.clock",
+        "training.masked",
         "training.metrics",
         "training.profile",
     },

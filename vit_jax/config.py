@@ -132,6 +132,7 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
         "checkpoint",
         "data",
         "loss",
+        "masked_patches",
         "mesh",
         "model",
         "optimizer",

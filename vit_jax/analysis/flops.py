@@ -116,6 +116,7 @@ def _vit(vit: ViT, size: Size) -> tuple[int, int]:
     macs += config.depth * block
     if vit.pool == "map":
         macs += _attention(config, 1, patches) + _mlp(config, 1, config.width, config.mlp_dim)
+    macs += patches * config.width * (vit.patch_outputs or 0)
     if vit.representation_size is None:
         return macs, config.width
     return macs + config.width * vit.representation_size, vit.representation_size

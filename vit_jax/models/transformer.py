@@ -55,6 +55,7 @@ class Output(NamedTuple):
 
     logits: jax.Array  # [B, classes]
     features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
+    patches: jax.Array | None = None  # [B, N, K]: what masked patch prediction predicts
 
 
 def fold_keys(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:

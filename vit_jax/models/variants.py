@@ -113,6 +113,8 @@ class ModelConfig:
     mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
     norm_epsilon: float = 1e-6  # of LayerNorms
 
+    # Numbers predicted of every patch, set where the loss is masked patch prediction.
+    patch_outputs: int | None = None
     head_bias: float = 0.0  # initial bias of the head; -10 with sigmoid loss over many classes
     # What computes the encoder's attention (`models.attention`): auto | xla | cudnn. The numbers
     # agree within rounding.
@@ -169,13 +171,21 @@ class Model:
             params = unstack_layers(params, module.config.depth)
         return params
 
-    def apply(self, params: dict, images: jax.Array, keys: jax.Array | None = None) -> Output:
+    def apply(
+        self,
+        params: dict,
+        images: jax.Array,
+        keys: jax.Array | None = None,
+        sources: jax.Array | None = None,
+    ) -> Output:
         """Runs the network on images [B, H, W, 3], uint8 or float in [-1, 1].
 
-        With `keys` [B], a PRNG key an image, dropout is on; without them it is off.
+        With `keys` [B], a PRNG key an image, dropout is on; without them it is off. `sources`
+        [B, N], of a model with `patch_outputs` alone: see `ViT`.
         """
         chex.assert_shape(images, (None, *self.image_size, 3))
-        return self.module.apply({"params": params}, normalize(images), keys)
+        corruption = () if sources is None else (sources,)
+        return self.module.apply({"params": params}, normalize(images), keys, *corruption)
 
     def intermediates(self, params: dict, images: jax.Array) -> dict[str, jax.Array]:
         """What passes inside a ViT's or a hybrid's encoder.
@@ -252,6 +262,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
                 registers=config.registers,
                 representation_size=config.representation_size,
                 stem=stem,
+                patch_outputs=config.patch_outputs,
                 **classifier,
             )
     return Model(config, num_classes, image_size, module)

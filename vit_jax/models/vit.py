@@ -45,7 +45,9 @@ class MAPHead(nn.Module):
 class ViT(nn.Module):
     """Patches, position embeddings, encoder, pooling, head: images [B, H, W, 3] in [-1, 1].
 
-    With a `stem` the patches are of its feature map and not of the image: the hybrid.
+    With a `stem` the patches are of its feature map and not of the image: the hybrid. With
+    `patch_outputs` as many numbers are predicted of each patch (appendix B.1.2), and `sources`
+    [B, N] puts another patch's embedding in a patch's place, or where it is -1 the learned mask.
     """
 
     config: TransformerConfig
@@ -57,9 +59,15 @@ class ViT(nn.Module):
     num_classes: int
     head_bias: float
     stem: StemConfig | None
+    patch_outputs: int | None
 
     @nn.compact
-    def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Output:
+    def __call__(
+        self,
+        images: jax.Array,
+        keys: jax.Array | None = None,
+        sources: jax.Array | None = None,
+    ) -> Output:
         config, positions = self.config, self.positions
         x = images.astype(config.dtype)
         if self.stem is not None:
@@ -73,6 +81,11 @@ class ViT(nn.Module):
             name="embedding",
         )(x)
         x = x.reshape(x.shape[0], -1, config.width)  # [B, N, D]
+        if self.patch_outputs is not None:
+            mask = self.param("mask_embedding", nn.initializers.normal(0.02), (config.width,))
+            if sources is not None:
+                taken = jnp.take_along_axis(x, jnp.maximum(sources, 0)[..., None], axis=1)
+                x = jnp.where(sources[..., None] < 0, mask.astype(x.dtype), taken)
 
         table = None
         if positions.at != "layers":
@@ -91,6 +104,11 @@ class ViT(nn.Module):
         x = dropout(x, config.dropout, fold_keys(keys, 0))
 
         x = Encoder(config, positions, name="Transformer")(x, fold_keys(keys, 1), table)
+        patches = None
+        if self.patch_outputs is not None:
+            patches = x[:, positions.prefix :].astype(jnp.float32)
+            zeros = nn.initializers.zeros
+            patches = nn.Dense(self.patch_outputs, kernel_init=zeros, name="patch_head")(patches)
         if self.pool == "token":
             x = x[:, 0].astype(jnp.float32)
         else:
@@ -101,4 +119,4 @@ class ViT(nn.Module):
                 x = x.astype(jnp.float32).mean(axis=1)
         if self.representation_size is not None:
             x = jnp.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
-        return classify(x, self.num_classes, self.head_bias)
+        return classify(x, self.num_classes, self.head_bias)._replace(patches=patches)

@@ -27,6 +27,7 @@ from vit_jax.data.pipeline import DataConfig, open_data, train_batches
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
 from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
+from vit_jax.evaluation.masked import make_masked
 from vit_jax.models.variants import Model, ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -54,6 +55,7 @@ from vit_jax.training.checkpoint import (
 )
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.initial import first_state
+from vit_jax.training.masked import MaskedPatchConfig, predicting
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.optimizer import (
     OptimizerConfig,
@@ -102,6 +104,7 @@ class TrainConfig:
     epochs: float | None = None
     seed: int = 0  # of the initial parameters, the data's order and dropout
     loss: LossConfig = LossConfig()
+    masked_patches: MaskedPatchConfig = MaskedPatchConfig()  # of the loss of that name
     augmentation: AugmentationConfig = AugmentationConfig()  # on the device; data's is the host's
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
@@ -126,6 +129,8 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
+        if self.augmentation.mixes and self.loss.masks_patches:
+            raise ValueError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
         if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
             raise ValueError(
                 f"batch_size = {self.batch_size} in {self.accumulation} microbatch(es): mixup and "
@@ -157,6 +162,7 @@ class Training:
             self.schedule,
             config.loss,
             augmentation=config.augmentation,
+            masked=config.masked_patches,
             seed=config.seed,
             trainable=jax.tree.map(bool, multipliers),
             accumulation=config.accumulation,
@@ -184,7 +190,12 @@ def build_training(
 ) -> Training:
     """What `config` trains on `mesh`, given the size of its data; ValueError for what can't be."""
     check_batch_size(config.batch_size, mesh, config.accumulation)
-    model = build_model(config.model, num_classes, (config.image_size, config.image_size))
+    size = (config.image_size, config.image_size)
+    if config.loss.masks_patches:
+        model = build_model(config.model, 0, size)
+        model = build_model(predicting(config.masked_patches, model), 0, size)
+    else:
+        model = build_model(config.model, num_classes, size)
     steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
     schedule = make_schedule(config.schedule, steps)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
@@ -225,11 +236,12 @@ def prepare(
     source = open_data(data)
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
+    if config.loss.masks_patches:
+        make, objective = make_masked, config.masked_patches
+    else:
+        make, objective = make_classification, config.loss
     evaluators = {
-        **{
-            name: make_classification(c, model, mesh, config.loss)
-            for name, c in config.classification.items()
-        },
+        **{name: make(c, model, mesh, objective) for name, c in config.classification.items()},
         **{name: make_fewshot(c, model, mesh) for name, c in config.fewshot.items()},
     }
 

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.config import unknown
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
 from vit_jax.training.augmentation import AugmentationConfig, augment, draw
+from vit_jax.training.masked import MaskedPatchConfig, masked_patch_losses
 
 
 @jax.tree_util.register_dataclass
@@ -29,16 +31,26 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`softmax` cross-entropy, or `sigmoid`: binary cross-entropies, summed over the classes."""
+    """`softmax` cross-entropy, or `sigmoid`: binary cross-entropies, summed over the classes.
+
+    `masked_patches` needs no labels: see `training.masked`.
+    """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if self.name not in ("softmax", "sigmoid"):
-            raise ValueError(f"loss {self.name!r}: expected 'softmax' or 'sigmoid'")
+        if self.name not in (known := ("softmax", "sigmoid", "masked_patches")):
+            raise unknown("loss", self.name, known)
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
+        if self.label_smoothing and self.masks_patches:
+            raise ValueError("label_smoothing: masked_patches has no labels to smooth")
+
+    @property
+    def masks_patches(self) -> bool:
+        """Whether it looks at patches and not at labels."""
+        return self.name == "masked_patches"
 
 
 def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -87,6 +99,7 @@ def make_train_step(
     loss: LossConfig,
     *,
     augmentation: AugmentationConfig,
+    masked: MaskedPatchConfig,
     seed: int,
     trainable: Any,
     accumulation: int = 1,
@@ -109,9 +122,13 @@ def make_train_step(
         )
         labels = make_targets(batch["label"], model.num_classes)
         images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
-        logits = model.apply(params, images, keys).logits
-        hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
-        return example_losses(loss, logits, targets).mean(), hits.mean()
+        if loss.masks_patches:
+            losses, hits = masked_patch_losses(masked, model, params, images, keys, train=True)
+        else:
+            logits = model.apply(params, images, keys).logits
+            losses = example_losses(loss, logits, targets)
+            hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        return losses.mean(), hits.mean()
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 

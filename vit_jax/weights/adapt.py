@@ -16,9 +16,10 @@ from scipy import ndimage
 from vit_jax.config import unknown
 from vit_jax.parallel.mesh import path_name
 
-# The paper's fine-tuning (section 3.2): a new head, and none of the pretraining head's other layer.
+# The paper's fine-tuning (section 3.2): a new head, and none of the pretraining head's other layer,
+# nor of what masked patch prediction needs (appendix B.1.2).
 REINITIALIZE = ("head/.*",)
-DROP = ("pre_logits/.*",)
+DROP = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
 
 _POSITIONS = r"(.*/)?pos_embedding"  # learned_1d; learned_2d adds _rows and _columns
 _RELATIVE = r"(.*/)?relative_embedding"

@@ -1,0 +1,49 @@
+"""How well a model predicts masked patches, over a whole dataset."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax.data.sources import open_source
+from vit_jax.evaluation.classification import ClassificationConfig
+from vit_jax.evaluation.features import make_batches
+from vit_jax.models.variants import Model
+from vit_jax.parallel.mesh import replicated
+from vit_jax.training.masked import MaskedPatchConfig, masked_patch_losses
+
+
+def make_masked(
+    config: ClassificationConfig, model: Model, mesh: Mesh, masked: MaskedPatchConfig
+) -> Callable[[dict], dict[str, float]]:
+    """params -> {"accuracy": of corrupted patches, "loss": mean, "examples": count}.
+
+    Labels are not looked at. What is corrupted depends on an image's index alone, so one
+    evaluation's numbers compare with another's.
+    """
+    source = open_source(config.data.dataset, config.data.split, config.data.data_dir)
+    batches = make_batches(source, config.data, model, mesh, config.batch_size)
+
+    def count(params, batch):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["index"])
+        images = batch["image"]
+        losses, right = masked_patch_losses(masked, model, params, images, keys, train=False)
+        mask = batch["mask"]
+        return {
+            "loss": jnp.where(mask, losses, 0.0).sum(),
+            "accuracy": jnp.where(mask, right, 0.0).sum(),
+            "examples": mask.sum(),
+        }
+
+    count = jax.jit(count, out_shardings=replicated(mesh))
+
+    def evaluate(params: dict) -> dict[str, float]:
+        counts = [jax.device_get(count(params, batch)) for batch in batches()]
+        totals = {key: float(sum(c[key].astype(np.float64) for c in counts)) for key in counts[0]}
+        examples = totals.pop("examples")
+        means = {name: total / examples for name, total in totals.items()}
+        return {**means, "examples": int(examples)}
+
+    return evaluate

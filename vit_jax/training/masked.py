@@ -1,0 +1,152 @@
+"""Masked patch prediction: pretraining without labels (arXiv 2010.11929, appendix B.1.2).
+
+Half of an image's patches are corrupted, and the model predicts of each of these what it looked
+like: the mean colour in 3 bits a channel, by default.
+
+Letters in shapes: B images, N patches, K predictions a patch, P a patch's sides in pixels.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.config import unknown
+from vit_jax.models.transformer import fold_keys
+from vit_jax.models.variants import Model, ModelConfig, normalize
+
+COLORS = 512  # 3 bits of each of red, green and blue
+MASK = -1  # in `sources`: the learned mask embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPatchConfig:
+    """What is hidden and what is predicted; the defaults are the paper's.
+
+    Targets: "mean_color", one of 512; "colors_4x4", the same of the patch shrunk to 4 x 4;
+    "pixels", all of the patch, by least squares. Of the corrupted patches `masked` are replaced by
+    the mask embedding and `swapped` by another patch of the image; the rest stay as they are.
+    """
+
+    target: str = "mean_color"
+    corrupted: float = 0.5
+    masked: float = 0.8
+    swapped: float = 0.1
+
+    def __post_init__(self):
+        if self.target not in TARGETS:
+            raise unknown("target of masked patches", self.target, TARGETS)
+        if not 0.0 < self.corrupted <= 1.0:
+            raise ValueError(f"corrupted = {self.corrupted}: expected a share in (0, 1]")
+        if min(self.masked, self.swapped) < 0.0 or self.masked + self.swapped > 1.0:
+            raise ValueError(
+                f"masked = {self.masked}, swapped = {self.swapped}: expected shares that sum to 1 "
+                "at most"
+            )
+
+
+def corrupt(config: MaskedPatchConfig, key: jax.Array, patches: int) -> tuple[jax.Array, jax.Array]:
+    """Which patches of an image to corrupt, and how: (sources int32 [N], corrupted bool [N]).
+
+    A patch's embedding becomes that of patch `sources`, which is itself unless it is corrupted, or
+    `MASK`. How many are corrupted each way is the same in every image, so that a mean over images
+    is one over patches, and microbatches weigh alike.
+    """
+    for_rank, for_swap = jax.random.split(key)
+    count = max(1, round(config.corrupted * patches))
+    masked = round(config.masked * count)
+    swapped = min(round(config.swapped * count), count - masked)
+    rank = jax.random.permutation(for_rank, patches)
+    itself = jnp.arange(patches)
+    another = (itself + jax.random.randint(for_swap, (patches,), 1, max(patches, 2))) % patches
+    sources = jnp.where(rank < masked + swapped, another, itself)
+    return jnp.where(rank < masked, MASK, sources), rank < count
+
+
+def split_patches(images: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Images [B, H, W, 3] -> their patches [B, N, H / rows, W / columns, 3]."""
+    batch, height, width, channels = images.shape
+    rows, columns = grid
+    cells = images.reshape(batch, rows, height // rows, columns, width // columns, channels)
+    return cells.swapaxes(2, 3).reshape(batch, rows * columns, *cells.shape[2:5:2], channels)
+
+
+def quantize(colors: jax.Array) -> jax.Array:
+    """Colours [..., 3] in [-1, 1] -> one of 512, int32 [...]: the upper 3 bits of 8 of each."""
+    levels = jnp.clip((colors + 1.0) * 4.0, 0.0, 7.0).astype(jnp.int32)
+    return (levels * jnp.array([64, 8, 1])).sum(axis=-1)
+
+
+def mean_color(patches: jax.Array) -> jax.Array:
+    """Patches [B, N, P, P, 3] -> [B, N, 1]."""
+    return quantize(patches.mean(axis=(2, 3)))[..., None]
+
+
+def colors_4x4(patches: jax.Array) -> jax.Array:
+    """Patches [B, N, P, P, 3] -> [B, N, 16]."""
+    batch, number = patches.shape[:2]
+    cells = split_patches(patches.reshape(-1, *patches.shape[2:]), (4, 4))
+    return quantize(cells.mean(axis=(2, 3))).reshape(batch, number, 16)
+
+
+def pixels(patches: jax.Array) -> jax.Array:
+    """Patches [B, N, P, P, 3] -> [B, N, P * P * 3]."""
+    return patches.reshape(*patches.shape[:2], -1)
+
+
+TARGETS = {"mean_color": mean_color, "colors_4x4": colors_4x4, "pixels": pixels}
+
+
+def patch_outputs(config: MaskedPatchConfig, patch: tuple[int, int]) -> int:
+    """How many numbers the model predicts of a patch of (height, width) pixels.
+
+    Raises ValueError for "colors_4x4" where 4 does not divide the patch.
+    """
+    if config.target == "colors_4x4" and (patch[0] % 4 or patch[1] % 4):
+        raise ValueError(f"colors_4x4 of patches of {patch[0]} x {patch[1]}: 4 must divide both")
+    outputs = {"mean_color": COLORS, "colors_4x4": 16 * COLORS, "pixels": 3 * math.prod(patch)}
+    return outputs[config.target]
+
+
+def predicting(config: MaskedPatchConfig, model: Model) -> ModelConfig:
+    """The config of a model like `model` that predicts patches.
+
+    Raises ValueError for one that has none, and as `patch_outputs`.
+    """
+    if model.grid is None:
+        raise ValueError(f"masked_patches: {model.config.variant} has no patches, take a ViT")
+    patch = tuple(side // n for side, n in zip(model.image_size, model.grid, strict=True))
+    return dataclasses.replace(model.config, patch_outputs=patch_outputs(config, patch))
+
+
+def masked_patch_losses(
+    config: MaskedPatchConfig,
+    model: Model,
+    params: dict,
+    images: jax.Array,
+    keys: jax.Array,
+    *,
+    train: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Of each image, over its corrupted patches: (mean loss [B], share predicted right [B]).
+
+    Cross-entropy, or mean squared error for pixels, of which a prediction is right within 1/8, half
+    a step of the 3 bits. `keys` [B] decide what is corrupted and, with `train`, dropout.
+    """
+    images = normalize(images)
+    target = TARGETS[config.target](split_patches(images, model.grid))  # [B, N, K]
+    corrupt_image = jax.vmap(corrupt, (None, 0, None))
+    # The model folds 0, 1 and 2 into an image's key.
+    sources, corrupted = corrupt_image(config, fold_keys(keys, 3), target.shape[1])
+    predicted = model.apply(params, images, keys if train else None, sources).patches
+    if config.target == "pixels":
+        losses = jnp.square(predicted - target)
+        right = jnp.abs(predicted - target) < 1 / 8
+    else:
+        logits = predicted.reshape(*target.shape, COLORS)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        right = logits.argmax(axis=-1) == target
+    share = corrupted / corrupted.sum(axis=1, keepdims=True)
+    return (losses.mean(axis=-1) * share).sum(axis=1), (right.mean(axis=-1) * share).sum(axis=1)
