@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vit_jax"
 # A module may import from its own floor and from those below it.
 FLOORS = [
     {"pretrain", "transfer", "evaluate", "convert", "plan", "prepare", "visualize"},
-    {"training.loop", "training.initial", "evaluation"},
+    {"training.loop", "training.initial", "training.recipe", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer", "training.workdir"},
     {
         "data",

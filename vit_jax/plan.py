@@ -37,7 +37,7 @@ from vit_jax.analysis.report import (
 from vit_jax.analysis.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import dataset_size
 from vit_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, use_mesh
-from vit_jax.training.loop import TrainConfig, Training, build_training
+from vit_jax.training.recipe import TrainConfig, Training, build_training
 
 CONFIG = configuration.define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "", "The chips: v5e:16x16, v4:8x8x16, ...")

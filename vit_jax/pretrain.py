@@ -12,6 +12,7 @@ from vit_jax import config as configuration
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
+from vit_jax.training.recipe import TrainConfig
 
 CONFIG = configuration.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
@@ -22,7 +23,7 @@ def main(_) -> None:
     """Builds the run from its flags, and trains."""
     clock = Clock(process_age())
     with configuration.explained_errors():
-        config = configuration.build(loop.TrainConfig, CONFIG.value.to_dict())
+        config = configuration.build(TrainConfig, CONFIG.value.to_dict())
         multihost.initialize(DISTRIBUTED.value)
         run = loop.prepare(config, WORKDIR.value, clock=clock)
     loop.train(run)

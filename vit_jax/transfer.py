@@ -16,6 +16,7 @@ from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.clock import Clock, process_age
+from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt
 
 CONFIG = configuration.define_config_flag()
@@ -24,7 +25,7 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes 
 
 
 @dataclasses.dataclass(frozen=True)
-class TransferConfig(loop.TrainConfig):
+class TransferConfig(TrainConfig):
     """A recipe that starts from a checkpoint."""
 
     init: str = ""  # whatever `training.checkpoint.load_checkpoint` reads; empty: random weights

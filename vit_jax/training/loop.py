@@ -8,38 +8,24 @@ recorded when it exists, and a run restarted from it repeats nothing and loses n
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from vit_jax.analysis.chips import num_chips
 from vit_jax.analysis.flops import training_flops
-from vit_jax.data.pipeline import DataConfig, open_data, train_batches
+from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
-from vit_jax.evaluation.classification import ClassificationConfig, make_classification
-from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
+from vit_jax.evaluation.classification import make_classification
+from vit_jax.evaluation.fewshot import make_fewshot
 from vit_jax.evaluation.masked import make_masked
-from vit_jax.models.variants import Model, ModelConfig, build_model
-from vit_jax.parallel.mesh import (
-    MeshConfig,
-    check_batch_size,
-    check_tensor_axis,
-    local_rows,
-    make_mesh,
-    put_batch,
-    replicated,
-    state_shardings,
-    use_mesh,
-)
+from vit_jax.models.variants import Model
+from vit_jax.parallel.mesh import local_rows, make_mesh, put_batch, use_mesh
 from vit_jax.parallel.multihost import (
     PREEMPTED,
     Preemption,
@@ -47,129 +33,14 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
-from vit_jax.training.augmentation import AugmentationConfig
-from vit_jax.training.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    find_checkpoint,
-)
+from vit_jax.training.checkpoint import Checkpoints, find_checkpoint
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.initial import first_state
-from vit_jax.training.masked import MaskedPatchConfig, predicting
 from vit_jax.training.metrics import Metrics, Recorder
-from vit_jax.training.optimizer import (
-    OptimizerConfig,
-    Schedule,
-    ScheduleConfig,
-    make_optimizer,
-    make_schedule,
-    match_rules,
-)
-from vit_jax.training.profile import Profile, parse_window
-from vit_jax.training.step import LossConfig, TrainState, make_train_step, start_state
+from vit_jax.training.profile import Profile
+from vit_jax.training.recipe import MAY_CHANGE, TrainConfig, Training, build_training
+from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir
-
-# A restart may set these otherwise: they change a run's speed or what is seen of it, nothing else.
-MAY_CHANGE = (
-    "accumulation",
-    "checkpoint",
-    "classification",
-    "compilation_cache",
-    "data.cache_gib",
-    "data.data_dir",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "data.skip_broken",
-    "eval_every",
-    "fewshot",
-    "log_every",
-    "mesh",
-    "model.attention",
-    "model.remat",
-    "profile_steps",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A recipe. Exactly one of `steps` and `epochs` says how long."""
-
-    model: ModelConfig
-    data: DataConfig
-    image_size: int  # pixels, of a square
-    batch_size: int  # of all processes
-    schedule: ScheduleConfig
-    steps: int | None = None
-    epochs: float | None = None
-    seed: int = 0  # of the initial parameters, the data's order and dropout
-    loss: LossConfig = LossConfig()
-    masked_patches: MaskedPatchConfig = MaskedPatchConfig()  # of the loss of that name
-    augmentation: AugmentationConfig = AugmentationConfig()  # on the device; data's is the host's
-    optimizer: OptimizerConfig = OptimizerConfig()
-    ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
-    accumulation: int = 1  # microbatches of which a step takes the mean gradient
-    resume: str = ""  # a checkpoint to go on from, with all its state, in a workdir of its own
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    compilation_cache: str = "workdir"  # or a folder to share; "": none, see `compiled_kept`
-    profile_steps: str = ""  # "100:105": an XProf trace of steps 100 to 105
-    log_every: int = 50
-    eval_every: int | None = None  # steps; None: at the end alone
-    classification: dict[str, ClassificationConfig] = dataclasses.field(default_factory=dict)
-    fewshot: dict[str, FewshotConfig] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
-            )
-        for name in ("accumulation", "log_every", "eval_every", "steps", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
-        if self.augmentation.mixes and self.loss.masks_patches:
-            raise ValueError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
-        if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
-            raise ValueError(
-                f"batch_size = {self.batch_size} in {self.accumulation} microbatch(es): mixup and "
-                "cutmix need an even number of rows in each"
-            )
-        parse_window(self.profile_steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A recipe's training step on a mesh and all it is made of, with nothing computed yet."""
-
-    config: TrainConfig
-    mesh: Mesh
-    model: Model
-    steps: int
-    schedule: Schedule
-    optimizer: optax.GradientTransformation
-    shapes: TrainState  # of shapes
-    shardings: TrainState  # of shardings
-
-    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
-        """The step for arrays, or shapes with shardings, like these; `state` is donated."""
-        config = self.config
-        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
-        step = make_train_step(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            config.loss,
-            augmentation=config.augmentation,
-            masked=config.masked_patches,
-            seed=config.seed,
-            trainable=jax.tree.map(bool, multipliers),
-            accumulation=config.accumulation,
-            ema_decay=config.ema_decay,
-        )
-        out = (self.shardings, replicated(self.mesh))
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,37 +54,6 @@ class Run(Training):
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
     clock: Clock
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
-
-
-def build_training(
-    config: TrainConfig, mesh: Mesh, num_classes: int, num_examples: int
-) -> Training:
-    """What `config` trains on `mesh`, given the size of its data; ValueError for what can't be."""
-    check_batch_size(config.batch_size, mesh, config.accumulation)
-    size = (config.image_size, config.image_size)
-    if config.loss.masks_patches:
-        model = build_model(config.model, 0, size)
-        model = build_model(predicting(config.masked_patches, model), 0, size)
-    else:
-        model = build_model(config.model, num_classes, size)
-    steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
-    schedule = make_schedule(config.schedule, steps)
-    params = jax.eval_shape(model.init, jax.random.key(config.seed))
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
-    use_ema = config.ema_decay is not None
-    shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
-    shardings = state_shardings(mesh, config.mesh, shapes)
-    check_tensor_axis(mesh, shardings)
-    return Training(
-        config=config,
-        mesh=mesh,
-        model=model,
-        steps=steps,
-        schedule=schedule,
-        optimizer=optimizer,
-        shapes=shapes,
-        shardings=shardings,
-    )
 
 
 def prepare(
