@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +274,25 @@ def test_fashion_mnist_by_the_command(tmp_path):
         }
     ours = open_source("fashion_mnist", "train", str(tmp_path))
     assert len(ours) == 20 and decode_image(ours[0]["image"]).shape == (6, 5, 3)
+
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEBIAN.exists(), reason="apt-get install dataset-fashion-mnist")
+def test_all_of_fashion_mnist(tmp_path):
+    write_dataset(open_path(str(DEBIAN)), tmp_path, "fashion_mnist", None, WriteConfig())
+    for split, prefix, size in (("train", "train", 60_000), ("test", "t10k", 10_000)):
+        arrays = []
+        for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+            with gzip.open(DEBIAN / f"{prefix}-{kind}-ubyte.gz") as file:
+                arrays.append(np.frombuffer(file.read(), np.uint8, offset=header))
+        expected = zip(arrays[0].reshape(-1, 28 * 28), arrays[1], strict=True)
+        theirs = tfds.data_source("fashion_mnist", split=split, data_dir=tmp_path, download=False)
+        assert len(theirs) == size
+        found = sorted((record["image"].tobytes(), record["label"]) for record in theirs)
+        assert found == sorted((image.tobytes(), label) for image, label in expected)
 
 
 def test_bad_idx_files(tmp_path):

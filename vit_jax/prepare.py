@@ -17,7 +17,7 @@ from absl import app, flags
 
 from vit_jax.config import explained_errors, parse_flags
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
-from vit_jax.data.prepared import build_with_tfds
+from vit_jax.data.prepared import METADATA, build_with_tfds
 from vit_jax.data.sources import is_path, open_path
 from vit_jax.data.writer import WriteConfig, write_dataset
 
@@ -50,6 +50,11 @@ def main(_) -> None:
 def _write(source: Path, output: Path) -> None:
     args = flags.FLAGS
     name = args.name or (source.stem if source.is_file() else source.name).lower()
+    if (source / METADATA).exists():
+        raise ValueError(
+            f"{source} is a dataset of TFDS already. If it isn't in ArrayRecord format: tfds "
+            f"convert_format --dataset_version_dir={source} --out_file_format=array_record"
+        )
     listing = open_path(str(source))
     splits = ", ".join(f"{len(records)} in {split}" for split, records in listing.splits.items())
     print(f"{source}: {listing.kind}, {listing.num_classes} classes, {splits}", file=sys.stderr)

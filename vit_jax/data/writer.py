@@ -6,6 +6,7 @@ that it was writing. At the end the folder takes its name, with a manifest of wh
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import Listing
+from vit_jax.data.idx import Pixels
 from vit_jax.data.journal import Journal, Plan, Shard, differences, make_plan
 from vit_jax.data.manifest import MANIFEST, file_list, file_sha256, progress_bar, read_manifest
 from vit_jax.data.prepared import MAX_LABELS
@@ -120,11 +122,11 @@ def _features(listing: Listing):
         names=names, num_classes=None if names else listing.num_classes
     )
     several = listing.labels_per_example is not None
-    record = next(iter(listing.splits.values()))[0]["image"]
-    grey = isinstance(record, np.ndarray) and record.ndim == 2
+    records = next(iter(listing.splits.values()))
+    shape = (*records.images.shape[1:], 1) if isinstance(records, Pixels) else None
     return tfds.features.FeaturesDict(
         {
-            "image": tfds.features.Image(shape=(*record.shape, 1) if grey else None),
+            "image": tfds.features.Image(shape=shape),
             "labels" if several else "label": tfds.features.Sequence(classes)
             if several
             else classes,
@@ -160,7 +162,7 @@ def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{folder} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there"
+            f"{folder} needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free there"
         )
 
 
@@ -249,10 +251,12 @@ def _write_shard(
                 )
             logging.warning("left out %s: %s", broken[-1]["file"], example)
             continue
-        writer.write(example[0])
+        with _disk_errors():
+            writer.write(example[0])
         size += len(example[0])
         hashes.append(example[1])
-    writer.close()
+    with _disk_errors():
+        writer.close()
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
     sha256 = file_sha256(unfinished)
@@ -264,6 +268,15 @@ def _write_shard(
         "broken": broken,
         "hashes": b"".join(hashes).hex(),
     }
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """The C++ writer's errors, such as a full disk, as Python has them."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
