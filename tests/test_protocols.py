@@ -8,6 +8,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from vit_jax.analysis.intervals import accuracy_interval
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source
 from vit_jax.data.splits import stratified_split
@@ -113,12 +114,12 @@ def test_calibration(monkeypatch, model, params, images, logits):
 
 def test_interval():
     """Wilson's, by its formula; never empty and never beyond 0 and 1."""
-    low, high = calibration.accuracy_interval(8, 10)
+    low, high = accuracy_interval(8, 10)
     z, p, n = 1.959964, 0.8, 10
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-6)
-    assert calibration.accuracy_interval(10, 10)[1] == 1 > calibration.accuracy_interval(10, 10)[0]
+    assert accuracy_interval(10, 10)[1] == 1 > accuracy_interval(10, 10)[0]
 
 
 @pytest.fixture(scope="module")

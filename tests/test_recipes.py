@@ -19,6 +19,7 @@ ARGUMENTS = {
     "pretrain/masked.py": ["target=colors_4x4"],
     "pretrain/paper.py": ["ViT-L/16,dataset=imagenet21k"],
     "transfer/digits.py": [],
+    "transfer/folder.py": ["adamw,size=384"],
     "transfer/paper.py": ["cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"],
 }
 
@@ -34,7 +35,11 @@ def load(path, argument):
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(argument).to_dict()
+    values = module.get_config(argument).to_dict()
+    values["data"]["dataset"] = values["data"]["dataset"] or "digits"
+    if "variant" not in values["model"]:  # which the checkpoint says
+        values = {"image_size": 224, **values, "model": {**values["model"], "variant": "ViT-B/16"}}
+    return values
 
 
 def reduce(values):

@@ -12,7 +12,11 @@ PACKAGE = ROOT / "vit_jax"
 
 # A module may import from its own floor and from those below it.
 FLOORS = [
-    {"pretrain", "transfer", "evaluate", "convert", "plan", "prepare", "visualize"},
+    {
+        *("pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
+        "visualize",
+    },
+    {"training.sweep", "training.memory"},
     {"training.loop", "training.initial", "training.recipe", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer", "training.workdir"},
     {
@@ -21,6 +25,7 @@ FLOORS = [
         "analysis",
         "training.augmentation",
         "training.clock",
+        "training.early_stopping",
         "training.masked",
         "training.metrics",
         "training.profile",

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -155,6 +156,8 @@ def define_config_flag():
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
+    # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
+    argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
     with explained_errors():
         try:
             arguments = app.parse_flags_with_usage(argv)

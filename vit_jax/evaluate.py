@@ -20,8 +20,9 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from vit_jax import config as configuration
+from vit_jax.analysis.intervals import accuracy_interval
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.evaluation.calibration import accuracy_interval, fit_temperature
+from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
 from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot

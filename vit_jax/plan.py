@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.analysis.compiled import OutOfMemory, Program, compile_for
+from vit_jax.analysis.compiled import OutOfMemory, Program
 from vit_jax.analysis.flops import training_flops
 from vit_jax.analysis.report import (
     collectives_report,
@@ -36,7 +35,8 @@ from vit_jax.analysis.report import (
 )
 from vit_jax.analysis.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import dataset_size
-from vit_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, use_mesh
+from vit_jax.parallel.mesh import check_batch_size, make_mesh
+from vit_jax.training.memory import compile_step
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
 CONFIG = configuration.define_config_flag()
@@ -51,24 +51,6 @@ OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 # Of GPUs, for which XLA estimates no cycles.
 ASSUMED_MFU = 0.4
-
-
-def compile_step(training: Training) -> Any:
-    """The step, compiled for its mesh's devices. Raises OutOfMemory when it doesn't fit."""
-    config = training.config
-    sharding = batch_sharding(training.mesh)
-    batch = {
-        "image": ((config.batch_size, *training.model.image_size, 3), jnp.uint8),
-        "label": ((config.batch_size,), jnp.int32),
-    }
-    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in batch.items()}
-    state = jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-        training.shapes,
-        training.shardings,
-    )
-    with use_mesh(training.mesh):
-        return compile_for(training.lower(state, shapes))
 
 
 def plan(

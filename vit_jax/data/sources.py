@@ -53,6 +53,10 @@ class Source:
         name = record_name(self.records, index)
         return f"example {index} ({name})" if name else f"example {index}"
 
+    def name(self, index: int) -> str:
+        """An example's file, or its number where it has none."""
+        return record_name(self.records, index) or str(index)
+
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a dataset's split.
@@ -75,12 +79,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """
     if name.partition("/")[0] in FORMULAS:
         return _open_formula(name, split)
-    if name == "digits":
-        listing = _digits()
-    elif is_path(name) and not (Path(name).expanduser() / METADATA).exists():
-        listing = open_path(name)
-    else:
-        listing = open_prepared(name, data_dir, ("digits", *FORMULAS))
+    listing = open_listing(name, data_dir)
     sizes = {s: len(records) for s, records in listing.splits.items()}
     parts = parse_split(split, sizes, name)
     for records in {s: listing.splits[s] for s, _, _ in parts}.values():
@@ -88,6 +87,15 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
             records.check()
     records = read_split(split, sizes, name, lambda s, a, b: Slice(listing.splits[s], a, b))
     return Source(records, listing.num_classes, listing.class_names, listing.labels_per_example)
+
+
+def open_listing(name: str, data_dir: str | None = None) -> Listing:
+    """All splits of a dataset that isn't drawn by formula; raises as `open_source`."""
+    if name == "digits":
+        return _digits()
+    if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
+        return open_path(name)
+    return open_prepared(name, data_dir, ("digits", *FORMULAS))
 
 
 def is_path(name: str) -> bool:

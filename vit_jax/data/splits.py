@@ -1,8 +1,219 @@
-"""Cutting labelled examples into parts that have the same classes in the same proportions."""
+"""Train, dev and test: found where a dataset has them, cut where it hasn't, kept with the run."""
 
+import csv
+import dataclasses
+import hashlib
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from vit_jax.data.audit import Audit, look_at
+from vit_jax.data.files import ImageFiles, Listing
+from vit_jax.data.sources import Source, open_listing, open_source
+from vit_jax.data.tables import CLASS_NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """Names of a dataset's three parts, and what to cut where they are missing.
+
+    `train` is without the dev part. Where `dev` is empty, its share is cut: of image files
+    stratified by class; of other datasets the end of `train`, as the paper does, whose examples
+    must then be in random order. The same for `test`, of image files alone.
+    """
+
+    train: str = "train"
+    dev: str = ""
+    test: str = "test"
+    dev_share: float = 0.1
+    test_share: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("dev_share", "test_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a share in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """A dataset's name for `open_source`, and its three parts' names in its grammar."""
+
+    dataset: str
+    train: str
+    dev: str
+    test: str
+
+
+def settle_splits(
+    dataset: str, config: SplitConfig, data_dir: str | None, folder: Path
+) -> tuple[Splits, Audit]:
+    """Looks at a dataset and cuts what is missing, once: afterwards `folder` knows.
+
+    Of image files a table of all three parts is written there, and is the dataset from then on:
+    files that can't be read aren't in it, and the same pixels are never in two parts that are cut
+    here. ValueError for what `audit.look_at` refuses, for parts that can't be had, and for a
+    dataset that isn't any more what it was.
+    """
+    listing = open_listing(dataset, data_dir)
+    made_of = {"dataset": dataset, **dataclasses.asdict(config), **_contents(listing)}
+    file = folder / "audit.json"
+    if file.exists():
+        kept = json.loads(file.read_text("utf-8"))
+        _check_same(dataset, kept["made_of"], made_of, folder)
+        names = tuple(kept["audit"]["class_names"])
+        return Splits(**kept["splits"]), Audit(**{**kept["audit"], "class_names": names})
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(isinstance(part, ImageFiles) for part in listing.splits.values()):
+        splits, audit = _cut_files(dataset, listing, config, folder)
+    else:
+        splits, audit = _cut_by_name(dataset, listing, config, data_dir)
+    content = {
+        "made_of": made_of,
+        "splits": dataclasses.asdict(splits),
+        "audit": dataclasses.asdict(audit),
+    }
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(file)
+    return splits, audit
+
+
+def _contents(listing: Listing) -> dict[str, Any]:
+    """What tells whether these are still the same images; of their pixels nothing."""
+    digest, images = hashlib.blake2b(digest_size=16), 0
+    for name, part in listing.splits.items():
+        images += len(part)
+        files = part.paths if isinstance(part, ImageFiles) else [len(part)]
+        labels = part.labels if isinstance(part, ImageFiles) else []
+        digest.update(json.dumps([name, list(files), list(labels)]).encode())
+    names = list(listing.class_names or ())
+    return {"classes": names, "images": images, "files": digest.hexdigest()}
+
+
+def _check_same(dataset: str, before: dict, now: dict, folder: Path) -> None:
+    if before == now:
+        return
+    what = [
+        f"  {k}: {before.get(k)!r} then, {v!r} now" for k, v in now.items() if v != before.get(k)
+    ]
+    if set(before.get("classes", ())) != set(now.get("classes", ())):
+        lost, new = (
+            sorted(set(a.get("classes", ())) - set(b.get("classes", ())))
+            for a, b in ((before, now), (now, before))
+        )
+        what = [f"  classes gone: {', '.join(lost) or 'none'}; new: {', '.join(new) or 'none'}"]
+    raise ValueError(
+        f"{dataset} isn't what {folder} was made from:\n" + "\n".join(what) + "\nPut it back as it "
+        "was, or train anew in another --workdir"
+    )
+
+
+def _cut_by_name(
+    dataset: str, listing: Listing, config: SplitConfig, data_dir: str | None
+) -> tuple[Splits, Audit]:
+    train, dev = config.train, config.dev or "validation"
+    if not config.dev and dev not in listing.splits:
+        if "[" in train or "+" in train:
+            raise ValueError(f"split.train = {train!r}: say which part is for choosing: split.dev")
+        cut = f"{100 - 100 * config.dev_share:.0f}%"
+        train, dev = f"{train}[:{cut}]", f"{train}[{cut}:]"
+    splits = Splits(dataset, train, dev, config.test)
+    parts = {name: getattr(splits, name) for name in ("train", "dev", "test")}
+    sources = {name: open_source(dataset, part, data_dir) for name, part in parts.items()}
+    audit = look_at(sources)
+    if audit.broken:
+        raise ValueError(
+            f"{dataset} has examples that can't be read: {audit.broken[:3]}. Prepare it again"
+        )
+    return splits, audit
+
+
+def _cut_files(
+    dataset: str, listing: Listing, config: SplitConfig, folder: Path
+) -> tuple[Splits, Audit]:
+    given = {"train": config.train, "dev": config.dev or "validation", "test": config.test}
+    records = {name: listing.splits[part] for name, part in given.items() if part in listing.splits}
+    if unused := listing.splits.keys() - given.values():
+        raise ValueError(
+            f"{dataset} has the splits {', '.join(listing.splits)}, and no use for "
+            f"{', '.join(sorted(unused))}: name the parts in split.train, split.dev, split.test"
+        )
+    if "train" not in records:
+        raise ValueError(f"{dataset} has the splits {', '.join(listing.splits)}: expected train")
+    sources = {
+        name: Source(part, listing.num_classes, listing.class_names, listing.labels_per_example)
+        for name, part in records.items()
+    }
+    audit = look_at(sources)
+    broken = {(image["split"], image["index"]) for image in audit.broken}
+    rows = [  # (file, label, part)
+        (os.path.abspath(os.path.join(part.folder, file)), label, name)
+        for name, part in records.items()
+        for index, (file, label) in enumerate(zip(part.paths, part.labels, strict=True))
+        if (name, index) not in broken
+    ]
+    missing = [name for name in ("dev", "test") if name not in records]
+    if missing:
+        shares = {name: getattr(config, f"{name}_share") for name in missing}
+        shares = {"train": 1 - sum(shares.values()), **shares}
+        _check_enough(audit, shares)
+        same = {
+            os.path.abspath(os.path.join(records["train"].folder, image["file"])): group[0]["file"]
+            for group in audit.duplicates
+            for image in group
+            if image["split"] == "train"
+        }
+        rows = _cut_rows(rows, same, shares, config.seed)
+    names = audit.class_names
+    (folder / CLASS_NAMES).write_text("".join(f"{name}\n" for name in names), "utf-8")
+    table = folder / "splits.csv"
+    partial = table.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split"])
+        writer.writerows((file, names[label], part) for file, label, part in rows)
+    partial.replace(table)
+    counts = {name: [0] * len(names) for name in given}
+    for _, label, part in rows:
+        counts[part][label] += 1
+    if empty := [name for name in given if not sum(counts[name])]:
+        raise ValueError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
+    splits = Splits(str(table.absolute()), "train", "dev", "test")
+    return splits, dataclasses.replace(audit, counts=counts)
+
+
+def _check_enough(audit: Audit, shares: Mapping[str, float]) -> None:
+    counts = dict(zip(audit.class_names, audit.counts["train"], strict=True))
+    if alone := [name for name, count in counts.items() if count < len(shares)]:
+        raise ValueError(
+            f"{', '.join(f'{name} has {counts[name]}' for name in alone[:10])} images: expected at "
+            f"least {len(shares)}, one each for {', '.join(shares)}. Add images, join or remove "
+            "these classes, or give the missing splits yourself: train/class/name.jpg, "
+            "validation/..., test/..."
+        )
+
+
+def _cut_rows(
+    rows: list[tuple], same: Mapping[str, str], shares: Mapping[str, float], seed: int
+) -> list[tuple]:
+    """The rows with those of `train` shared out; files with the same pixels stay together."""
+    whole = [i for i, (_, _, part) in enumerate(rows) if part == "train"]
+    leaders: dict[str, int] = {}  # of each group of the same pixels, its first row
+    for i in whole:
+        leaders.setdefault(same.get(rows[i][0], rows[i][0]), i)
+    chosen = list(leaders.values())
+    parts = stratified_split(np.array([rows[i][1] for i in chosen]), shares, seed)
+    part_of = {chosen[i]: name for name, indices in parts.items() for i in indices}
+    cut = list(rows)
+    for i in whole:
+        file, label, _ = rows[i]
+        cut[i] = (file, label, part_of[leaders[same.get(file, file)]])
+    return cut
 
 
 def stratified_split(

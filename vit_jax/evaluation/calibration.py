@@ -1,9 +1,9 @@
-"""Does a confidence of 0.8 mean right in 8 of 10? And how sure is an accuracy itself?"""
+"""Does a confidence of 0.8 mean right in 8 of 10?"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 BINS = 15  # as in Guo et al., arXiv 1706.04599
 
@@ -42,10 +42,3 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         loss, bounds=(-np.log(100), np.log(100)), method="bounded", options={"xatol": 1e-6}
     )
     return float(np.exp(-found.x))
-
-
-def accuracy_interval(correct: int, examples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a share: where the accuracy lies that `correct` of `examples` shows."""
-    test = stats.binomtest(correct, examples)
-    interval = test.proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
 from vit_jax.training.step import TrainState
-from vit_jax.weights import formats
+from vit_jax.weights import formats, published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +173,11 @@ def load_checkpoint(
 ) -> tuple[dict, dict[str, Any]]:
     """Reads a model: (parameters as a nested dict of numpy arrays, description).
 
-    `path` is a run's workdir, whose newest checkpoint is taken, one checkpoint's folder, or
-    whatever `weights.formats.read` reads, with its `image_size`. The running average (EMA) is taken
-    where one was kept. FileNotFoundError says what is there.
+    `path` is a run's workdir, whose newest checkpoint is taken, one checkpoint's folder, a name of
+    `weights.published`, or whatever `weights.formats.read` reads, with its `image_size`. The
+    running average (EMA) is taken where one was kept. FileNotFoundError says what is there.
     """
+    path = published.resolve(path)
     folder = Path(path).absolute()
     foreign = "://" in str(path) or folder.is_file() or (folder / formats.WEIGHTS).is_file()
     if foreign:

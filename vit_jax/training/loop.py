@@ -25,7 +25,14 @@ from vit_jax.evaluation.classification import make_classification
 from vit_jax.evaluation.fewshot import make_fewshot
 from vit_jax.evaluation.masked import make_masked
 from vit_jax.models.variants import Model
-from vit_jax.parallel.mesh import local_rows, make_mesh, put_batch, use_mesh
+from vit_jax.parallel.mesh import (
+    local_rows,
+    make_mesh,
+    put_batch,
+    put_tree,
+    replicated,
+    use_mesh,
+)
 from vit_jax.parallel.multihost import (
     PREEMPTED,
     Preemption,
@@ -35,6 +42,7 @@ from vit_jax.parallel.multihost import (
 )
 from vit_jax.training.checkpoint import Checkpoints, find_checkpoint
 from vit_jax.training.clock import Clock, Starts
+from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
@@ -51,6 +59,7 @@ class Run(Training):
     source: Source
     evaluators: dict[str, Callable[[dict], dict[str, float]]]
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
+    description: dict  # of the model, kept in its checkpoints
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
     clock: Clock
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
@@ -61,12 +70,14 @@ def prepare(
     workdir: str,
     load: Callable[[Model, dict], dict] | None = None,
     clock: Clock | None = None,
+    description: dict | None = None,
 ) -> Run:
     """Builds and checks all parts of a run without compiling anything.
 
     `load(model, shapes)` gives the parameters to start from, where there are others than random
     ones; shapes stay in its result where fresh values belong. It isn't called on resuming. `clock`
-    is one that runs already, if the time before this call counts too.
+    is one that runs already, if the time before this call counts too. `description` is what
+    checkpoints are to say beside `Model.description` and the classes' names.
 
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
@@ -118,6 +129,11 @@ def prepare(
         evaluators=evaluators,
         batches=batches,
         clock=clock,
+        description={
+            **model.description,
+            **({"class_names": list(source.class_names)} if source.class_names else {}),
+            **(description or {}),
+        },
         loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
     )
@@ -141,6 +157,8 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("restore" if run.resumes else "start"):
             state, notes = first_state(run)
             start = int(state.step)
+        patience = (run.workdir, f"{next(iter(config.classification), '')}/accuracy")
+        patience += (config.early_stopping,)
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise ValueError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
@@ -151,8 +169,8 @@ def train(run: Run) -> dict[str, float]:
             metrics.say(note)
         if start:
             metrics.say(f"resuming {run.resumes} from step {start} of {run.steps}")
-        if start >= run.steps:
-            metrics.say(f"{run.workdir} is finished: {run.steps} steps")
+        if start >= run.steps or (start and has_waited(*patience)):
+            metrics.say(f"{run.workdir} is finished: {start} steps")
             return metrics.last()
 
         starts = Starts(run.workdir, clock, start, num_chips())
@@ -179,12 +197,14 @@ def train(run: Run) -> dict[str, float]:
         )
         with recorder, clock.within("train"):
             batches = chain([first], batches)
-            end = _take_steps(run, step, state, batches, recorder, checkpoints, preemption)
+            end = _take_steps(
+                run, step, state, batches, recorder, checkpoints, preemption, patience
+            )
         with clock.within("save"):
             checkpoints.wait()
         starts.keep(end)
         metrics.say(starts.summary())
-        if end < run.steps:
+        if end < run.steps and not has_waited(*patience):
             metrics.say(f"told to end after step {end}: start again to go on from there")
             raise SystemExit(PREEMPTED)
         return metrics.last()
@@ -198,6 +218,7 @@ def _take_steps(
     recorder: Recorder,
     checkpoints: Checkpoints,
     preemption: Preemption,
+    patience: tuple[Path, str, int | None],
 ) -> int:
     """Trains until the last step or preemption; returns that step, whose save is under way."""
     config, metrics = run.config, recorder.metrics
@@ -218,11 +239,12 @@ def _take_steps(
                 recorder.flush()
             if evaluates:
                 _evaluate(run, state, done, metrics)
+                last |= has_waited(*patience)
             checkpoints.poll()
-            if saves:
+            if saves or last:
                 with run.clock.within("save"):
-                    checkpoints.save(state, run.model.description)
-            if preempted:
+                    checkpoints.save(state, run.description)
+            if preempted or last:
                 break
     return done
 
@@ -233,7 +255,9 @@ def _evaluates(config: TrainConfig, step: int) -> bool:
 
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
     """The compiled step; other shapes than these are an error later, never a recompilation."""
-    return run.lower(state, batch).compile()
+    step = run.lower(state, batch).compile()
+    peak = put_tree(np.float32(run.config.schedule.peak), replicated(run.mesh))
+    return lambda state, batch: step(state, batch, peak)
 
 
 def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:

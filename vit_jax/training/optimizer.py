@@ -116,17 +116,20 @@ class OptimizerConfig:
             raise ValueError(f"weight decay or multiplier {min(values)}: expected 0 or more")
 
 
-def make_schedule(config: ScheduleConfig, steps: int) -> Schedule:
+def make_schedule(
+    config: ScheduleConfig, steps: int, peak: jax.Array | float | None = None
+) -> Schedule:
     """The learning rate of each of `steps` updates: int32 [] step -> float32 [], jit-compatible.
 
     As big_vision's (utils.py, create_learning_rate_schedule): 0 at step 0, `peak` at step `warmup`,
     `end` at step `steps`, which is one after the last update's. rsqrt is
     peak / sqrt(1 + (t - warmup) / timescale); a cooldown multiplies whatever is left above `end`
-    with a line from 1 to 0.
+    with a line from 1 to 0. `peak` takes the place of the config's: it may be traced.
 
     Raises ValueError if warm-up and cooldown don't fit into `steps`.
     """
-    peak, end, warmup, cooldown = config.peak, config.end, config.warmup, config.cooldown
+    peak = config.peak if peak is None else peak
+    end, warmup, cooldown = config.end, config.warmup, config.cooldown
     if steps < 1 or warmup + cooldown > steps:
         raise ValueError(
             f"warmup={warmup} and cooldown={cooldown} don't fit into {steps} steps: "
@@ -156,7 +159,7 @@ def make_schedule(config: ScheduleConfig, steps: int) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: Schedule, peak: float, params: Any
+    config: OptimizerConfig, schedule: Schedule, peak: jax.Array | float, params: Any
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
@@ -242,7 +245,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _add_weight_decay(
-    config: OptimizerConfig, peak: float, params: Any
+    config: OptimizerConfig, peak: jax.Array | float, params: Any
 ) -> optax.GradientTransformation:
     if not config.weight_decay:
         return optax.identity()

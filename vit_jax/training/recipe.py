@@ -8,6 +8,7 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -27,7 +28,6 @@ from vit_jax.training.checkpoint import CheckpointConfig
 from vit_jax.training.masked import MaskedPatchConfig, predicting
 from vit_jax.training.optimizer import (
     OptimizerConfig,
-    Schedule,
     ScheduleConfig,
     make_optimizer,
     make_schedule,
@@ -83,6 +83,8 @@ class TrainConfig:
     profile_steps: str = ""  # "100:105": an XProf trace of steps 100 to 105
     log_every: int = 50
     eval_every: int | None = None  # steps; None: at the end alone
+    early_stopping: int | None = None  # evaluations in a row without a better accuracy; then ends
+    stop: int | None = None  # a step to end at, before the schedule does
     classification: dict[str, ClassificationConfig] = dataclasses.field(default_factory=dict)
     fewshot: dict[str, FewshotConfig] = dataclasses.field(default_factory=dict)
 
@@ -91,9 +93,12 @@ class TrainConfig:
             raise ValueError(
                 f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
             )
-        for name in ("accumulation", "log_every", "eval_every", "steps", "image_size"):
+        at_least_1 = ("accumulation", "log_every", "eval_every", "steps", "image_size")
+        for name in (*at_least_1, "early_stopping", "stop"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.early_stopping and not self.eval_every:
+            raise ValueError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.augmentation.mixes and self.loss.masks_patches:
@@ -114,29 +119,39 @@ class Training:
     mesh: Mesh
     model: Model
     steps: int
-    schedule: Schedule
+    scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
 
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
-        """The step for arrays, or shapes with shardings, like these; `state` is donated."""
+        """The step for arrays, or shapes with shardings, like these; `state` is donated.
+
+        Its third argument is the peak of the learning rate, float32 [].
+        """
         config = self.config
         multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
-        step = make_train_step(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            config.loss,
-            augmentation=config.augmentation,
-            masked=config.masked_patches,
-            seed=config.seed,
-            trainable=jax.tree.map(bool, multipliers),
-            accumulation=config.accumulation,
-            ema_decay=config.ema_decay,
-        )
+
+        def step(state: TrainState, batch: dict, peak: jax.Array) -> tuple[TrainState, dict]:
+            # An argument, so that runs that differ in it alone have the same program.
+            schedule = make_schedule(config.schedule, self.scheduled, peak)
+            train_step = make_train_step(
+                self.model,
+                make_optimizer(config.optimizer, schedule, peak, state.params),
+                schedule,
+                config.loss,
+                augmentation=config.augmentation,
+                masked=config.masked_patches,
+                seed=config.seed,
+                trainable=jax.tree.map(bool, multipliers),
+                accumulation=config.accumulation,
+                ema_decay=config.ema_decay,
+            )
+            return train_step(state, batch)
+
         out = (self.shardings, replicated(self.mesh))
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch)
+        peak = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, peak)
 
 
 def build_training(
@@ -150,8 +165,8 @@ def build_training(
         model = build_model(predicting(config.masked_patches, model), 0, size)
     else:
         model = build_model(config.model, num_classes, size)
-    steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
-    schedule = make_schedule(config.schedule, steps)
+    scheduled = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
+    schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
     optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
     use_ema = config.ema_decay is not None
@@ -162,8 +177,8 @@ def build_training(
         config=config,
         mesh=mesh,
         model=model,
-        steps=steps,
-        schedule=schedule,
+        steps=min(config.stop or scheduled, scheduled),
+        scheduled=scheduled,
         optimizer=optimizer,
         shapes=shapes,
         shardings=shardings,

@@ -32,30 +32,45 @@ def open_workdir(
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
     step = max(saved_steps(path), default=0)
-    file = path / "config.json"
-    if step and file.exists():
-        changed = [
-            f"  {name}: {before!r} there, {now!r} here"
-            for name, before, now in _differences(
-                json.loads(file.read_text()), json.loads(json.dumps(config))
-            )
-            if not any(name == field or name.startswith(field + ".") for field in may_change)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with another config, at step {step}:\n"
-                + "\n".join(changed)
-                + "\nUse another --workdir, or the same config to resume."
-            )
+    if step:
+        _check_same(path / "config.json", config, may_change, f", at step {step}")
     return path, step
 
 
 def keep_config(workdir: Path, config: dict[str, Any]) -> None:
     """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
+    _keep(workdir / "config.json", config)
+
+
+def keep_same(file: Path, config: dict[str, Any], *, may_change: tuple[str, ...]) -> None:
+    """Writes a config; ValueError if the file holds another one, as for `open_workdir`."""
+    _check_same(file, config, may_change)
+    _keep(file, config)
+
+
+def _keep(file: Path, config: dict[str, Any]) -> None:
     if is_main():
-        partial = workdir / "config.json.partial"
+        partial = file.with_name(f"{file.name}.partial")
         partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(workdir / "config.json")
+        partial.replace(file)
+
+
+def _check_same(file: Path, config: dict, may_change: tuple[str, ...], when: str = "") -> None:
+    if not file.exists():
+        return
+    changed = [
+        f"  {name}: {before!r} there, {now!r} here"
+        for name, before, now in _differences(
+            json.loads(file.read_text()), json.loads(json.dumps(config))
+        )
+        if not any(name == field or name.startswith(field + ".") for field in may_change)
+    ]
+    if changed:
+        raise ValueError(
+            f"{file.parent} holds a run with another config{when}:\n"
+            + "\n".join(changed)
+            + "\nUse another --workdir, or the same config to resume."
+        )
 
 
 @contextmanager

@@ -23,6 +23,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vit_jax.weights.published import by_hand
+
 EXTRAS = {"gs": "gcs", "hf": "hub"}  # scheme of a path -> what to install: vit_jax[gcs]
 
 # Weights hardly compress: an npz may unpack to FREE_BYTES and MAX_RATIO times its size. A deflate
@@ -135,7 +137,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     except ImportError as error:
         raise ValueError(
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
-            f"pip install 'vit_jax[{EXTRAS[scheme]}]'"
+            f"pip install 'vit_jax[{EXTRAS[scheme]}]', or {by_hand(path)}"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.rpartition("/")[2]
@@ -143,6 +145,11 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
             filesystem.get_file(source, str(copy))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}: no such file") from error
+        except Exception as error:  # each library has its own for a network that isn't there
+            problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            raise ConnectionError(
+                f"{path} can't be fetched ({problem}): {by_hand(path)}"
+            ) from error
         yield copy
 
 

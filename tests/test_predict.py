@@ -1,0 +1,89 @@
+"""Labels for files: broken ones are listed, batches don't matter, the classes' names are kept."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from processes import command
+
+from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.predict import find_images, predict
+from vit_jax.training.checkpoint import save_checkpoint
+
+NAMES = ["ant", "bee, wasp", "cat"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(ModelConfig("ViT-mu/8", dtype="float32"), 3, (16, 16))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    params = jax.jit(model.init)(jax.random.key(0))
+    kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    return jax.device_get({**params, "head": {**params["head"], "kernel": kernel}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five images, one of them grey and large, and two files that only look like images."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+        image.save(folder / f"{i}.png")
+    Image.fromarray(rng.integers(0, 256, (40, 30), np.uint8)).save(folder / "grey.png")
+    (folder / "broken.jpg").write_bytes((folder / "0.png").read_bytes()[:100])
+    (folder / "text.png").write_text("no image")
+    (folder / "notes.txt").write_text("not even by its name")
+    return folder
+
+
+def test_batches_do_not_matter(model, params, folder):
+    files = find_images([folder])
+    names = ["0.png", "1.png", "2.png", "3.png", "broken.jpg", "grey.png", "text.png"]
+    assert [file.name for file in files] == names
+    whole = dict(predict(model, params, files, batch_size=8))
+    split = dict(predict(model, params, files, batch_size=2))
+    assert list(whole) == files
+    for file in files:
+        if file.name in ("broken.jpg", "text.png"):
+            assert "cannot decode" in whole[file] and whole[file] == split[file]
+        else:
+            np.testing.assert_allclose(whole[file], split[file], atol=1e-6)
+    pixels = np.asarray(Image.open(folder / "0.png"))[None]
+    expected = jax.nn.softmax(model.apply(params, pixels).logits)[0]
+    np.testing.assert_allclose(whole[folder / "0.png"], expected, atol=1e-5)
+
+
+def test_command(model, params, folder, tmp_path):
+    """JSON, CSV and the table say the same; a missing file is listed, too."""
+    description = {**model.description, "class_names": NAMES, "preprocess": "resize"}
+    save_checkpoint(tmp_path / "model", params, description)
+    arguments = ("predict", f"--model={tmp_path / 'model'}", folder, tmp_path / "missing.png")
+    code, out, err = command(*arguments, "--format=json", "--top=2")
+    assert code == 0, err
+    found = json.loads(out)
+    labels = {row["file"]: row["labels"] for row in found["images"]}
+    assert len(labels) == 5 and all(len(row) == 2 for row in labels.values())
+    assert {name for row in labels.values() for name, _ in row} <= {*NAMES}
+    assert len(found["unreadable"]) == 3 and "3 of 8 files can't be read" in err
+    assert "missing.png" in err and "Traceback" not in err
+
+    output = tmp_path / "labels.csv"
+    code, _, err = command(*arguments, "--format=csv", f"--output={output}", "--batch_size=3")
+    assert code == 0, err
+    rows = {row["file"]: row for row in csv.DictReader(output.open())}
+    for file, [(name, probability), *_] in labels.items():
+        assert rows[file]["label"] == name
+        assert float(rows[file]["probability"]) == pytest.approx(probability, abs=1e-5)
+    assert rows[str(folder / "broken.jpg")]["error"] and len(rows) == 8
+
+
+def test_nothing_to_read(tmp_path):
+    code, _, err = command("predict", f"--model={tmp_path}", tmp_path)
+    assert code == 1 and "no images: name files" in err

@@ -1,0 +1,313 @@
+"""What came of a transfer: `report.html`, one file that needs nothing else, and a model card.
+
+Everything is in the page: pictures as data, styles inline, no script, no address that is fetched.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vit_jax.analysis.intervals import accuracy_interval
+
+MISTAKES = 24
+CELLS = 20  # classes up to which every cell of the confusion matrix has its number
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by the colour-blind
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.2rem;margin-top:2.2rem;border-top:1px solid #ddd;
+padding-top:.8rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.15rem .7rem .15rem 0;text-align:left;vertical-align:top}th{color:#555}
+img{max-width:100%}figure{display:inline-block;margin:.4rem;
+vertical-align:top;text-align:center;font-size:.8rem;max-width:11rem}figcaption{overflow-wrap:
+anywhere}pre{background:#f5f5f5;padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
+.big{font-size:2rem;font-weight:600}.sub{color:#555}.bar{background:#0072B2;height:.7rem;
+display:inline-block}ul{padding-left:1.2rem}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Pixels uint8 [H, W, 3] and what to write below."""
+
+    pixels: np.ndarray
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that the page shows. Shapes: N test images, C classes, M dev images."""
+
+    title: str
+    command: str
+    facts: dict[str, str]  # of the model and the run
+    class_names: Sequence[str]
+    probabilities: np.ndarray  # [N, C]
+    labels: np.ndarray  # [N]
+    scores: dict[str, float]  # accuracy, accuracy_interval, loss, ece, temperature, ...
+    data: str  # the audit's table, a line each
+    findings: Sequence[str]  # of the audit
+    trials: str  # the sweep's table
+    curves: dict[str, list[dict[str, float]]]  # run -> its records
+    mistakes: Sequence[Picture]
+    attention: Sequence[tuple[Picture, Picture]]  # an image, and where the model looks
+    files: dict[str, str]  # what else there is: path -> what it is
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """[C, C] counts: row the label, column the prediction."""
+    matrix = np.zeros((num_classes, num_classes), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def render(report: Report) -> str:
+    """The page."""
+    mpl.rcParams["svg.hashsalt"] = "vit_jax"  # or else the same report differs from run to run
+    matrix = confusion_matrix(
+        report.labels, report.probabilities.argmax(axis=1), len(report.class_names)
+    )
+    scores = report.scores
+    low, high = scores["accuracy_interval"]
+    sections = [
+        f"<h1>{_text(report.title)}</h1>",
+        f'<p><span class="big">{scores["accuracy"]:.1%}</span> of {len(report.labels):,} test '
+        f"images right, {low:.1%} to {high:.1%} with 95% confidence (Wilson)</p>",
+        _table([], [[name, value] for name, value in report.facts.items()]),
+        "<h2>The data</h2>",
+        f"<pre>{_text(report.data)}</pre>",
+        _list(report.findings) if report.findings else "<p>Nothing to complain about.</p>",
+        "<h2>Recall of each class</h2>",
+        _recalls(matrix, report.class_names),
+        "<h2>What is taken for what</h2>",
+        _chart(_confusion_figure(matrix, report.class_names), "confusion matrix"),
+        _confused(matrix, report.class_names),
+        "<h2>Calibration</h2>",
+        _calibration(report),
+        "<h2>Training</h2>",
+        f"<pre>{_text(report.trials)}</pre>",
+        _chart(_curves_figure(report.curves), "training curves"),
+        "<h2>The worst mistakes</h2>",
+        "".join(map(_figure, report.mistakes)) or "<p>There is no mistake.</p>",
+    ]
+    if report.attention:
+        pairs = (_figure(image) + _figure(seen) for image, seen in report.attention)
+        sections += [
+            "<h2>Where it looks</h2>",
+            '<p class="sub">Attention rollout: from which patches the output is made, all layers '
+            "together.</p>",
+            "".join(f"<div>{pair}</div>" for pair in pairs),
+        ]
+    sections += [
+        "<h2>Files</h2>",
+        _table([], [[name, what] for name, what in report.files.items()]),
+        "<h2>The command</h2>",
+        f"<pre>{_text(report.command)}</pre>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        '<link rel="icon" href="data:,">'  # or else browsers ask for one
+        f"<title>{_text(report.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def model_card(report: Report) -> str:
+    """Markdown: what the model is, on what it was made, how good it is, and what it isn't for."""
+    low, high = report.scores["accuracy_interval"]
+    recalls = _recall_rows(
+        confusion_matrix(
+            report.labels, report.probabilities.argmax(axis=1), len(report.class_names)
+        )
+    )
+    worst = sorted(range(len(recalls)), key=lambda i: recalls[i][2])[:5]
+    lines = [
+        f"# {report.title}",
+        "",
+        *(f"- {name}: {value}" for name, value in report.facts.items()),
+        "",
+        "## Intended use",
+        "",
+        f"Labels an image with one of {len(report.class_names)} classes: "
+        + ", ".join(report.class_names[:50])
+        + (", ..." if len(report.class_names) > 50 else "")
+        + ". An image of anything else gets one of these labels too.",
+        "",
+        "## Evaluation",
+        "",
+        f"Accuracy {report.scores['accuracy']:.1%} on {len(report.labels):,} held-out images "
+        f"({low:.1%} to {high:.1%}, 95% Wilson interval); expected calibration error "
+        f"{report.scores['ece']:.3f}.",
+        "",
+        "The lowest recalls:",
+        "",
+        *(
+            f"- {report.class_names[i]}: {recalls[i][2]:.1%} of {recalls[i][1]} images"
+            for i in worst
+        ),
+        "",
+        "## Training data",
+        "",
+        *(f"- {line}" for line in report.data.splitlines() if line),
+        *(f"- {finding}" for finding in report.findings),
+        "",
+        "## How it was made",
+        "",
+        "```",
+        report.command,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def overlay(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The image [H, W, 3] darkened where attention [rows, columns] is low: uint8 [H, W, 3]."""
+    mask = (seen - seen.min()) / max(float(np.ptp(seen)), 1e-12)
+    size = (pixels.shape[1], pixels.shape[0])
+    mask = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    return (pixels * (0.15 + 0.85 * np.asarray(mask)[:, :, None])).astype(np.uint8)
+
+
+def _recall_rows(matrix: np.ndarray) -> list[tuple[int, int, float]]:
+    """(right, images, recall) of each class; the recall of a class without images is nan."""
+    right, images = matrix.diagonal(), matrix.sum(axis=1)
+    return [
+        (int(r), int(n), r / n if n else float("nan")) for r, n in zip(right, images, strict=True)
+    ]
+
+
+def _recalls(matrix: np.ndarray, names: Sequence[str]) -> str:
+    rows = []
+    predicted = matrix.sum(axis=0)
+    for i, (right, images, recall) in enumerate(_recall_rows(matrix)):
+        precision = f"{right / predicted[i]:.1%}" if predicted[i] else "-"
+        if not images:
+            rows.append([names[i], "no test image", "", "", precision])
+            continue
+        low, high = accuracy_interval(right, images)
+        bar = _Html(f'<span class="bar" style="width:{100 * recall:.1f}px"></span>')
+        shown = (f"{right} of {images}", f"{recall:.1%}", f"{low:.1%} to {high:.1%}")
+        rows.append([names[i], *shown, precision, bar])
+    return _table(["class", "right", "recall", "95% interval", "precision", ""], rows)
+
+
+def _confused(matrix: np.ndarray, names: Sequence[str]) -> str:
+    pairs = [(int(matrix[i, j]), i, j) for i, j in zip(*np.nonzero(matrix), strict=True) if i != j]
+    rows = [[str(n), names[i], names[j]] for n, i, j in sorted(pairs, reverse=True)[:10]]
+    return _table(["images", "of", "taken for"], rows) if rows else ""
+
+
+def _confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    count = len(names)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(3 + 0.35 * count, 9)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="prediction", ylabel="label")
+    if count <= CELLS:
+        short = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+        axes.set_xticks(range(count), short, rotation=90)
+        axes.set_yticks(range(count), short)
+        for i, j in zip(*np.nonzero(matrix), strict=True):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def _calibration(report: Report) -> str:
+    scores = report.scores
+    lines = [
+        f"<p>Expected calibration error {scores['ece']:.3f} (15 bins)",
+        f", {scores['ece_at_temperature']:.3f} with logits divided by the temperature "
+        f"{scores['temperature']:.3f}, which was fitted to the dev split: "
+        f"<code>predict --temperature={scores['temperature']:.3f}</code>.</p>",
+    ]
+    confidence = report.probabilities.max(axis=1)
+    right = report.probabilities.argmax(axis=1) == report.labels
+    bins = np.clip(np.ceil(confidence * 15).astype(int) - 1, 0, 14)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1)
+    for i in np.unique(bins):
+        inside = bins == i
+        x, y = confidence[inside].mean(), right[inside].mean()
+        low, high = accuracy_interval(int(right[inside].sum()), int(inside.sum()))
+        axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=BLUE, capsize=2)
+    axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
+    return "".join(lines) + _chart(figure, "confidence against accuracy")
+
+
+def _curves_figure(curves: dict[str, list[dict[str, float]]]) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, label in ((left, "loss", "training loss"), (right, "dev/accuracy", "dev")):
+        drawn = 0
+        for i, (run, records) in enumerate(curves.items()):
+            points = [(r["step"], r[name]) for r in records if name in r]
+            if points:
+                color = ORANGE if run == "final" else mpl.colormaps["viridis"](i / len(curves))
+                style = {"color": color, "lw": 2 if run == "final" else 1, "label": run}
+                axes.plot(*zip(*points, strict=True), marker="." if name != "loss" else "", **style)
+                drawn += 1
+        axes.set(xlabel="step", ylabel=label + (" accuracy" if axes is right else ""))
+        axes.grid(alpha=0.3)
+        if 0 < drawn <= 10:
+            axes.legend(fontsize=7)
+    return figure
+
+
+class _Html(str):
+    """Text that is markup already."""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, _Html) else html.escape(str(value))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    top = "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>" if head else ""
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table>{top}{body}</table>"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+
+
+def _figure(picture: Picture) -> str:
+    image = Image.fromarray(picture.pixels)
+    if max(image.size) > 160:
+        image.thumbnail((160, 160))
+    else:
+        factor = max(1, 128 // max(image.size))
+        image = image.resize(
+            (factor * image.width, factor * image.height), Image.Resampling.NEAREST
+        )
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    caption = _text(picture.caption)
+    shown = _image(data.getvalue(), "png", caption)
+    return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+
+
+def _chart(figure: Figure, name: str) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="svg", metadata={"Date": None})
+    return f"<p>{_image(data.getvalue(), 'svg+xml', name)}</p>"
+
+
+def _image(data: bytes, kind: str, name: str) -> str:
+    return f'<img alt="{name}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -1,0 +1,105 @@
+"""A classifier looked at closely: its test predictions, worst mistakes, and where it looks."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from scipy.special import log_softmax, softmax
+
+from vit_jax.analysis.attention import attention_maps
+from vit_jax.analysis.intervals import accuracy_interval
+from vit_jax.analysis.report_html import Picture, overlay
+from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.decode import decode_image
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import Source
+from vit_jax.evaluation.calibration import BINS, calibration_error
+from vit_jax.evaluation.features import make_batches, make_extractor
+from vit_jax.models.variants import Model
+
+
+def keep_logits(
+    file: Path,
+    model: Model,
+    params: dict,
+    mesh: Mesh,
+    source: Source,
+    data: DataConfig,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [N, C], labels [N]) of a split, computed once: then they are read from `file`."""
+    if not file.exists():
+        batches = make_batches(source, data, model, mesh, batch_size)
+        logits, labels = make_extractor(model, mesh, "logits")(params, batches)
+        partial = file.with_suffix(".partial.npz")
+        np.savez(partial, logits=logits, labels=labels)
+        os.replace(partial, file)
+    with np.load(file) as arrays:
+        return arrays["logits"], arrays["labels"]
+
+
+def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
+    """Accuracy with its interval, loss and calibration, the last two at the temperature too."""
+    right = int((logits.argmax(axis=1) == labels).sum())
+    scores = {
+        "accuracy": right / len(labels),
+        "accuracy_interval": accuracy_interval(right, len(labels)),
+        "examples": len(labels),
+        "temperature": temperature,
+    }
+    for name, divisor in (("", 1.0), ("_at_temperature", temperature)):
+        scaled = logits.astype(np.float64) / divisor
+        losses = -log_softmax(scaled, axis=1)[np.arange(len(labels)), labels]
+        scores[f"loss{name}"] = float(losses.mean())
+        scores[f"ece{name}"] = calibration_error(_bins(softmax(scaled, axis=1), labels))
+    if logits.shape[1] > 5:
+        top = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        scores["top5"] = float((top == labels[:, None]).any(axis=1).mean())
+    return scores
+
+
+def _bins(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """As `calibration.bin_confidences`, in float64 on the host: [3, BINS]."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    values = (np.ones_like(confidence), right, confidence)
+    return np.stack([np.bincount(index, weights=v, minlength=BINS) for v in values])
+
+
+def worst_mistakes(
+    source: Source, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], most: int
+) -> list[Picture]:
+    """The wrong predictions that were made with the most confidence."""
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+    return [
+        Picture(
+            decode_image(source[int(i)]["image"]),
+            f"{names[labels[i]]}, taken for {names[predicted[i]]} ({confidence[i]:.1%}): "
+            f"{Path(source.name(int(i))).name}",
+        )
+        for i in wrong
+    ]
+
+
+def where_it_looks(
+    model: Model, params: dict, source: Source, preprocess: str, count: int
+) -> list[tuple[Picture, Picture]]:
+    """Attention rollouts over a few images, evenly spaced; none for a model without attention."""
+    if model.grid is None:
+        return []
+    prepare = parse_preprocess(preprocess, model.image_size)
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+    images = np.stack(
+        [prepare(decode_image(source[int(i)]["image"]), np.random.default_rng(0)) for i in indices]
+    )
+    maps = np.asarray(jax.jit(attention_maps, static_argnums=0)(model, params, images))
+    return [
+        (Picture(image, Path(source.name(int(i))).name), Picture(overlay(image, seen), "attention"))
+        for i, image, seen in zip(indices, images, maps, strict=True)
+    ]

@@ -1,0 +1,175 @@
+r"""Labels image files with a checkpoint's own head.
+
+python -m vit_jax.predict --model=runs/birds photos/*.jpg
+python -m vit_jax.predict --model=runs/birds --format=csv --output=labels.csv photos/
+
+`--model` is a run's workdir or any checkpoint that `convert` reads; folders stand for all images
+inside. Files that can't be read are listed at the end and don't stop the others.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from vit_jax import config as configuration
+from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.decode import decode_image
+from vit_jax.data.files import IMAGE_ENDINGS
+from vit_jax.models.variants import Model, described_model
+from vit_jax.training.checkpoint import load_checkpoint
+
+MODEL = flags.DEFINE_string("model", None, "A run's workdir, or any checkpoint.")
+FORMAT = flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "How to write labels.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write to, not the terminal.")
+TOP = flags.DEFINE_integer("top", 3, "Labels an image, the most probable first.")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Divides the logits: a transfer's report.html says which is honest."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.")
+PREPROCESS = flags.DEFINE_string(
+    "preprocess", None, "As in a recipe's data.preprocess; by default as the model was evaluated."
+)
+flags.mark_flag_as_required("model")
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """Files as they are named; of folders all images inside, sorted."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
+            found += [p for p in inside if p.is_file() and not p.name.startswith(".")]
+        else:
+            found.append(path)
+    return found
+
+
+def predict(
+    model: Model,
+    params: dict,
+    files: Sequence[Path],
+    preprocess: str = "resize",
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> Iterator[tuple[Path, np.ndarray | str]]:
+    """Yields (file, probabilities [C], or why it can't be read), in the order of `files`."""
+    prepare = parse_preprocess(preprocess, model.image_size)
+
+    def read(file: Path) -> np.ndarray | str:
+        try:
+            image = prepare(decode_image(file.read_bytes()), np.random.default_rng(0))
+            if image.shape != (*model.image_size, 3):
+                raise ValueError(f"{preprocess} gives {image.shape}, expected {model.image_size}")
+            return image
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    @jax.jit
+    def forward(params: dict, images: jax.Array) -> jax.Array:
+        return jax.nn.softmax(model.apply(params, images).logits / temperature)
+
+    with ThreadPoolExecutor(8) as threads:
+        for start in range(0, len(files), batch_size):
+            group = files[start : start + batch_size]
+            images = list(threads.map(read, group))
+            good = [image for image in images if not isinstance(image, str)]
+            rows = iter(())
+            if good:
+                padding = [np.zeros_like(good[0])] * (batch_size - len(good))
+                rows = iter(np.asarray(forward(params, np.stack(good + padding))))
+            for file, image in zip(group, images, strict=True):
+                yield file, image if isinstance(image, str) else next(rows)
+
+
+def label_files(files: list[Path]) -> tuple[list[dict], list[dict]]:
+    """({"file", "labels": [[name, probability], ...]}, {"file", "error"}), as the flags say."""
+    params, description = load_checkpoint(MODEL.value)
+    model = described_model(description)
+    if not model.num_classes:
+        raise ValueError(f"{MODEL.value} has no head: transfer it to your classes first")
+    if TOP.value < 1 or BATCH_SIZE.value < 1 or TEMPERATURE.value <= 0:
+        raise ValueError("--top, --batch_size, --temperature: expected numbers greater than 0")
+    names = description.get("class_names") or [f"class {i}" for i in range(model.num_classes)]
+    preprocess = PREPROCESS.value or description.get("preprocess", "resize")
+    options = {"temperature": TEMPERATURE.value, "batch_size": min(BATCH_SIZE.value, len(files))}
+    labelled, unreadable = [], []
+    for file, found in predict(model, params, files, preprocess, **options):
+        if isinstance(found, str):
+            unreadable.append({"file": str(file), "error": found})
+            continue
+        best = np.argsort(-found, kind="stable")[: TOP.value]
+        labels = [[names[i], round(float(found[i]), 6)] for i in best]
+        labelled.append({"file": str(file), "labels": labels})
+    return labelled, unreadable
+
+
+def as_table(labelled: list[dict], unreadable: list[dict]) -> str:
+    """Columns for people."""
+    width = max((len(row["file"]) for row in labelled), default=0)
+    lines = [
+        f"{row['file']:{width}}  " + "  ".join(f"{name} {p:6.1%}" for name, p in row["labels"])
+        for row in labelled
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def as_csv(labelled: list[dict], unreadable: list[dict]) -> str:
+    """file, label, probability, label_2, ...; of unreadable files the error alone."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    count = max((len(row["labels"]) for row in labelled), default=1)
+    suffixes = ["", *(f"_{i}" for i in range(2, count + 1))]
+    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "probability")]
+    writer.writerow(["file", *columns, "error"])
+    for row in labelled:
+        writer.writerow([row["file"], *(x for pair in row["labels"] for x in pair), ""])
+    for row in unreadable:
+        writer.writerow([row["file"], *[""] * len(columns), row["error"]])
+    return text.getvalue()
+
+
+def as_json(labelled: list[dict], unreadable: list[dict]) -> str:
+    """{"images": [{"file", "labels"}, ...], "unreadable": [{"file", "error"}, ...]}."""
+    content: dict[str, Any] = {"images": labelled, "unreadable": unreadable}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+WRITERS: dict[str, Callable[[list[dict], list[dict]], str]] = {
+    "table": as_table,
+    "csv": as_csv,
+    "json": as_json,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Labels, writes, and says what could not be read."""
+    with configuration.explained_errors():
+        files = find_images(arguments[1:])
+        if not files:
+            raise ValueError("no images: name files, or folders that hold some")
+        labelled, unreadable = label_files(files)
+        text = WRITERS[FORMAT.value](labelled, unreadable)
+        if OUTPUT.value:
+            Path(OUTPUT.value).write_text(text, "utf-8")
+        else:
+            print(text, end="")
+    if unreadable:
+        print(f"{len(unreadable)} of {len(files)} files can't be read:", file=sys.stderr)
+        for row in unreadable:
+            print(f"  {row['file']}: {row['error']}", file=sys.stderr)
+    if not labelled:
+        sys.exit("error: no file could be read")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=configuration.parse_flags)

@@ -1,0 +1,21 @@
+"""Ending a run that no longer gets better, by its records: a restart decides as the first start."""
+
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.parallel.multihost import all_agree, is_main
+from vit_jax.training.metrics import read_metrics
+
+
+def has_waited(workdir: Path, metric: str, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations or more were no better than the best before them.
+
+    Of equal ones the first is the best. None never waits. The same on all processes.
+    """
+    if patience is None:
+        return False
+    records = read_metrics(workdir) if is_main() else []
+    found = [record[metric] for record in records if metric in record]
+    waited = len(found) - 1 - int(np.argmax(found)) if found else 0
+    return all_agree(not is_main() or waited >= patience)

@@ -1,0 +1,116 @@
+"""Fitting a step into a device's memory: microbatches, then rematerialisation, by the compiler.
+
+Neither changes the global batch, and so neither changes what is learned.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.analysis.compiled import OutOfMemory, compile_for, memory
+from vit_jax.models.transformer import REMAT_POLICIES
+from vit_jax.parallel.mesh import batch_sharding, use_mesh
+from vit_jax.training.recipe import TrainConfig, Training, build_training
+
+GIB = 2**30
+# Of what a device says it has: the rest is for batches on their way, evaluation and fragmentation.
+USABLE = 0.9
+USABLE_ON_HOST = 0.6  # where other programs want some, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of one device: all of it at its peak, and what the state and the batch take of it."""
+
+    peak: float
+    arguments: float
+
+
+def compile_step(training: Training) -> jax.stages.Compiled:
+    """Compiles a training's step for shapes: no data, and no array, is needed.
+
+    Raises OutOfMemory where the compiler finds that it can't fit.
+    """
+    config = training.config
+    sharding = batch_sharding(training.mesh)
+    batch = {
+        "image": ((config.batch_size, *training.model.image_size, 3), jnp.uint8),
+        "label": ((config.batch_size,), jnp.int32),
+    }
+    shapes = {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in batch.items()}
+    state = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+        training.shapes,
+        training.shardings,
+    )
+    with use_mesh(training.mesh):
+        return compile_for(training.lower(state, shapes))
+
+
+def device_memory() -> float:
+    """Bytes that a step may take of this process's first device."""
+    device = jax.local_devices()[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return USABLE * limit
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return USABLE_ON_HOST * pages / jax.local_device_count()
+
+
+def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
+    """(microbatches, remat, what was found): a step then takes at most `capacity` bytes a device.
+
+    Microbatches come first, since they cost the least time;
+    how many is told by proportion and then compiled. ValueError if nothing fits, with what does.
+    """
+    config, tried = training.config, []
+    policies = list(REMAT_POLICIES)
+    for remat in policies[policies.index(config.model.remat) :]:
+        accumulation = config.accumulation
+        while accumulation:
+            fitted = dataclasses.replace(
+                config,
+                accumulation=accumulation,
+                model=dataclasses.replace(config.model, remat=remat),
+            )
+            need = _measure(training, fitted)
+            found = (
+                f"a step takes {need.peak / GIB:.2f} of {capacity / GIB:.2f} GiB in "
+                f"{accumulation} microbatch(es), remat {remat}"
+            )
+            if need.peak <= capacity:
+                return accumulation, remat, found
+            tried.append(f"  {found}")
+            accumulation = _next_accumulation(training, fitted, need, capacity)
+    raise ValueError(
+        "no way was found to fit a training step into the device's memory:\n"
+        + "\n".join(tried)
+        + "\nTake a smaller model or image size, a smaller batch_size, or more devices (mesh.fsdp)"
+    )
+
+
+def _measure(training: Training, config: TrainConfig) -> Need:
+    as_long = dataclasses.replace(config, steps=training.scheduled, epochs=None)
+    rebuilt = build_training(as_long, training.mesh, training.model.num_classes, num_examples=0)
+    try:
+        account = memory(compile_step(rebuilt))
+    except OutOfMemory as problem:
+        leaves = jax.tree.leaves(rebuilt.shapes)
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        return Need(problem.needed * GIB, min(state, problem.needed * GIB))
+    return Need(account.peak, account.arguments)
+
+
+def _next_accumulation(
+    training: Training, config: TrainConfig, need: Need, capacity: float
+) -> int | None:
+    """The fewest microbatches that may do, by proportion; None where there are none."""
+    rows = config.batch_size // training.mesh.size
+    together = 2 if config.augmentation.mixes else 1
+    for accumulation in range(config.accumulation + 1, rows + 1):
+        divides = rows % accumulation == 0 and config.batch_size % (accumulation * together) == 0
+        activations = (need.peak - need.arguments) * config.accumulation / accumulation
+        if divides and need.arguments + activations <= capacity:
+            return accumulation
+    return None

@@ -1,0 +1,156 @@
+"""A sweep: trials that differ in some fields of a recipe, and the best of them on the dev split.
+
+Each trial is a run of its own in `workdir/trials/NAME`, so that one that was killed goes on where
+it was. Once it has ended its folder has a `result.json` and no checkpoints. All share the workdir's
+compiled programs: those that differ in the peak learning rate alone compile once.
+"""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vit_jax.analysis.intervals import accuracy_interval
+from vit_jax.parallel.multihost import barrier, is_main
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.recipe import TrainConfig
+
+RESULT = "result.json"
+Values = dict[str, Any]  # dotted field of the recipe -> its value in a trial
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What to try: the product of `learning_rates` (schedule.peak) and of `grid`.
+
+    `grid` lists (dotted field, values); an empty sweep is one trial of the recipe as it is.
+    """
+
+    learning_rates: tuple[float, ...] = ()
+    grid: tuple[tuple[str, tuple[int | float | str, ...]], ...] = ()
+
+    def trials(self) -> list[Values]:
+        """The values of each trial."""
+        axes = dict(self.grid)
+        if self.learning_rates:
+            axes = {"schedule.peak": self.learning_rates, **axes}
+        if empty := [field for field, values in axes.items() if not values]:
+            raise ValueError(f"sweep: no values for {', '.join(empty)}: list some, or leave it out")
+        return [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A trial that has ended. `step` is that of its best dev accuracy where it may stop early."""
+
+    values: Values
+    accuracy: float
+    loss: float
+    examples: int
+    step: int
+
+    def __str__(self) -> str:
+        low, high = accuracy_interval(round(self.accuracy * self.examples), self.examples)
+        return (
+            f"{trial_name(self.values):40} {self.accuracy:7.2%}  [{low:.2%}, {high:.2%}]  "
+            f"loss {self.loss:.4f}  step {self.step}"
+        )
+
+
+def trial_name(values: Values) -> str:
+    """A trial's folder: "schedule.peak=0.01,optimizer.weight_decay=0.05"."""
+    text = ",".join(f"{field}={value}" for field, value in values.items())
+    return text.replace("/", "_") or "recipe"
+
+
+def with_values(config: Any, values: Values) -> Any:
+    """The config with the values in their fields' places; ValueError for a field it hasn't."""
+    for field, value in values.items():
+        config = _replace(config, field.split("."), value, field)
+    return config
+
+
+def _replace(config: Any, path: list[str], value: Any, field: str) -> Any:
+    name, *rest = path
+    if not dataclasses.is_dataclass(config) or name not in vars(config):
+        raise ValueError(f"sweep: the recipe has no field {field}: check the name {name!r}")
+    value = _replace(getattr(config, name), rest, value, field) if rest else value
+    return dataclasses.replace(config, **{name: value})
+
+
+def check_dev(examples: int, trials: list[Values]) -> None:
+    """ValueError for a dev split on which that many trials can't be told apart."""
+    needed = 4 * len(trials)
+    if len(trials) > 1 and examples < needed:
+        raise ValueError(
+            f"the dev split has {examples} images, too few to choose among {len(trials)} trials: "
+            f"expected at least {needed}. Enlarge it (--config.split.dev_share), or try fewer "
+            "(--config.sweep.learning_rates)"
+        )
+
+
+def run_trials(
+    config: TrainConfig,
+    trials: list[Values],
+    workdir: Path,
+    run: Callable[[TrainConfig, Path], None],
+) -> list[Trial]:
+    """Runs what has not been run; `run` trains one config in one folder, with "dev" evaluations."""
+    for number, values in enumerate(trials, 1):
+        folder = workdir / "trials" / trial_name(values)
+        if not (folder / RESULT).exists():
+            if is_main():
+                print(f"trial {number} of {len(trials)}: {trial_name(values)}", flush=True)
+            run(with_values(config, values), folder)
+            if is_main():
+                trial = _score(values, folder, config.early_stopping is not None)
+                partial = folder / f"{RESULT}.partial"
+                partial.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
+                partial.replace(folder / RESULT)
+        if is_main():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        barrier(f"trial {number}")
+    return [
+        Trial(**json.loads((workdir / "trials" / trial_name(values) / RESULT).read_text()))
+        for values in trials
+    ]
+
+
+def _score(values: Values, folder: Path, best: bool) -> Trial:
+    """The last dev evaluation, or the best (of equal ones the first)."""
+    records = [r for r in read_metrics(folder) if "dev/accuracy" in r]
+    record = max(records, key=_merit) if best else records[-1]
+    return Trial(
+        values=values,
+        accuracy=record["dev/accuracy"],
+        loss=record["dev/loss"],
+        examples=int(record["dev/examples"]),
+        step=int(record["step"]),
+    )
+
+
+def _merit(record: dict[str, float]) -> tuple[float, float]:
+    return record["dev/accuracy"], -record["dev/loss"]
+
+
+def best_trial(trials: list[Trial]) -> Trial:
+    """The most accurate on dev; of equally accurate ones that with the least loss."""
+    return max(trials, key=lambda trial: (trial.accuracy, -trial.loss))
+
+
+def show_trials(trials: list[Trial]) -> str:
+    """The table of results, the best first; notes where the best lies at the edge of the grid."""
+    best = best_trial(trials)
+    ranked = sorted(trials, key=lambda trial: (-trial.accuracy, trial.loss))
+    lines = [f"{'trial':40} dev accuracy, 95% interval", *map(str, ranked)]
+    for field, value in best.values.items():
+        tried = sorted({trial.values[field] for trial in trials})
+        if len(tried) > 1 and value in (tried[0], tried[-1]):
+            end = "smallest" if value == tried[0] else "largest"
+            lines.append(f"note: the best {field}, {value}, is the {end} tried: widen the sweep")
+    return "\n".join(lines)
