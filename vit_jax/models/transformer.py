@@ -103,6 +103,7 @@ def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
 
     Without classes the features [B, D] stand for logits. Called inside a module, whose head it is.
     """
+    features = constrain_batch(features)
     if not num_classes:
         return Output(logits=features, features=features)
     head = nn.Dense(
@@ -111,7 +112,8 @@ def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
         bias_init=nn.initializers.constant(bias),
         name="head",
     )
-    return Output(logits=head(features), features=features)
+    # Or else XLA splits the logits as FSDP splits the head, by classes, and gathers the batch.
+    return Output(logits=constrain_batch(head(features)), features=features)
 
 
 class MultiHeadAttention(nn.Module):

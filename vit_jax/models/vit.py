@@ -21,6 +21,7 @@ from vit_jax.models.transformer import (
     fold_keys,
     layer_norm,
 )
+from vit_jax.parallel.mesh import constrain_batch
 
 
 class MAPHead(nn.Module):
@@ -80,7 +81,8 @@ class ViT(nn.Module):
             dtype=config.dtype,
             name="embedding",
         )(x)
-        x = x.reshape(x.shape[0], -1, config.width)  # [B, N, D]
+        # Whole in its features on every device, however the kernel is split.
+        x = constrain_batch(x.reshape(x.shape[0], -1, config.width))  # [B, N, D]
         if self.patch_outputs is not None:
             mask = self.param("mask_embedding", nn.initializers.normal(0.02), (config.width,))
             if sources is not None:
