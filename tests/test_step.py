@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from vit_jax.analysis.compiled import Program
 from vit_jax.models.transformer import unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
@@ -43,7 +44,7 @@ STEPS = 5
 ALL_DATA = MeshConfig()
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 SOFTMAX = LossConfig()
-PLAIN_IMAGES = AugmentationConfig()
+MIXUP = AugmentationConfig(mixup=0.2)
 # The softmax doesn't see the keys' biases: their gradients are rounding errors, which AdamW would
 # scale up to whole steps but for an epsilon above them.
 ADAMW = OptimizerConfig(weight_decay=0.1, eps=1e-6)
@@ -65,13 +66,13 @@ def run(
     ema_decay=None,
     optimizer=ADAMW,
     loss=SOFTMAX,
-    augmentation=PLAIN_IMAGES,
+    augmentation=MIXUP,
     labels=None,
     steps=STEPS,
     each=None,
     **model_options,
 ):
-    """Trains a small model for a few steps: (final state, metrics of every step).
+    """Trains a small model for a few steps: (final state, metrics of every step, the program).
 
     `each` sees every state, the first one before any step.
     """
@@ -105,12 +106,13 @@ def run(
     with use_mesh(mesh):
         state = put_tree(jax.device_get(state), shardings)
         step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+        step = step.lower(state, put_batch(mesh, batch)).compile()
         for _ in range(steps):
             if each:
                 each(jax.device_get(state))
             state, metrics = step(state, put_batch(mesh, batch))
             history.append(jax.device_get(metrics))
-    return state, history
+    return state, history, step.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +129,11 @@ def assert_same(a, b):
 
 
 def test_it_learns(plain):
-    _, history = plain
+    _, history, _ = plain
     assert [float(m["learning_rate"]) for m in history] == pytest.approx(
         [0.0, 5e-4, 1e-3, 7.5e-4, 2.5e-4]
     )
     assert history[0]["loss"] == pytest.approx(np.log(5), abs=1e-5)  # the head starts at zero
-    assert history[-1]["loss"] < history[0]["loss"] - 0.01  # the same batch every step
     assert all(0 <= m["accuracy"] <= 1 for m in history)
     assert all(np.isfinite(list(m.values())).all() for m in history)
     assert history[-1]["param_norm"] != history[0]["param_norm"]
@@ -154,6 +155,24 @@ def test_every_mesh_computes_the_same(plain, mesh):
             next(iter(found.values())).size
         }
     assert_same(plain, sharded)
+    if mesh == (2, 2, 2):
+        assert_no_activation_is_gathered(sharded)
+
+
+def assert_no_activation_is_gathered(result):
+    """The program sums over `tensor` as Megatron-LM does and gathers parameters, nothing else."""
+    collectives = Program(result[2]).collectives
+    assert {c.kind for c in collectives} <= {
+        "all-gather", "all-reduce", "reduce-scatter", "collective-permute",
+    }  # fmt: skip
+    tensor, fsdp = (0, 1), (0, 2)
+    tokens = 32 // 4 * (2 * 2 + 1) * 32 * 4  # bytes of a device's [B, N, D]
+    summed = sum(c.bytes for c in collectives if (c.kind, c.group) == ("all-reduce", tensor))
+    # Two sums a block forward; backward one for the MLP and one to three for query, key and value.
+    assert 2 * 4 * tokens <= summed < 2 * 6 * tokens + tokens
+    gathered = sum(c.bytes for c in collectives if (c.kind, c.group) == ("all-gather", fsdp))
+    blocks = jax.tree.leaves(result[0].params["Transformer"])
+    assert 0 < gathered <= sum(leaf.addressable_shards[0].data.nbytes for leaf in blocks) * 2
 
 
 @pytest.mark.parametrize(("mesh", "accumulation"), [(ALL_DATA, 4), (ALL_AXES, 2)])
@@ -163,7 +182,7 @@ def test_accumulation_changes_no_number(plain, mesh, accumulation):
 
 @pytest.mark.parametrize(("mesh", "remat"), [(ALL_DATA, "none"), (ALL_AXES, "full")])
 def test_scan_and_remat_change_no_number(plain, mesh, remat):
-    state, history = run(mesh=mesh, scan=True, remat=remat)
+    state, history, _ = run(mesh=mesh, scan=True, remat=remat)
     kernel = state.params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_1"]["kernel"]
     assert ("tensor" in kernel.sharding.spec) == (mesh is ALL_AXES)
     state = dataclasses.replace(state, params=unstack_layers(state.params, 2))
@@ -171,8 +190,9 @@ def test_scan_and_remat_change_no_number(plain, mesh, remat):
 
 
 def test_dropout_and_seed_matter(plain):
-    without = run(dropout=0.0)
-    assert abs(plain[1][-1]["loss"] - without[1][-1]["loss"]) > 1e-4
+    _, without, _ = run(**dict.fromkeys(RANDOM, 0.0), augmentation=AugmentationConfig())
+    assert abs(plain[1][-1]["loss"] - without[-1]["loss"]) > 1e-4
+    assert without[-1]["loss"] < without[0]["loss"] - 0.01  # the same batch every step
 
 
 def test_ema_is_the_running_average():
@@ -190,7 +210,7 @@ def test_augmentation_is_the_same_on_every_mesh_and_with_accumulation(plain):
     options = {"augmentation": mixing, "labels": labels, "steps": 3, "depth": 1}
     mixed = run(**options)
     assert mixed[1][0]["grad_norm"] != pytest.approx(plain[1][0]["grad_norm"], rel=1e-3)
-    assert_same(mixed, run(mesh=MeshConfig(data=4, fsdp=2), accumulation=2, **options))
+    assert_same(mixed, run(mesh=ALL_AXES, accumulation=2, **options))
 
 
 def test_masked_patches_are_the_same_on_every_mesh_and_with_accumulation():
@@ -204,7 +224,7 @@ def test_masked_patches_are_the_same_on_every_mesh_and_with_accumulation():
 def test_frozen_parameters_stay_and_cost_no_gradient(plain):
     assert plain[0].ema is None
     optimizer = OptimizerConfig(lr_multipliers=(("head/.*", 1.0), (".*", 0.0)), weight_decay=0.1)
-    state, history = run(optimizer=optimizer)
+    state, history, _ = run(optimizer=optimizer)
     initial = run(steps=0)[0]
     for name in ("embedding", "Transformer", "pos_embedding"):
         chex.assert_trees_all_equal(state.params[name], initial.params[name])
@@ -244,7 +264,7 @@ def test_several_labels_an_image():
     )
     assert both == pytest.approx((one + other) / 2, rel=1e-6)
     labels = np.stack([np.arange(32) % 5, np.arange(32) % 3], axis=1).astype(np.int32)
-    _, history = run(labels=labels, loss=LossConfig("sigmoid"), steps=2)
+    _, history, _ = run(labels=labels, loss=LossConfig("sigmoid"), steps=2)
     assert np.isfinite(history[-1]["loss"])
 
 
