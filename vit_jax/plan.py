@@ -7,9 +7,19 @@ python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=image
 Compiles the recipe's own training step for the named chips, on any machine, without one and without
 the data. It needs the compiler alone: pip install 'vit_jax[tpu]', and 'vit_jax[cuda]' for GPUs:
 h100:8, or h100:32x8, nodes x GPUs. What it prints is the compiler's estimate and no measurement;
-input, evaluations and checkpoints are not in it. `--search` compiles several meshes, ways of remat
-and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from a stated MFU instead.
-Any field of the recipe is a flag: --config.batch_size=512.
+input, evaluations and checkpoints are not in it. `--search` compiles several meshes (data, FSDP,
+tensor), ways of remat and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from
+a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512.
+
+What the paper's own runs took, TPUv3-core-days of its Table 2 (device-days here; 2.5k, 0.68k and
+0.23k there), at the MFU that they imply:
+
+python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-H/14,epochs=14 --topology=v3:16x16 \
+    --config.model.remat=full --mfu=0.32
+python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-L/16,epochs=14 --topology=v3:16x16 \
+    --mfu=0.43
+python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+    --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
 """
 
 import dataclasses
@@ -24,10 +34,12 @@ import jax
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.analysis.compiled import OutOfMemory, Program
+from vit_jax.analysis.chips import GIB
+from vit_jax.analysis.compiled import OutOfMemory, Program, memory
 from vit_jax.analysis.flops import training_flops
 from vit_jax.analysis.report import (
     collectives_report,
+    kernels_report,
     memory_report,
     run_report,
     show,
@@ -35,8 +47,9 @@ from vit_jax.analysis.report import (
 )
 from vit_jax.analysis.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import dataset_size
-from vit_jax.parallel.mesh import check_batch_size, make_mesh
-from vit_jax.training.memory import compile_step
+from vit_jax.models.variants import build_model
+from vit_jax.parallel.mesh import MeshConfig, batch_parts, check_batch_size, make_mesh
+from vit_jax.training.memory import compile_init, compile_step
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
 CONFIG = configuration.define_config_flag()
@@ -54,11 +67,25 @@ ASSUMED_MFU = 0.4
 
 
 def plan(
-    training: Training, topology: Topology, mfu: float | None = None, price: float | None = None
+    training: Training,
+    topology: Topology,
+    mfu: float | None = None,
+    price: float | None = None,
+    whole: bool = True,
 ) -> dict:
-    """Compiles a step and says all there is to say of it, ready for JSON."""
+    """Compiles a step and says all there is to say of it, ready for JSON.
+
+    `whole`: the making of the state too, and what the step would need without flash attention.
+    """
     config, mesh = training.config, training.mesh
     start = time.perf_counter()
+
+    def peak(compile_program, training):
+        try:
+            return memory(compile_program(training)).peak / GIB
+        except OutOfMemory as error:
+            return error.needed
+
     try:
         compiled = compile_step(training)
     except OutOfMemory as error:
@@ -75,6 +102,7 @@ def plan(
         "devices": topology.num_devices,
         "mesh": dict(mesh.shape),
         "remat": config.model.remat,
+        "attention": config.model.attention,
         "accumulation": config.accumulation,
         "jax": jax.__version__,
         "memory_gib": memory_report(
@@ -82,6 +110,10 @@ def plan(
         ),
         "flops": {"model": flops},
     }
+    sizes = report["memory_gib"]
+    if whole:
+        sizes["init_peak"] = peak(compile_init, training)
+        sizes["fits"] &= sizes["init_peak"] <= sizes["capacity"]
     run = {"flops": flops, "batch_size": config.batch_size, "steps": training.steps, "price": price}
     if not isinstance(compiled, OutOfMemory):
         slices = range(0, topology.num_devices, topology.num_devices // topology.num_slices)
@@ -90,19 +122,52 @@ def plan(
         waits = [row["roofline_seconds"] for row in report["collectives"]]
         report["collective_seconds"] = None if None in waits else sum(waits)
         report["loops_of_unknown_trips"] = program.unknown_loops
+        report["kernels"] = kernels_report(program.kernels, topology.chip)
+        if report["kernels"] and whole:
+            sizes["without_flash"] = peak(compile_step, without_flash(training))
         if topology.chip.is_tpu:  # GPUs' matrix products are calls of cuBLAS, without an estimate
             total = program.flops * topology.num_devices
             report["flops"] |= {"compiled": total, "recomputed": total / flops - 1}
             report["cycles"] = program.cycles
             report["compute_seconds"] = program.cycles / topology.chip.clock
     if mfu is None and "cycles" in report:  # as if nothing overlapped
-        run["seconds"] = report["compute_seconds"] + (report["collective_seconds"] or 0.0)
-        report["run"] = {"from": "the compiler's estimated cycles", **run_report(topology, **run)}
-    elif mfu is not None or report["memory_gib"]["fits"]:
+        kernels = sum(row["roofline_seconds"] or 0.0 for row in report["kernels"])
+        waits = report["collective_seconds"] or 0.0
+        run["seconds"] = report["compute_seconds"] + kernels + waits
+        source = "the compiler's estimated cycles" + " and its kernels' rooflines" * (kernels > 0)
+        report["run"] = {"from": source, **run_report(topology, **run)}
+    elif mfu is not None or sizes["fits"]:
         source = f"an assumed MFU of {ASSUMED_MFU}: --mfu" if mfu is None else f"an MFU of {mfu}"
         run["mfu"] = mfu or ASSUMED_MFU
         report["run"] = {"from": source, **run_report(topology, **run)}
     return report | {"compile_seconds": time.perf_counter() - start}
+
+
+def without_flash(training: Training) -> Training:
+    """The same with plain attention."""
+    model = training.model
+    config = dataclasses.replace(model.config, attention="xla")
+    plain = build_model(config, model.num_classes, model.image_size)
+    return dataclasses.replace(training, model=plain)
+
+
+def search_meshes(
+    config: TrainConfig, topology: Topology, num_classes: int
+) -> Iterator[MeshConfig]:
+    """The recipe's, and data alone, all FSDP and the middle between, with tensor 1 and 2.
+
+    FSDP and tensor stay inside a slice or node.
+    """
+    island = topology.num_devices // topology.islands
+    size = (config.image_size, config.image_size)
+    heads = build_model(config.model, num_classes, size).config.num_heads
+    tensors = {1, config.mesh.tensor, 2} if heads and heads % 2 == 0 else {1, config.mesh.tensor}
+    for tensor in sorted(n for n in tensors if island % n == 0):
+        whole = island // tensor
+        middle = 2 ** (int(math.log2(whole)) // 2)
+        for fsdp in sorted({1, config.mesh.fsdp, middle, whole}):
+            if whole % fsdp == 0:
+                yield dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor)
 
 
 def search(
@@ -117,18 +182,19 @@ def search(
     More remat or accumulation is tried only where less doesn't fit, since both cost time.
     """
     check_batch_size(config.batch_size, make_mesh(config.mesh, devices))
-    for fsdp in sorted({1, config.mesh.fsdp, len(devices) // topology.num_slices}):
+    for mesh_config in search_meshes(config, topology, size[0]):
+        mesh = make_mesh(mesh_config, devices)
         for remat in ("none", "dots", "full"):
             accumulation = 1
-            while config.batch_size % (len(devices) * accumulation) == 0:
+            while config.batch_size % (batch_parts(mesh) * accumulation) == 0:
                 variant = dataclasses.replace(
                     config,
-                    mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp),
+                    mesh=mesh_config,
                     model=dataclasses.replace(config.model, remat=remat),
                     accumulation=accumulation,
                 )
-                training = build_training(variant, make_mesh(variant.mesh, devices), *size)
-                report = plan(training, topology, **kwargs)
+                training = build_training(variant, mesh, *size)
+                report = plan(training, topology, whole=False, **kwargs)
                 yield report
                 sizes = report["memory_gib"]
                 room = sizes["capacity"] - sizes["parameters"] - sizes["optimizer"]

@@ -19,6 +19,9 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*
 # TPUs send what crosses from slice to slice through their hosts.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_KERNEL = re.compile(
+    r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*|__gpu\$xla\.gpu\.triton)"'
+)
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
     r"called_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
@@ -37,6 +40,27 @@ class Memory:
     @property
     def peak(self) -> int:
         return self.arguments + self.temporaries + self.outputs + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A program inside the program that XLA doesn't see into: of Pallas, or cuDNN's attention.
+
+    `flops` and `bytes` (of the device's memory) of one call are what its author states to XLA;
+    None: nothing.
+    """
+
+    name: str
+    flops: int | None
+    bytes: int | None
+    times: int = 1
+
+    def seconds(self, chip: Chip) -> float | None:
+        """The least time of all calls: at the peak or at the memory's full bandwidth."""
+        if self.flops is None or self.bytes is None:
+            return None
+        compute = self.flops / chip.device_peak_flops
+        return self.times * max(compute, self.bytes * chip.devices / chip.hbm_bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +234,7 @@ class Program:
 
     @property
     def cycles(self) -> int:
-        """The TPU compiler's estimated cycles of one device, without waiting for others."""
+        """The TPU compiler's estimated cycles of one device, but for waiting, and for kernels."""
         total = 0
         for times, _, instruction in self._instructions():
             if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
@@ -219,14 +243,34 @@ class Program:
 
     @property
     def flops(self) -> int:
-        """Of one device's matrix products and convolutions, those recomputed included."""
+        """Of one device's matrix products and convolutions, those recomputed included.
+
+        Those of kernels, where these state any, too.
+        """
         total = 0
         for times, scope, instruction in self._instructions():
             if instruction.opcode == "convolution":
                 total += times * _convolution_flops(scope, instruction)
             elif instruction.opcode == "dot":
                 total += times * _dot_flops(scope, instruction)
-        return total
+        return total + sum(kernel.times * (kernel.flops or 0) for kernel in self.kernels)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Every call of a kernel; of none of them `cycles` knows."""
+        found = []
+        for times, _, instruction in self._instructions():
+            attributes = instruction.attributes
+            if instruction.opcode != "custom-call" or not (match := _KERNEL.search(attributes)):
+                continue
+            name = re.sub(r"\.\d+$", "", instruction.name)
+            if match[1].startswith("__cudnn"):
+                name = match[1].removeprefix("__cudnn$")
+            costs = re.search(r'"cost_estimate":\{([^{}]*)\}', attributes)
+            stated = dict(re.findall(r'"(\w+)":"(\d+)"', costs[1])) if costs else {}
+            flops, size = (stated.get(key) for key in ("flops", "bytes_accessed"))
+            found.append(Kernel(name, flops and int(flops), size and int(size), times))
+        return found
 
     @property
     def collectives(self) -> list[Collective]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from vit_jax.analysis.chips import GIB
-from vit_jax.analysis.compiled import Collective, OutOfMemory, memory
+from vit_jax.analysis.chips import GIB, Chip
+from vit_jax.analysis.compiled import Collective, Kernel, OutOfMemory, memory
 from vit_jax.analysis.topology import Topology
 
 
@@ -66,6 +66,28 @@ def collectives_report(collectives: list[Collective], topology: Topology) -> lis
     return list(rows.values())
 
 
+def kernels_report(kernels: list[Kernel], chip: Chip) -> list[dict]:
+    """One device's kernels in a step: of each name, the sums; None where a kernel states nothing.
+
+    They are not in the compiler's cycles; `roofline_seconds` is the least that they take.
+    """
+    rows: dict[str, dict] = {}
+    for kernel in kernels:
+        row = rows.setdefault(
+            kernel.name,
+            {"name": kernel.name, "count": 0, "flops": 0, "gib": 0.0, "roofline_seconds": 0.0},
+        )
+        row["count"] += kernel.times
+        seconds = kernel.seconds(chip)
+        if seconds is None or row["flops"] is None:
+            row |= {"flops": None, "gib": None, "roofline_seconds": None}
+        else:
+            row["flops"] += kernel.times * kernel.flops
+            row["gib"] += kernel.times * kernel.bytes / GIB
+            row["roofline_seconds"] += seconds
+    return list(rows.values())
+
+
 def run_report(
     topology: Topology,
     *,
@@ -99,22 +121,24 @@ def run_report(
 
 def remedies(report: dict) -> list[str]:
     """What would make a step fit that doesn't: by proportion, so `--search` has the last word."""
-    sizes, devices = report["memory_gib"], report["devices"]
+    sizes, mesh, devices = report["memory_gib"], report["mesh"], report["devices"]
     state = sizes["parameters"] + sizes["optimizer"]
     activations = sizes["peak"] - state
     room = sizes["capacity"] - state
     found = []
     if report["remat"] != "full":
         found.append("remat: --config.model.remat=full keeps the input of each layer alone")
-    per_device = report["batch_size"] // devices
+    per_device = report["batch_size"] // (mesh["data"] * mesh["fsdp"])
     for times in range(2, per_device + 1):
         if per_device % times == 0 and activations / times <= room:
             total = report["accumulation"] * times
             found.append(f"accumulation: --config.accumulation={total}")
             break
     for split in (2**n for n in range(1, 12)):
-        over = report["mesh"]["fsdp"] * split
-        if devices % over == 0 and state / split + activations <= sizes["capacity"]:
+        over = mesh["fsdp"] * split
+        if (devices // mesh["tensor"]) % over == 0 and state / split + activations <= sizes[
+            "capacity"
+        ]:
             found.append(f"FSDP: --config.mesh.fsdp={over}")
             break
     if room > 0:
@@ -135,9 +159,17 @@ def show(report: dict) -> str:
         "",
         "Memory of a device, GiB: the compiler's account",
     ]
-    for name in ("parameters", "optimizer", "arguments", "temporaries", "program", "peak"):
+    notes = {
+        "arguments": "  the two above and the batch, padded",
+        "init_peak": "  while the parameters are born",
+        "without_flash": "  peak with --config.model.attention=xla",
+    }
+    for name in (
+        *("parameters", "optimizer", "arguments", "temporaries", "program", "peak"),
+        *("without_flash", "init_peak"),
+    ):
         if name in sizes:
-            note = {"arguments": "  the two above and the batch, padded"}.get(name, "")
+            note = notes.get(name, "")
             lines.append(f"  {name:12} {sizes[name]:9.2f}{note}")
     verdict = "fits" if sizes["fits"] else "DOES NOT FIT"
     lines.append(f"  {'capacity':12} {sizes['capacity']:9.2f}  {verdict}")
@@ -165,6 +197,17 @@ def show(report: dict) -> str:
             f"Estimated cycles of a device: {report['cycles']:,}, the compiler's: "
             f"{report['compute_seconds'] * 1e3:.1f} ms",
         ]
+    if report.get("kernels"):
+        lines += [
+            "",
+            "Kernels, of which the compiler estimates nothing: at the peak or memory-bound",
+        ]
+        for row in report["kernels"]:
+            cost = "states neither FLOPs nor bytes: NOT in the time"
+            if row["roofline_seconds"] is not None:
+                cost = f"{row['flops']:9.3g} FLOPs {row['gib']:8.3f} GiB"
+                cost += f" {row['roofline_seconds'] * 1e3:9.2f} ms at least"
+            lines.append(f"  {row['count']:4} x {row['name']:30} {cost}")
     if run := report.get("run"):
         lines += [
             "",

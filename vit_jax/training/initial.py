@@ -1,5 +1,6 @@
 """The state that a run begins with: random, loaded or restored, and born where it belongs."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,17 @@ from vit_jax.training.checkpoint import restore, restore_newest
 from vit_jax.training.step import TrainState, init_state, start_state
 
 if TYPE_CHECKING:
-    from vit_jax.training.loop import Run
+    from vit_jax.training.loop import Run, Training
+
+
+def fresh_state(training: "Training") -> Callable[[jax.Array], TrainState]:
+    """A PRNG key -> the state of a random start, born sharded, as a jitted function.
+
+    No device, and no host, ever holds more than its part, and a layer.
+    """
+    use_ema = training.config.ema_decay is not None
+    init = partial(init_state, training.model, training.optimizer, use_ema=use_ema)
+    return jax.jit(init, out_shardings=training.shardings)
 
 
 def first_state(run: "Run") -> tuple[TrainState, list[str]]:
@@ -30,12 +41,7 @@ def first_state(run: "Run") -> tuple[TrainState, list[str]]:
     use_ema = run.config.ema_decay is not None
     key = jax.random.key(run.config.seed)
     if run.loaded is None:
-        # Born sharded: no device, and no host, ever holds more than its part.
-        born = jax.jit(
-            partial(init_state, run.model, run.optimizer, use_ema=use_ema),
-            out_shardings=run.shardings,
-        )
-        return born(key), []
+        return fresh_state(run)(key), []
     fresh = jax.jit(run.model.init, out_shardings=run.shardings.params)(key)
     params = jax.tree.map(
         lambda loaded, new, sharding: (

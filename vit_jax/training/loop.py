@@ -225,14 +225,16 @@ def _take_steps(
     batch = next(batches)
     with Profile(run.workdir, config.profile_steps, run.clock) as profile:
         for done in range(int(state.step) + 1, run.steps + 1):
-            with profile.step(done, state):
-                state, values = step(state, batch)
-            recorder.add(done, values)  # fetches the step before, while this one runs
-            last = done == run.steps
-            preempted = preemption.reached(done) and not last
-            if not (last or preempted):
-                with recorder.waiting():
-                    batch = next(batches)
+            # Between host and devices goes what is put or fetched by name, and nothing unasked.
+            with jax.transfer_guard("disallow"):
+                with profile.step(done, state):
+                    state, values = step(state, batch)
+                recorder.add(done, values)  # fetches the step before, while this one runs
+                last = done == run.steps
+                preempted = preemption.reached(done) and not last
+                if not (last or preempted):
+                    with recorder.waiting():
+                        batch = next(batches)
             evaluates = last or (_evaluates(config, done) and not preempted)
             saves = last or preempted or done % config.checkpoint.every == 0
             if evaluates or saves:

@@ -1,0 +1,1 @@
+"""Claims about speed: one script each, results beside them."""
