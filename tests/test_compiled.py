@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vit_jax.analysis.chips import CHIPS, PEAK_FLOPS
 from vit_jax.analysis.compiled import (
     Collective,
+    Kernel,
     OutOfMemory,
     Program,
     compile_for,
@@ -185,6 +186,52 @@ def test_groups_of_devices(written, group):
         "%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n"
     )
     assert Program(text).collectives == [Collective("all-reduce", 64, group)]
+
+
+def kernel(target, config, name="flash_attention.1"):
+    return (
+        "ENTRY %m (q: bf16[2,4,256,128]) -> bf16[2,4,256,128] {\n"
+        "  %q = bf16[2,4,256,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)\n"
+        f"  ROOT %{name} = bf16[2,4,256,128]{{3,2,1,0:T(8,128)(2,1)}} custom-call(%q, %q), "
+        f'custom_call_target="{target}", backend_config={config}\n}}\n'
+    )
+
+
+COST = (
+    '{"custom_call_config":{"body":"...","cost_estimate":{"flops":"269484032","transcendentals":'
+    '"524288","bytes_accessed":"2097152","remote_bytes_transferred":"0"}},"retry_config":{}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "expected"),
+    [
+        (
+            "tpu_custom_call",
+            COST,
+            Kernel("flash_attention", 269484032, 2097152),
+        ),  # as libtpu has it
+        ("tpu_custom_call", '{"custom_call_config":{}}', Kernel("flash_attention", None, None)),
+        ("__cudnn$fmhaSoftmaxBackward", "{}", Kernel("fmhaSoftmaxBackward", None, None)),
+        ("__cublas$gemm", "{}", None),
+        ("Sharding", "{}", None),
+    ],
+)
+def test_kernels_that_xla_does_not_see_into(target, config, expected):
+    program = Program(kernel(target, config))
+    assert program.kernels == ([expected] if expected else [])
+    assert program.flops == ((expected and expected.flops) or 0)
+    assert program.cycles == 0
+
+
+def test_a_kernels_roofline():
+    v5e, v3 = CHIPS["v5e"], CHIPS["v3"]
+    assert Kernel("k", 10**12, 10, times=3).seconds(v5e) == pytest.approx(3e12 / v5e.peak_flops)
+    assert Kernel("k", 10, 10**9).seconds(v5e) == pytest.approx(1e9 / v5e.hbm_bandwidth)
+    # A core has half of its chip's arithmetic and of its memory's bandwidth.
+    assert Kernel("k", 10**12, 10).seconds(v3) == pytest.approx(2e12 / v3.peak_flops)
+    assert Kernel("k", 10, 10**9).seconds(v3) == pytest.approx(2e9 / v3.hbm_bandwidth)
+    assert Kernel("k", None, None).seconds(v5e) is None
 
 
 def test_what_crosses_between_slices():

@@ -102,6 +102,43 @@ def check_times(records, workdir):
     assert [(s["from_step"], s["to_step"]) for s in starts] == [(0, 3), (3, 8)]
 
 
+def test_nothing_is_compiled_after_the_first_steps(tmp_path, monkeypatch):
+    """Neither steps, nor saves, nor evaluations after the first compile anything again."""
+    evaluation = {"data": {"dataset": "digits", "split": "test[:50]"}, "batch_size": 16}
+    compiled, add = [], loop.Recorder.add
+    monkeypatch.setattr(
+        loop.Recorder,
+        "add",
+        lambda self, done, values: (compiled.append(done), add(self, done, values)),
+    )
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append("compiled")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(tmp_path, classification={"test": evaluation}, eval_every=2)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert "compiled" in compiled[: compiled.index(1)]
+    assert compiled[compiled.index(4) :] == [4, 5, 6, 7, 8]  # the first checkpoint is of step 3
+
+
+def test_an_implicit_transfer_is_an_error(tmp_path, monkeypatch):
+    """A batch that is still on the host goes no further: TPUs would wait for it in every step."""
+    put, calls = loop.put_batch, []
+
+    def forgetful(mesh, batch):
+        calls.append(1)
+        return put(mesh, batch) if len(calls) < 3 else batch
+
+    monkeypatch.setattr(loop, "put_batch", forgetful)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(tmp_path)
+    assert len(calls) == 3
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     first = run(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()

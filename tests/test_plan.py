@@ -13,11 +13,12 @@ from processes import command
 
 from vit_jax.analysis import topology
 from vit_jax.analysis.chips import CHIPS
-from vit_jax.analysis.compiled import Collective, OutOfMemory
+from vit_jax.analysis.compiled import Collective, Kernel, OutOfMemory
 from vit_jax.analysis.flops import TABLE_2, device_days, pretraining_exaflops, training_flops
 from vit_jax.analysis.report import (
     collectives_report,
     device_bytes,
+    kernels_report,
     memory_report,
     remedies,
     run_report,
@@ -28,6 +29,7 @@ from vit_jax.analysis.topology import parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
+from vit_jax.plan import search_meshes
 from vit_jax.training.optimizer import ScheduleConfig
 from vit_jax.training.recipe import TrainConfig, build_training
 
@@ -207,7 +209,7 @@ def too_large(**changes):
         "memory_gib": {**sizes, **changes},
         "model": "ViT-B/16", "dataset": "imagenet2012", "num_classes": 1000, "image_size": 224,
         "batch_size": 64, "topology": "v5e:4x4", "chips": 16, "devices": 16,
-        "mesh": {"data": 16, "fsdp": 1}, "remat": "none", "accumulation": 1,
+        "mesh": {"data": 16, "fsdp": 1, "tensor": 1}, "remat": "none", "accumulation": 1,
         "flops": {"model": 1e12},
     }  # fmt: skip
 
@@ -224,6 +226,39 @@ def test_what_would_make_it_fit():
     # A state that alone is too large: microbatches don't help.
     found = remedies(too_large(parameters=8.0, optimizer=16.0, peak=25.0))
     assert [remedy.split(":")[0] for remedy in found] == ["remat", "FSDP"]
+
+
+def test_kernels_are_summed_by_name():
+    h100 = CHIPS["h100"]
+    found = [
+        Kernel("flash", 10**12, 2**30, 12),
+        Kernel("flash", 10**12, 2**30),
+        Kernel("other", 1, 1),
+    ]
+    flash, other = kernels_report(found, h100)
+    assert (flash["count"], flash["flops"], flash["gib"]) == (13, 13e12, 13.0)
+    assert other["count"] == 1
+    assert flash["roofline_seconds"] == pytest.approx(13e12 / h100.peak_flops)
+    (flash,) = kernels_report([found[0], Kernel("flash", None, None)], h100)
+    assert flash["count"] == 13 and flash["roofline_seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "meshes"),
+    [
+        ("v5e:4x4", 2, [(32, 1, 1), (8, 4, 1), (2, 16, 1), (16, 1, 2), (8, 2, 2), (2, 8, 2)]),
+        ("h100:2x8", 1, [(16, 1, 1), (8, 2, 1), (2, 8, 1), (8, 1, 2), (4, 2, 2), (2, 4, 2)]),
+    ],
+)
+def test_a_search_keeps_fsdp_and_tensor_inside_an_island(topology, slices, meshes):
+    parsed = parse_topology(topology, slices)
+    config = make_config("ViT-Ti/8", image_size=32)  # of three heads
+    found = {(m.fsdp, m.tensor) for m in search_meshes(config, parsed, 10)}
+    assert found == {(fsdp, tensor) for _, fsdp, tensor in meshes if tensor == 1}
+    config = make_config("ViT-S/8", image_size=32)
+    found = [(m.fsdp, m.tensor) for m in search_meshes(config, parsed, 10)]
+    assert found == [mesh[1:] for mesh in meshes]
+    assert all(math.prod(mesh) == parsed.num_devices for mesh in meshes)
 
 
 def test_the_table_labels_estimates():
@@ -273,7 +308,11 @@ def test_it_compiles_for_chips_that_are_not_here(tmp_path):
     (first, *_) = json.loads((tmp_path / "plan.json").read_text())
     network = [row for row in first["collectives"] if row["devices"] == 2]
     assert sum(row["gib"] for row in network) * 2**30 > parameters / 4  # a device's share, bf16
-    assert "microbatches" in out and "data=2 x fsdp=4" in out and "data=8 x fsdp=1" in out
+    assert (
+        "microbatches" in out
+        and "data=2 x fsdp=4 x tensor=1" in out
+        and "data=8 x fsdp=1 x tensor=1" in out
+    )
 
 
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path):

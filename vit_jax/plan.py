@@ -145,10 +145,13 @@ def plan(
 
 def without_flash(training: Training) -> Training:
     """The same with plain attention."""
-    model = training.model
-    config = dataclasses.replace(model.config, attention="xla")
-    plain = build_model(config, model.num_classes, model.image_size)
-    return dataclasses.replace(training, model=plain)
+    config = dataclasses.replace(
+        training.config,
+        model=dataclasses.replace(training.config.model, attention="xla"),
+        steps=training.steps,
+        epochs=None,
+    )
+    return build_training(config, training.mesh, training.model.num_classes, num_examples=1)
 
 
 def search_meshes(

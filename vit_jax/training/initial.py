@@ -9,13 +9,14 @@ import numpy as np
 
 from vit_jax.parallel.mesh import put_tree
 from vit_jax.training.checkpoint import restore, restore_newest
+from vit_jax.training.recipe import Training
 from vit_jax.training.step import TrainState, init_state, start_state
 
 if TYPE_CHECKING:
-    from vit_jax.training.loop import Run, Training
+    from vit_jax.training.loop import Run
 
 
-def fresh_state(training: "Training") -> Callable[[jax.Array], TrainState]:
+def fresh_state(training: Training) -> Callable[[jax.Array], TrainState]:
     """A PRNG key -> the state of a random start, born sharded, as a jitted function.
 
     No device, and no host, ever holds more than its part, and a layer.
