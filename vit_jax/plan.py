@@ -148,7 +148,7 @@ def without_flash(training: Training) -> Training:
     config = dataclasses.replace(
         training.config,
         model=dataclasses.replace(training.config.model, attention="xla"),
-        steps=training.steps,
+        steps=training.scheduled,
         epochs=None,
     )
     return build_training(config, training.mesh, training.model.num_classes, num_examples=1)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from vit_jax.analysis.compiled import OutOfMemory, compile_for, memory
 from vit_jax.models.transformer import REMAT_POLICIES
-from vit_jax.parallel.mesh import batch_sharding, use_mesh
+from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
+from vit_jax.training.initial import fresh_state
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
 GIB = 2**30
@@ -47,6 +48,14 @@ def compile_step(training: Training) -> jax.stages.Compiled:
     )
     with use_mesh(training.mesh):
         return compile_for(training.lower(state, shapes))
+
+
+def compile_init(training: Training) -> jax.stages.Compiled:
+    """Compiles the program that makes a random state, as `compile_step` does."""
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(training.mesh))
+    with use_mesh(training.mesh):
+        return compile_for(fresh_state(training).lower(key))
 
 
 def device_memory() -> float:
@@ -106,7 +115,7 @@ def _next_accumulation(
     training: Training, config: TrainConfig, need: Need, capacity: float
 ) -> int | None:
     """The fewest microbatches that may do, by proportion; None where there are none."""
-    rows = config.batch_size // training.mesh.size
+    rows = config.batch_size // batch_parts(training.mesh)
     together = 2 if config.augmentation.mixes else 1
     for accumulation in range(config.accumulation + 1, rows + 1):
         divides = rows % accumulation == 0 and config.batch_size % (accumulation * together) == 0
