@@ -1,0 +1,161 @@
+"""The scaling study: python -m experiments.scaling COMMAND --study=mini
+
+expand    lists the runs of a study
+cost      exaFLOPs, chip-hours and price of each on a named slice, before anything runs
+run       makes what is missing; may be killed and repeated, on several machines at a time
+status    what became of every run
+figures   draws the paper's figures, and the study's results on top
+fit       scaling laws, compute-optimal frontier and crossing points, with intervals
+"""
+
+import argparse
+import ast
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from experiments.scaling.runner import Store, commands, statuses, train, work
+from experiments.scaling.study import Study, expand, load_study
+from vit_jax.config import explained_errors
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, **kwargs) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name)
+        command.add_argument("--study", help="a name in studies/, or a file; :ARG behind", **kwargs)
+        command.add_argument("--folder", type=Path, help="of the runs; runs/scaling/STUDY")
+        command.add_argument("--results", type=Path, help="results.jsonl; of studies/: results/")
+        return command
+
+    add("expand", required=True)
+    cost = add("cost", required=True)
+    cost.add_argument("--topology", default="v3:4x4", help="v5e:16x16, h100:8, ...")
+    cost.add_argument("--num_slices", type=int, default=1)
+    cost.add_argument("--mfu", type=float, default=0.4)
+    cost.add_argument("--price_per_chip_hour", type=float)
+    cost.add_argument("--compile", action="store_true", help="ask the compiler, not the MFU")
+    run = add("run", required=True)
+    run.add_argument("--print", action="store_true", help="commands for a cluster; runs nothing")
+    run.add_argument("--only", help="the name of one run")
+    run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
+    run.add_argument("--workers", type=int, default=1, help="processes, with a GPU each")
+    run.add_argument("--retry_failed", action="store_true")
+    run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                     help="of this machine: mesh.fsdp=8, data.data_dir=/data")  # fmt: skip
+    status = add("status", required=True)
+    status.add_argument("--all", action="store_true", help="those that are done too")
+    figures = add("figures")
+    figures.add_argument("--output", type=Path, help="folder; beside the results")
+    fit = add("fit", required=True)
+    fit.add_argument("--output", type=Path, help="folder; beside the results")
+    return parser.parse_args(arguments)
+
+
+def open_store(options: argparse.Namespace, study: Study) -> Store:
+    """The study's folder; results of shipped studies are kept in the repository."""
+    folder = options.folder or Path("runs/scaling") / study.name
+    return Store(folder, options.results or RESULTS / study.name / "results.jsonl")
+
+
+def run(options: argparse.Namespace, study: Study) -> int:
+    """1 if anything failed or was refused."""
+    store = open_store(options, study)
+    # Programs are compiled once for the study. Not shared between hosts: a CPU's may not run there.
+    compiled = (store.folder / "compiled" / platform.node()).absolute()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    if options.retry_failed:
+        for name in store.forget_failed():
+            print(f"again: {name}")
+    if options.print:
+        paths = f"--study={options.study} --folder={store.folder} --results={store.results}"
+        print("\n".join(commands(statuses(study, store), paths)))
+        return 0
+    if options.workers > 1:
+        return run_workers(options.workers)
+    found = work(
+        study, store, train,
+        free=dict(parse_field(text) for text in options.set),
+        only=options.only,
+        seconds=60 * options.minutes,
+    )  # fmt: skip
+    show(found, everything=False)
+    return int(any(s.state in ("failed", "blocked", "changed") for s in found))
+
+
+def run_workers(count: int) -> int:
+    """The same command in `count` processes, which share the study by its claims."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--workers", "--retry_failed"))]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments.scaling", *arguments],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(i)},
+        )
+        for i in range(count)
+    ]
+    return max(worker.wait() != 0 for worker in workers)
+
+
+def parse_field(text: str) -> tuple[str, object]:
+    """`mesh.fsdp=8`; a value that is no literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set={text}: expected FIELD=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def show(found: list, everything: bool) -> None:
+    """Counts, and what there is to say of those that aren't done."""
+    for status in found:
+        if everything or status.state != "done":
+            note = status.note.replace("\n", "\n    ")
+            print(f"{status.state:11} {status.run.key}" + (f": {note}" if note else ""))
+    counts = Counter(status.state for status in found)
+    print(f"{len(found)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_arguments(arguments)
+    with explained_errors():
+        study = load_study(options.study) if options.study else None
+        if options.command == "expand":
+            for item in expand(study):
+                after = item.init or item.trunk
+                print(item.name + (f"  after {after}" if after else ""))
+        elif options.command == "run":
+            return run(options, study)
+        elif options.command == "status":
+            show(statuses(study, open_store(options, study)), options.all)
+        elif options.command == "cost":
+            from experiments.scaling.cost import show_cost
+
+            show_cost(study, options)
+        elif options.command == "figures":
+            from experiments.scaling.figures import draw_all
+
+            store = open_store(options, study) if study else None
+            draw_all(study, store, options.output)
+        else:
+            from experiments.scaling.fits import show_fits
+
+            show_fits(study, open_store(options, study), options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""Makes the runs of a study that are missing, and knows which those are.
+
+The folder of a study holds `runs/NAME` (the workdirs), `claims/` and `records/NAME.json`, one for
+each run that ended, well or with an error. Any number of processes, on any number of machines that
+share the folder, may `work` on one study at a time and be killed at any moment. All that figures
+and fits need is in the records, which are also collected into one `results.jsonl`.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.scaling.claims import LEASE, Claims, write_atomically
+from experiments.scaling.study import FREE, Run, Study, differences, expand, flatten, merge
+
+DEATHS = 3  # a run over which so many processes died is taken for their murderer
+Train = Callable[[Run, dict, Path], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """A run's: done | failed | changed | running | blocked | waits | interrupted | missing."""
+
+    run: Run
+    state: str
+    note: str = ""
+
+
+class Store:
+    """What is on the disk of a study."""
+
+    def __init__(self, folder: Path, results: Path | None = None, lease: float = LEASE):
+        self.folder = folder
+        self.results = results or folder / "results.jsonl"
+        self.claims = Claims(folder / "claims", lease)
+
+    def workdir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def has_checkpoint(self, name: str, step: int | None = None) -> bool:
+        """Whether a run's checkpoint of `step` is there; of any step by default."""
+        folder = self.workdir(name) / "checkpoints"
+        if step is not None:
+            return (folder / str(step)).is_dir()
+        return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Every run that ended, by name. A record of the folder outweighs a collected one."""
+        found = {record["name"]: record for record in read_results(self.results)}
+        for path in sorted((self.folder / "records").glob("*.json")):
+            record = json.loads(path.read_text())
+            found[record["name"]] = record
+        return found
+
+    def record(self, run: Run, values: Mapping[str, Any]) -> None:
+        record = {
+            "name": run.name,
+            "key": run.key,
+            "kind": run.kind,
+            "labels": dict(run.labels),
+            "config": flatten(run.config),
+            **values,
+        }
+        path = self.folder / "records" / f"{run.name}.json"
+        write_atomically(path, json.dumps(record) + "\n")
+        self.collect()
+
+    def collect(self) -> dict[str, dict[str, Any]]:
+        """Writes all records into one file, and returns them."""
+        records = self.records()
+        lines = [json.dumps(record) + "\n" for record in records.values()]
+        write_atomically(self.results, "".join(lines))
+        return records
+
+    def forget_failed(self) -> list[str]:
+        """Removes the records of runs that failed, so that they are tried again."""
+        failed = [r["name"] for r in self.records().values() if r["status"] == "failed"]
+        for name in failed:
+            (self.folder / "records" / f"{name}.json").unlink(missing_ok=True)
+            for claim in self.claims.folder.glob(f"{name}.[0-9]*"):
+                claim.unlink()
+        kept = [r for r in read_results(self.results) if r["name"] not in failed]
+        if self.results.exists():
+            write_atomically(self.results, "".join(json.dumps(r) + "\n" for r in kept))
+        return failed
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a `results.jsonl`; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def statuses(study: Study, store: Store) -> list[Status]:
+    """What became of every run of the study, in the study's order."""
+    runs = expand(study)
+    records = store.records()
+    by_key = {record["key"]: record for record in records.values()}
+    # A run that is done is made again when somebody needs its checkpoint, which is gone.
+    needed = {run.init for run in runs if run.init and run.name not in records}
+    needed = {name for name in needed if not store.has_checkpoint(name)}
+    found: dict[str, Status] = {}
+    for run in runs:
+        found[run.name] = _status(run, store, records, by_key, found, run.name in needed)
+    return list(found.values())
+
+
+def _status(
+    run: Run,
+    store: Store,
+    records: dict[str, dict],
+    by_key: dict[str, dict],
+    earlier: dict[str, Status],
+    is_needed: bool,
+) -> Status:
+    record = records.get(run.name)
+    if record and record["status"] == "failed":
+        return Status(run, "failed", record["error"])
+    if record and not is_needed:
+        return Status(run, "done")
+    other = by_key.get(run.key)
+    if record is None and other and other["status"] != "failed":
+        before = Run(other["kind"], other["labels"], other["config"]).identity
+        return Status(run, "changed", "\n".join(differences(before, run.identity)))
+    for name in filter(None, (run.init, run.trunk)):
+        state = earlier[name].state
+        if state in ("failed", "blocked", "changed"):
+            return Status(run, "blocked", f"{earlier[name].run.key} is {state}")
+        if state != "done":
+            return Status(run, "waits", f"for {earlier[name].run.key}")
+    if store.claims.is_held(run.name):
+        claim = store.claims.newest(run.name)
+        return Status(run, "running", f"{claim.owner}, {_progress(store, run)}")
+    if store.claims.newest(run.name):
+        deaths = store.claims.deaths(run.name)
+        died = f", {deaths} process(es) died over it" if deaths else ""
+        return Status(run, "interrupted", _progress(store, run) + died)
+    return Status(run, "missing")
+
+
+def _progress(store: Store, run: Run) -> str:
+    path = store.workdir(run.name) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    step = json.loads(lines[-2 if len(lines) > 1 else -1])["step"] if lines else 0
+    return f"at step {step}"
+
+
+def work(
+    study: Study,
+    store: Store,
+    train: Train,
+    *,
+    free: Mapping[str, Any] | None = None,
+    only: str | None = None,
+    seconds: float = float("inf"),
+    poll: float = 10.0,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> list[Status]:
+    """Makes what is missing, in the study's order, until nothing is left or `seconds` are over.
+
+    `free` are fields of this machine (mesh, data_dir, ...), which no record depends on. `only` is
+    the name of one run. Runs that others make are waited for where more depends on them. Returns
+    the statuses at the end.
+    """
+    check_free(free or {})
+    began = time.monotonic()
+    for status in statuses(study, store):
+        if status.state == "changed":
+            say(f"REFUSED, since it was run otherwise: {status.run.key}\n{status.note}")
+    while True:
+        found = statuses(study, store)
+        if only is not None and only not in {s.run.name for s in found}:
+            raise ValueError(f"no run {only!r} in study {study.name}: `expand` lists them")
+        ready = [s.run for s in found if s.state in ("missing", "interrupted")]
+        ready = [run for run in ready if only in (None, run.name)]
+        if time.monotonic() - began > seconds:
+            say(f"{seconds / 60:g} minutes are over")
+            return found
+        for run in ready:
+            held = store.claims.take(run.name)
+            if held:
+                with held:
+                    _make(run, store, train, free or {}, say)
+                break
+        else:
+            others = any(s.state == "running" for s in found)
+            waits = any(s.state == "waits" for s in found)
+            if only is not None or not ready and not (others and waits):
+                return found
+            time.sleep(poll)
+
+
+def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) -> None:
+    workdir = store.workdir(run.name)
+    died = store.claims.deaths(run.name)
+    if died >= DEATHS:
+        error = f"{died} processes died over it (out of memory?); the log of the last one tells"
+        store.record(run, {"status": "failed", "error": error})
+        say(f"failed: {run.key}: {error}")
+        return
+    say(f"\n== {run.key}  ({run.name})")
+    began = time.time()
+    try:
+        result = train(run, resolve(run, store, free), workdir)
+    except Exception as error:  # whatever it is, it is recorded, and the other runs go on
+        last = f"{type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error)[-3:])
+        store.record(run, {"status": "failed", "error": last, "traceback": trace})
+        say(f"failed: {run.key}: {last}")
+        return
+    seconds = round(time.time() - began, 1)
+    store.record(run, {"status": "done", "seconds": seconds, **result})
+
+
+def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with this folder's paths and this machine's fields."""
+    config = merge(run.config, free)
+    if run.init:
+        config["init"] = str(store.workdir(run.init))
+    begun = store.workdir(run.name) / "config.json"
+    if begun.exists():  # goes on as it began
+        config["resume"] = json.loads(begun.read_text())["resume"]
+    elif run.trunk and store.has_checkpoint(run.trunk, run.trunk_steps):
+        config["resume"] = str(store.workdir(run.trunk) / "checkpoints" / str(run.trunk_steps))
+    return config
+
+
+def check_free(fields: Mapping[str, Any]) -> None:
+    """ValueError for fields that would make another run."""
+    for name in fields:
+        if not any(name == field or name.startswith(field + ".") for field in FREE):
+            raise ValueError(
+                f"{name} defines what a run is: set it in the study file. A machine may set "
+                f"{', '.join(FREE)}"
+            )
+
+
+def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """Trains with the package's own loop, from where it was stopped; what to record of it.
+
+    `evaluations`: all of them, a dict each with its step; `loss` and `img_per_sec`: the last.
+    """
+    import jax
+
+    from vit_jax import transfer
+    from vit_jax.analysis.flops import training_flops
+    from vit_jax.config import build
+    from vit_jax.training import loop
+    from vit_jax.training.metrics import read_metrics
+
+    if run.kind == "transfer":
+        prepared = transfer.prepare(build(transfer.TransferConfig, config), str(workdir))
+    else:
+        prepared = loop.prepare(build(loop.TrainConfig, config), str(workdir))
+    last = loop.train(prepared)
+    evaluations: dict[int, dict[str, float]] = {}
+    for record in read_metrics(workdir):
+        scores = {k: v for k, v in record.items() if "/" in k}
+        if scores:
+            evaluations.setdefault(record["step"], {"step": record["step"]}).update(scores)
+    shapes = jax.tree.leaves(prepared.shapes.params)
+    result = {
+        "steps": prepared.steps,
+        "batch_size": prepared.config.batch_size,
+        "flops_per_image": training_flops(prepared.model),
+        "parameters": sum(leaf.size for leaf in shapes),
+        "evaluations": list(evaluations.values()),
+        "loss": last.get("loss"),
+        "img_per_sec": last.get("img_per_sec"),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    jax.clear_caches()  # what is compiled stays in the persistent cache
+    return result
+
+
+def commands(found: list[Status], arguments: str) -> Iterator[str]:
+    """Command lines for a cluster's queue; what waits for others comes after them."""
+    for status in found:
+        if status.state in ("missing", "interrupted", "waits"):
+            line = f"python -m experiments.scaling run {arguments} --only={status.run.name}"
+            yield line + (f"  # {status.state} {status.note}" if status.note else "")
