@@ -7,12 +7,10 @@ renamed or removed, so there is no moment at which two can win. Times are the fi
 """
 
 import dataclasses
-import json
 import os
 import socket
 import sys
 import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -27,6 +25,7 @@ class Claim:
     age: float  # seconds since its owner last gave a sign of life
     released: bool  # given back, with what was done so far saved
     owner: str  # host:pid
+    progress: str  # how far the run was when this owner took it
 
 
 class Claims:
@@ -39,36 +38,49 @@ class Claims:
 
     def newest(self, name: str) -> Claim | None:
         """The claim that holds, or the last one that did."""
-        numbers = [int(p.suffix[1:]) for p in self.folder.glob(f"{_escaped(name)}.[0-9]*")]
-        if not numbers:
-            return None
-        path = self._path(name, max(numbers))
-        touched = path.stat().st_mtime
-        owner = path.read_text() or "?"
-        return Claim(max(numbers), self._now() - touched, touched == 0, owner)
+        number = self._last(name)
+        return self._read(name, number) if number else None
 
     def is_held(self, name: str) -> bool:
         """Whether somebody living has the run."""
         claim = self.newest(name)
-        return claim is not None and not claim.released and claim.age < self.lease
+        return claim is not None and self._is_alive(claim)
 
     def deaths(self, name: str) -> int:
-        """How many owners of the run died over it."""
-        paths = [p for p in self.folder.glob(f"{_escaped(name)}.[0-9]*") if p.stat().st_mtime]
-        return len(paths) - self.is_held(name)
+        """How many owners of the run died in a row without getting any further."""
+        last = self._last(name)
+        claims = [self._read(name, number) for number in range(last, 0, -1)]
+        count = 0
+        for claim in claims[1:] if self.is_held(name) else claims:
+            if claim.released or claim.progress != claims[0].progress:
+                break
+            count += 1
+        return count
 
-    def take(self, name: str) -> "Held | None":
+    def take(self, name: str, progress: str = "") -> "Held | None":
         """The run, unless another has it."""
-        if self.is_held(name):
+        number = self._last(name)
+        if number and self._is_alive(self._read(name, number)):
             return None
-        newest = self.newest(name)
-        path = self._path(name, newest.number + 1 if newest else 1)
+        path = self._path(name, number + 1)
         try:
             with path.open("x") as file:
-                file.write(f"{socket.gethostname()}:{os.getpid()}")
+                file.write(f"{socket.gethostname()}:{os.getpid()} {progress}")
         except FileExistsError:
             return None
         return Held(self, name, path)
+
+    def _is_alive(self, claim: Claim) -> bool:
+        return not claim.released and claim.age < self.lease
+
+    def _last(self, name: str) -> int:
+        return max((int(p.suffix[1:]) for p in self.folder.glob(f"{name}.[0-9]*")), default=0)
+
+    def _read(self, name: str, number: int) -> Claim:
+        path = self._path(name, number)
+        touched = path.stat().st_mtime
+        owner, _, progress = path.read_text().partition(" ")
+        return Claim(number, self._now() - touched, touched == 0, owner or "?", progress)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.{number}"
@@ -116,16 +128,3 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def wait(seconds: float) -> None:
-    """A seam for tests."""
-    time.sleep(seconds)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.claims import LEASE, Claims, write_atomically
-from experiments.scaling.study import FREE, Run, Study, differences, expand, flatten, merge
+from experiments.scaling.study import FREE, Run, Study, differences, expand, flatten, is_free, merge
 
 DEATHS = 3  # a run over which so many processes died is taken for their murderer
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -42,12 +42,11 @@ class Store:
     def workdir(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def has_checkpoint(self, name: str, step: int | None = None) -> bool:
-        """Whether a run's checkpoint of `step` is there; of any step by default."""
+    def checkpoint(self, name: str) -> int:
+        """The step of a run's newest checkpoint; 0 without one."""
         folder = self.workdir(name) / "checkpoints"
-        if step is not None:
-            return (folder / str(step)).is_dir()
-        return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+        found = folder.iterdir() if folder.is_dir() else ()
+        return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Every run that ended, by name. A record of the folder outweighs a collected one."""
@@ -104,7 +103,7 @@ def statuses(study: Study, store: Store) -> list[Status]:
     by_key = {record["key"]: record for record in records.values()}
     # A run that is done is made again when somebody needs its checkpoint, which is gone.
     needed = {run.init for run in runs if run.init and run.name not in records}
-    needed = {name for name in needed if not store.has_checkpoint(name)}
+    needed = {name for name in needed if not store.checkpoint(name)}
     found: dict[str, Status] = {}
     for run in runs:
         found[run.name] = _status(run, store, records, by_key, found, run.name in needed)
@@ -183,7 +182,7 @@ def work(
             say(f"{seconds / 60:g} minutes are over")
             return found
         for run in ready:
-            held = store.claims.take(run.name)
+            held = store.claims.take(run.name, f"{store.checkpoint(run.name)}")
             if held:
                 with held:
                     _make(run, store, train, free or {}, say)
@@ -226,7 +225,7 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
     begun = store.workdir(run.name) / "config.json"
     if begun.exists():  # goes on as it began
         config["resume"] = json.loads(begun.read_text())["resume"]
-    elif run.trunk and store.has_checkpoint(run.trunk, run.trunk_steps):
+    elif run.trunk and store.checkpoint(run.trunk) == run.trunk_steps:
         config["resume"] = str(store.workdir(run.trunk) / "checkpoints" / str(run.trunk_steps))
     return config
 
@@ -234,7 +233,7 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
 def check_free(fields: Mapping[str, Any]) -> None:
     """ValueError for fields that would make another run."""
     for name in fields:
-        if not any(name == field or name.startswith(field + ".") for field in FREE):
+        if not is_free(name):
             raise ValueError(
                 f"{name} defines what a run is: set it in the study file. A machine may set "
                 f"{', '.join(FREE)}"

@@ -138,7 +138,7 @@ class Run:
         return {
             name: value
             for name, value in flatten(self.config).items()
-            if not any(name == field or name.startswith(field + ".") for field in FREE)
+            if not is_free(name)
         }
 
 
@@ -268,6 +268,11 @@ def _transfers(run: Run, task: Task, model: Model, seed: int) -> Iterator[Run]:
         labels = {**run.labels, "task": task.name, "task_sweep": choice.name}
         fields = {**task.models(model), **choice.fields}
         yield Run("transfer", labels, merge(base, fields), init=run.name)
+
+
+def is_free(name: str) -> bool:
+    """Whether a field changes none of a run's numbers."""
+    return any(name == field or name.startswith(field + ".") for field in FREE)
 
 
 def merge(recipe: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

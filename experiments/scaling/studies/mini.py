@@ -2,22 +2,25 @@
 
 python -m experiments.scaling run --study=mini
 
-Pretraining on `strokes/200`, embedded random characters, at 16 px; subsets of 500, 5,000 and 50,000
+Pretraining on `strokes/100`, embedded random characters, at 16 px; subsets of 500, 5,000 and 50,000
 images, two decades. Two ViTs, two ResNets and a hybrid over a decade of compute an image. Few-shot
 on scikit-learn's digits and on Fashion-MNIST, and fine-tuning on both. Fashion-MNIST is Debian's
 package dataset-fashion-mnist, prepared once with
 
-python -m vit_jax.prepare --source=idx:/usr/share/datasets/fashion-mnist --name=fashion_mnist \
-    --output=/tmp/data
+TODO
+
+It is looked for where TFDS does: TFDS_DATA_DIR.
 
 The order is that of importance: it may be stopped anywhere, and what there is be drawn.
 """
 
-from experiments.scaling.study import Budget, Grid, Model, PretrainingSet, Study, Task
+import dataclasses
 
-CLASSES = 200
+from experiments.scaling.study import Budget, Grid, Model, PretrainingSet, Study, Task, merge
+
+CLASSES = 100
 BATCH = 128
-STEPS = 400
+STEPS = 800
 VIT = {"model.representation_size": 64, "model.dtype": "float32"}
 BIT = {"model.dtype": "float32", "model.zero_padded_pool": True}
 MODELS = (
@@ -38,11 +41,7 @@ MODELS = (
         "model.width": 48, "model.depth": 2, "model.mlp_dim": 96, "model.num_heads": 3,
     }),
 )  # fmt: skip
-FASHION = {"dataset": "fashion_mnist", "data_dir": "/tmp/data"}
-
-
-def fewshot(data: dict) -> dict:
-    return {"data": data, "test_split": "test[:1000]", "shots": [5, 10], "l2": 100.0}
+FASHION = {"dataset": "fashion"}
 
 
 RECIPE = {
@@ -62,9 +61,31 @@ RECIPE = {
     "fewshot": {
         "digits": {"data": {"dataset": "digits", "split": "train"}, "test_split": "test",
                    "shots": [5, 10], "l2": 100.0},
-        "fashion": fewshot(FASHION | {"split": "train[:1000]"}),
+        "fashion": {"data": FASHION | {"split": "train[:1000]"}, "test_split": "test[:1000]",
+                    "shots": [5, 10], "l2": 100.0},
     },
 }  # fmt: skip
+
+
+def fine_tuning(data: dict, test: dict) -> dict:
+    return {
+        "image_size": 16,
+        "batch_size": 64,
+        "data": {"preprocess": "resize", "num_threads": 1, **data},
+        "model": {"dtype": "float32"},
+        "steps": 150,
+        "schedule": {"peak": 1e-3, "warmup": 15, "decay": "cosine"},
+        "optimizer": {"name": "adamw", "weight_decay": 0.03},
+        "checkpoint": {"every": 150, "keep_last": 1},
+        "log_every": 50,
+        "classification": {"test": {"data": {**data, **test}, "batch_size": 250}},
+    }
+
+
+TASKS = (
+    Task("digits", fine_tuning({"dataset": "digits", "split": "train"}, {"split": "test"})),
+    Task("fashion", fine_tuning(FASHION | {"split": "train[:2000]"}, {"split": "test[:1000]"})),
+)
 
 
 def subset(examples: int) -> PretrainingSet:
@@ -72,4 +93,34 @@ def subset(examples: int) -> PretrainingSet:
 
 
 def get_study(_: str | None = None) -> Study:
-    raise NotImplementedError
+    sets = tuple(map(subset, (500, 5_000, 50_000)))
+    data = Grid(
+        merge(RECIPE, {"schedule.cooldown": STEPS // 5, "eval_every": STEPS // 4}),
+        models=MODELS,
+        sets=sets,
+        budgets=(Budget(STEPS),),
+    )
+    compute = Grid(
+        RECIPE,
+        models=MODELS,
+        sets=sets[-1:],
+        budgets=tuple(Budget(steps) for steps in (STEPS // 4, STEPS // 2, 2 * STEPS)),
+        cooldown=0.2,
+    )
+    transfer = dataclasses.replace(data, tasks=TASKS)
+    return Study(
+        "mini",
+        (
+            data,
+            compute,
+            dataclasses.replace(data, seeds=(1,)),
+            dataclasses.replace(transfer, sets=sets[-1:]),
+            dataclasses.replace(data, seeds=(2,)),
+            dataclasses.replace(transfer, sets=sets[:1]),
+            dataclasses.replace(transfer, sets=sets[-1:], seeds=(1, 2)),
+            dataclasses.replace(transfer, seeds=(0, 1, 2)),
+            dataclasses.replace(compute, seeds=(1, 2)),
+        ),
+        select="validation/accuracy",
+        about=__doc__,
+    )

@@ -1,0 +1,276 @@
+"""The study's grid, claims and runner, with a loop that trains nothing; one real run."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.scaling import runner
+from experiments.scaling.claims import Claims
+from experiments.scaling.runner import Store, statuses, work
+from experiments.scaling.study import (
+    Budget,
+    Choice,
+    Grid,
+    Model,
+    PretrainingSet,
+    Run,
+    Study,
+    Task,
+    expand,
+    load_study,
+    merge,
+)
+
+ROOT = Path(__file__).parent.parent
+RECIPE = {
+    "image_size": 16,
+    "batch_size": 8,
+    "data": {"dataset": "strokes/10", "num_threads": 1},
+    "model": {"dtype": "float32"},
+    "schedule": {"peak": 1e-3, "warmup": 1, "decay": "constant"},
+    "checkpoint": {"every": 2},
+}
+VIT = Model("ViT", "ViT", {"model.variant": "ViT-mu/8", "model.mlp_dim": 16})
+RESNET = Model("R", "ResNet", {"model.variant": "R26x1", "model.stages": [1]})
+SETS = tuple(PretrainingSet(f"{n}", n, {"data.split": f"train[:{n}]"}) for n in (8, 16))
+TUNING = {
+    **RECIPE,
+    "data": {"dataset": "digits", "split": "train[:50]"},
+    "steps": 2,
+    "schedule": {"peak": 1e-3, "warmup": 1, "decay": "cosine"},
+    "classification": {"test": {"data": {"dataset": "digits", "split": "test[:16]"},
+                                "batch_size": 8}},
+}  # fmt: skip
+GRID = Grid(RECIPE, (VIT, RESNET), SETS, (Budget(4),), tasks=(Task("digits", TUNING),))
+STUDY = Study("tiny", (GRID,))
+
+
+def store(folder, **kwargs):
+    return Store(Path(folder), **kwargs)
+
+
+def fake(log=None, fails=()):
+    """A loop that leaves a checkpoint and nothing else."""
+
+    def train(run, config, workdir):
+        if log is not None:
+            log.append(run.key)
+        (workdir / "checkpoints" / str(config["steps"])).mkdir(parents=True)
+        if any(word in run.key for word in fails):
+            raise FloatingPointError("not finite after step 3")
+        return {"evaluations": [{"step": config["steps"], "test/accuracy": 0.5}]}
+
+    return train
+
+
+def states(study, where):
+    return {s.run.key: s.state for s in statuses(study, where)}
+
+
+def quiet(text):
+    pass
+
+
+def test_names_are_stable_and_say_what_defines_a_run():
+    runs = expand(STUDY)
+    assert len(runs) == 8 == len({run.name for run in runs})
+    assert runs[0].name == "ViT_8_4_steps_seed_0-" + runs[0].hash
+    # Golden: a name must never change for a study that was begun.
+    assert runs[0].hash == "b87f36eeb1"
+    config = runs[0].config
+    for field, same in (("mesh.fsdp", True), ("data.data_dir", True), ("optimizer.b2", False)):
+        other = Run("pretrain", runs[0].labels, merge(config, {field: 1}))
+        assert (other.name == runs[0].name) == same, field
+
+
+def test_a_trunk_serves_all_budgets_and_is_no_part_of_a_name():
+    budgets = (Budget(20), Budget(10), Budget(40))
+    grid = Grid(RECIPE, (VIT,), SETS[:1], budgets, cooldown=0.2)
+    runs = {run.key: run for run in expand(Study("s", (grid,)))}
+    branch = runs["ViT | 8 | 20 steps | seed 0"]
+    trunk = runs["ViT | 8 | 16 steps | seed 0 | trunk"]
+    assert branch.trunk == trunk.name and branch.trunk_steps == trunk.config["steps"] == 16
+    assert trunk.trunk == runs["ViT | 8 | 8 steps | seed 0 | trunk"].name
+    assert branch.config["schedule"]["cooldown"] == 4
+    alone = expand(Study("s", (dataclasses.replace(grid, budgets=budgets[:1]),)))
+    assert [run.name for run in alone] == [branch.name] and alone[0].trunk is None
+    with pytest.raises(ValueError, match="7 epochs: branches need budgets in steps"):
+        expand(Study("s", (dataclasses.replace(grid, budgets=(Budget(epochs=7),)),)))
+
+
+def test_grids_that_overlap_share_runs_and_must_agree():
+    assert len(expand(Study("s", (GRID, GRID)))) == 8
+    other = dataclasses.replace(GRID, recipe=merge(RECIPE, {"batch_size": 16}))
+    with pytest.raises(ValueError, match="batch_size: 8 there, 16 here"):
+        expand(Study("s", (GRID, other)))
+
+
+def test_all_is_made_once_in_order_and_recorded(tmp_path):
+    log = []
+    found = work(STUDY, store(tmp_path), fake(log), say=quiet)
+    assert log == [run.key for run in expand(STUDY)]
+    assert {s.state for s in found} == {"done"}
+    work(STUDY, store(tmp_path), fake(log), say=quiet)
+    assert len(log) == 8
+    record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
+    assert record["labels"]["family"] in ("ViT", "ResNet")
+    assert record["evaluations"][0]["test/accuracy"] == 0.5
+    # The records alone say what is done: the folder of the runs may be gone.
+    elsewhere = store(tmp_path / "new", results=tmp_path / "results.jsonl")
+    assert set(states(STUDY, elsewhere).values()) == {"done"}
+
+
+def test_a_failed_run_is_recorded_and_the_rest_goes_on(tmp_path):
+    found = work(STUDY, store(tmp_path), fake(fails=["R | 8 | 4 steps | seed 0"]), say=quiet)
+    by_key = {s.run.key: s for s in found}
+    assert by_key["R | 8 | 4 steps | seed 0"].state == "failed"
+    assert "FloatingPointError: not finite" in by_key["R | 8 | 4 steps | seed 0"].note
+    assert by_key["R | 8 | 4 steps | seed 0 | digits"].state == "blocked"
+    assert sum(s.state == "done" for s in found) == 6
+    assert store(tmp_path).forget_failed() == [by_key["R | 8 | 4 steps | seed 0"].run.name]
+
+
+def test_an_edited_study_adds_new_runs_and_refuses_changed_ones(tmp_path):
+    work(STUDY, store(tmp_path), fake(), say=quiet)
+    wider = dataclasses.replace(VIT, fields={**VIT.fields, "model.width": 64})
+    grid = dataclasses.replace(GRID, models=(wider, RESNET), seeds=(0, 1))
+    log, said = [], []
+    found = work(Study("tiny", (grid,)), store(tmp_path), fake(log), say=said.append)
+    assert log and all("seed 1" in key for key in log) and len(log) == 8
+    changed = [s for s in found if s.state == "changed"]
+    assert {s.run.key for s in changed} == {k for k in states(STUDY, store(tmp_path)) if "ViT" in k}
+    assert "model.width: None there, 64 here" in "\n".join(said)
+
+
+def test_an_init_that_is_gone_is_made_again(tmp_path):
+    grid = dataclasses.replace(GRID, models=(VIT,), sets=SETS[:1], tasks=())
+    work(Study("tiny", (grid,)), store(tmp_path), fake(), say=quiet)
+    (tmp_path / "runs" / expand(Study("s", (grid,)))[0].name / "checkpoints" / "4").rmdir()
+    grid = dataclasses.replace(grid, tasks=GRID.tasks)
+    log = []
+
+    def train(run, config, workdir):
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return fake(log)(run, config, workdir)
+
+    work(Study("tiny", (grid,)), store(tmp_path), train, say=quiet)
+    assert log == ["ViT | 8 | 4 steps | seed 0", "ViT | 8 | 4 steps | seed 0 | digits"]
+
+
+WORKER = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_scaling import STUDY, fake
+from experiments.scaling.runner import Store, work
+
+def train(run, config, workdir):
+    with open({log!r}, "a") as file:
+        file.write(run.key + "\\n")
+    time.sleep({seconds})
+    return fake()(run, config, workdir)
+
+work(STUDY, Store(Path({folder!r}), lease=2.0), train, poll=0.05)
+"""
+
+
+def worker(tmp_path, seconds):
+    code = WORKER.format(
+        root=str(ROOT),
+        tests=str(ROOT / "tests"),
+        log=str(tmp_path / "log"),
+        folder=str(tmp_path / "study"),
+        seconds=seconds,
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path):
+    log = tmp_path / "log"
+    killed = worker(tmp_path, 60)
+    while not log.exists():
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    where = store(tmp_path / "study", lease=2.0)
+    first = expand(STUDY)[0]
+    assert states(STUDY, where)[first.key] == "running"  # for all that anyone can know
+    both = [worker(tmp_path, 0.2) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    made = log.read_text().splitlines()
+    assert made.count(first.key) == 2 and len(made) == 9  # every other run once
+    assert set(states(STUDY, where).values()) == {"done"}
+
+
+def test_claims_have_one_winner(tmp_path):
+    claims = [Claims(tmp_path, lease=0.6) for _ in range(8)]
+    barrier = threading.Barrier(8)
+    won = []
+
+    def race(claim):
+        barrier.wait()
+        held = claim.take("a")
+        if held:
+            won.append(held)
+
+    threads = [threading.Thread(target=race, args=(claim,)) for claim in claims]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    with won[0]:
+        time.sleep(1.0)  # longer than the lease: it beats
+        assert claims[1].take("a") is None and claims[1].is_held("a")
+    assert claims[1].newest("a").released and claims[1].deaths("a") == 0
+    for expected in (1, 2):  # taken and never let go
+        assert claims[2].take("a", "at 3")
+        os.utime(tmp_path / f"a.{expected + 1}", (1, 1))
+        assert not claims[2].is_held("a") and claims[2].deaths("a") == expected
+    assert claims[2].take("a", "at 4") and claims[2].deaths("a") == 0  # it got further
+
+
+def test_a_run_that_kills_its_processes_is_given_up(tmp_path):
+    where = store(tmp_path)
+    run = expand(STUDY)[0]
+    for number in range(1, runner.DEATHS + 1):
+        assert where.claims.take(run.name, "0")
+        os.utime(tmp_path / "claims" / f"{run.name}.{number}", (1, 1))
+    found = {s.run.key: s for s in work(STUDY, where, fake(), say=quiet)}
+    assert found[run.key].state == "failed" and "3 processes died" in found[run.key].note
+    assert found["R | 8 | 4 steps | seed 0"].state == "done"
+
+
+def test_a_machine_may_set_what_defines_no_run(tmp_path):
+    seen = []
+
+    def train(run, config, workdir):
+        seen.append(config["mesh"])
+        return fake()(run, config, workdir)
+
+    work(STUDY, store(tmp_path), train, free={"mesh.fsdp": 2}, say=quiet)
+    assert seen == [{"fsdp": 2}] * 8
+    with pytest.raises(ValueError, match="optimizer.b2 defines what a run is"):
+        work(STUDY, store(tmp_path), train, free={"optimizer.b2": 0.9}, say=quiet)
+
+
+def test_bad_studies_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="unknown study 'mimi': did you mean 'mini'"):
+        load_study("mimi")
+    (tmp_path / "s.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="has no get_study"):
+        load_study(str(tmp_path / "s.py"))
+    with pytest.raises(FileNotFoundError, match="no study file"):
+        load_study(str(tmp_path / "t.py"))
+    with pytest.raises(ValueError, match="exactly one of steps and epochs"):
+        Budget()
+    with pytest.raises(ValueError, match="unknown family 'vit': Known: ResNet, ViT"):
+        Model("a", "vit", {})
+    assert Choice("a", {}).name == "a"
