@@ -19,9 +19,9 @@ import dataclasses
 from experiments.scaling.study import Budget, Grid, Model, PretrainingSet, Study, Task, merge
 
 CLASSES = 100
-BATCH = 128
-STEPS = 800
-VIT = {"model.representation_size": 64, "model.dtype": "float32"}
+BATCH = 64
+STEPS = 1600
+VIT = {"model.representation_size": 128, "model.dtype": "float32"}
 BIT = {"model.dtype": "float32", "model.zero_padded_pool": True}
 MODELS = (
     Model("ViT-XS/4", "ViT", VIT | {
@@ -48,10 +48,10 @@ RECIPE = {
     "image_size": 16,
     "batch_size": BATCH,
     "data": {"dataset": f"strokes/{CLASSES}", "preprocess": "resize", "num_threads": 1},
-    "schedule": {"peak": 3e-3, "warmup": 40, "decay": "constant"},
+    "schedule": {"peak": 3e-3, "warmup": 80, "decay": "constant"},
     "optimizer": {"name": "adamw", "b2": 0.98, "weight_decay": 0.03},
-    "checkpoint": {"every": 100, "keep_last": 1},
-    "log_every": 50,
+    "checkpoint": {"every": 200, "keep_last": 1},
+    "log_every": 100,
     "classification": {
         "validation": {
             "data": {"dataset": f"strokes/{CLASSES}", "split": "validation[:1000]"},
