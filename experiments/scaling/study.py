@@ -135,11 +135,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The config without what may differ from machine to machine."""
-        return {
-            name: value
-            for name, value in flatten(self.config).items()
-            if not is_free(name)
-        }
+        return {name: value for name, value in flatten(self.config).items() if not is_free(name)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""What a study costs, before anything runs: exaFLOPs, chip-hours and price of every run."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.scaling.study import Run, Study, expand
+from vit_jax.analysis.flops import training_flops
+from vit_jax.analysis.report import run_report
+from vit_jax.analysis.topology import Topology, open_topology, parse_topology
+from vit_jax.config import build
+from vit_jax.data.pipeline import DataConfig, dataset_size
+from vit_jax.models.variants import ModelConfig, build_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run. A branch costs what it computes itself: its trunk is another run."""
+
+    run: Run
+    steps: int
+    exaflops: float
+    chip_hours: float
+    days: float
+    price: float | None
+    fits: bool | None = None  # in the chips' memory; None: the compiler wasn't asked
+
+
+def estimate(
+    run: Run, topology: Topology, mfu: float | None, price: float | None, compiles: bool = False
+) -> Cost:
+    """From the FLOPs of the formula and a stated MFU, or from the compiler's cycles.
+
+    Needs no data where the number of images is known; a head whose classes aren't known, of a
+    dataset to fine-tune on that isn't prepared here, is left out. Raises ValueError or
+    FileNotFoundError for epochs of an unknown set.
+    """
+    config = run.config
+    classes, examples = _size(config)
+    model = build_model(build(ModelConfig, config["model"]), classes, (config["image_size"],) * 2)
+    batch_size = config["batch_size"]
+    steps = config.get("steps") or math.ceil(config["epochs"] * examples / batch_size)
+    steps -= run.trunk_steps
+    flops = training_flops(model) * batch_size
+    fits = None
+    if compiles:
+        planned = _compile(run, topology, mfu, price, classes, examples)
+        fits = planned["memory_gib"]["fits"]
+        report = planned.get("run")
+        if report:
+            report = run_report(
+                topology, flops=flops, batch_size=batch_size, steps=steps,
+                seconds=report["step_seconds"], price=price,
+            )  # fmt: skip
+    else:
+        report = run_report(
+            topology, flops=flops, batch_size=batch_size, steps=steps, mfu=mfu, price=price
+        )
+    if not report:  # it does not fit
+        report = {"chip_hours": math.nan, "days": math.nan, "price": None}
+    exaflops = flops * steps / 1e18
+    hours, days = report["chip_hours"], report["days"]
+    return Cost(run, steps, exaflops, hours, days, report.get("price"), fits)
+
+
+def _size(config: Mapping[str, Any]) -> tuple[int, int]:
+    data = build(DataConfig, config["data"])
+    try:
+        return dataset_size(data)
+    except (ValueError, FileNotFoundError):
+        if config.get("steps") is None:
+            raise
+        return 0, 0
+
+
+def _compile(run: Run, topology, mfu, price, classes: int, examples: int) -> dict[str, Any]:
+    """The plan of vit_jax.plan; of fine-tuning too, whose step is the same."""
+    from vit_jax.parallel.mesh import make_mesh
+    from vit_jax.plan import plan
+    from vit_jax.training.loop import TrainConfig, build_training
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    fields = {k: v for k, v in run.config.items() if k in names and k not in ("init", "resume")}
+    config = build(TrainConfig, fields)
+    mesh = make_mesh(config.mesh, open_topology(topology))
+    return plan(build_training(config, mesh, classes or 1000, examples), topology, mfu, price)
+
+
+def show_cost(study: Study, options: argparse.Namespace) -> None:
+    """Prints a line a run and the sums."""
+    topology = parse_topology(options.topology, options.num_slices)
+    source = "the compiler's cycles" if options.compile else f"an MFU of {options.mfu:.0%}"
+    print(f"{study.name} on {topology}, time from {source}; evaluations and input not counted\n")
+    costs = []
+    for run in expand(study):
+        mfu = None if options.compile else options.mfu
+        cost = estimate(run, topology, mfu, options.price_per_chip_hour, options.compile)
+        costs.append(cost)
+        print(line(run.key, cost), flush=True)
+    print()
+    for kind in ("trunk", "pretrain", "transfer"):
+        some = [cost for cost in costs if cost.run.kind == kind]
+        if some:
+            print(line(f"{len(some)} {kind} runs", total(some)))
+    print(line(f"{len(costs)} runs", total(costs)))
+
+
+def total(costs: list[Cost]) -> Cost:
+    """The sum; chips work on one run after another."""
+    prices = [cost.price for cost in costs]
+    return Cost(
+        costs[0].run,
+        steps=sum(cost.steps for cost in costs),
+        exaflops=sum(cost.exaflops for cost in costs),
+        chip_hours=sum(cost.chip_hours for cost in costs),
+        days=sum(cost.days for cost in costs),
+        price=None if None in prices else sum(prices),
+    )
+
+
+def line(name: str, cost: Cost) -> str:
+    price = "" if cost.price is None else f"  price {cost.price:12,.2f}"
+    fits = {None: "", True: "  fits", False: "  DOES NOT FIT"}[cost.fits]
+    return (
+        f"{name:60} {cost.steps:10,} steps {cost.exaflops:12,.4g} exaFLOPs "
+        f"{cost.chip_hours:12,.4g} chip-hours {cost.days:9,.3g} days{price}{fits}"
+    )

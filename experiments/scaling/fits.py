@@ -1,0 +1,231 @@
+"""Scaling laws, the compute-optimal frontier and crossing points, each with its uncertainty.
+
+The law is that of "Scaling Vision Transformers" (arXiv 2106.04560, section 2): E = a (C + d)^-b + c.
+c is the error that no compute removes, d bends the curve where little was spent.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from experiments.scaling.runner import Store
+from experiments.scaling.study import Study
+from experiments.scaling.table import Point, average_tasks, grouped, points
+
+LEVEL = 0.95  # of all intervals
+NAMES = ("a", "b", "c", "d")
+Interval = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """E = a (x + d)^-b + c, fitted in log E. E is an error in (0, 1)."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    intervals: dict[str, Interval]
+    residuals: np.ndarray  # of log E, in the order of the data
+    undetermined: tuple[str, ...]  # what the data leave open, in words
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.a * (np.asarray(x) + self.d) ** -self.b + self.c
+
+    def describe(self) -> str:
+        terms = ", ".join(
+            f"{name} = {getattr(self, name):.3g} [{low:.3g}, {high:.3g}]"
+            for name, (low, high) in self.intervals.items()
+        )
+        spread = float(np.sqrt(np.mean(self.residuals**2)))
+        text = f"E = a (x + d)^-b + c: {terms}; residuals of log E {spread:.3f} (rms)"
+        if self.undetermined:
+            text += "\n  NOT DETERMINED by these data: " + "; ".join(self.undetermined)
+        return text
+
+
+def fit_law(
+    x: Sequence[float],
+    error: Sequence[float],
+    *,
+    shift: bool = True,
+    samples: int = 200,
+    seed: int = 0,
+) -> Law:
+    """Fits the law; intervals from a bootstrap of the residuals.
+
+    Without `shift`, d is 0. Raises ValueError for fewer than one distinct x more than parameters,
+    and for what is no error rate. A parameter whose interval is so wide that the law would tell
+    nothing is named in `undetermined`.
+    """
+    x, error = np.asarray(x, float), np.asarray(error, float)
+    parameters = 4 if shift else 3
+    distinct = len(np.unique(x))
+    if distinct <= parameters:
+        raise ValueError(
+            f"{distinct} distinct value(s) of x: a law of {parameters} parameters needs at least "
+            f"{parameters + 1}. Add budgets or sizes to the study"
+        )
+    if not (np.all(x > 0) and np.all((error > 0) & (error < 1))):
+        raise ValueError("expected x > 0 and errors in (0, 1)")
+    scale = np.exp(np.log(x).mean())
+    scaled = x / scale
+    best = _solve(scaled, error, shift, starts=_starts(error))
+    fitted = _predict(best, scaled)
+    residuals = np.log(error) - np.log(fitted)
+    rng = np.random.default_rng(seed)
+    # A fit of p parameters to n points shrinks the residuals by about this.
+    spread = residuals * np.sqrt(len(x) / max(len(x) - parameters, 1))
+    fits = []
+    for _ in range(samples):
+        noisy = fitted * np.exp(rng.choice(spread, len(x)))
+        fits.append(_unscaled(_solve(scaled, np.minimum(noisy, 0.9999), shift, [best]), scale))
+    values = _unscaled(best, scale)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.array(fits), [tail, 1 - tail], axis=0)
+    names = NAMES if shift else NAMES[:3]
+    intervals = {n: (float(low[i]), float(high[i])) for i, n in enumerate(names)}
+    return Law(*values, intervals, residuals, _undetermined(intervals, float(error.min()), x))
+
+
+def _undetermined(intervals: dict[str, Interval], best: float, x: np.ndarray) -> tuple[str, ...]:
+    notes = []
+    low, high = intervals["b"]
+    if high > 3 * low:
+        notes.append(f"the exponent b lies anywhere in [{low:.2g}, {high:.2g}]")
+    low, high = intervals["c"]
+    if high - low > 0.5 * best:
+        notes.append(
+            f"the limit c lies anywhere in [{low:.2g}, {high:.2g}], and the best error so far is "
+            f"{best:.2g}: don't extrapolate"
+        )
+    if x.max() < 10 * x.min():
+        notes.append("x spans less than a decade")
+    return tuple(notes)
+
+
+def _starts(error: np.ndarray) -> list[np.ndarray]:
+    limits = [share * error.min() for share in (0.05, 0.5, 0.9)]
+    return [
+        np.array([np.log(max(np.median(error) - c, 1e-4)), np.log(b), np.log(c), np.log(d)])
+        for c in limits
+        for b in (0.2, 0.6)
+        for d in (1e-3, 0.3)
+    ]
+
+
+def _solve(x: np.ndarray, error: np.ndarray, shift: bool, starts: list) -> np.ndarray:
+    """The logarithms of a, b, c, d (a for scaled x) that fit best."""
+    lower = np.array([-12.0, np.log(0.01), np.log(1e-6), np.log(1e-6)])
+    upper = np.array([12.0, np.log(5.0), 0.0, np.log(1e3)])
+    free = slice(0, 4 if shift else 3)
+
+    def whole(theta):
+        return theta if shift else np.append(theta, lower[3])
+
+    def residuals(theta):
+        return np.log(_predict(whole(theta), x)) - np.log(error)
+
+    found = [
+        least_squares(
+            residuals,
+            np.clip(start[free], lower[free] + 1e-6, upper[free] - 1e-6),
+            bounds=(lower[free], upper[free]),
+        )
+        for start in starts
+    ]
+    return whole(min(found, key=lambda f: f.cost).x)
+
+
+def _predict(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    a, b, c, d = np.exp(theta)
+    return a * (x + d) ** -b + c
+
+
+def _unscaled(theta: np.ndarray, scale: float) -> tuple[float, float, float, float]:
+    a, b, c, d = np.exp(theta)
+    return float(a * scale**b), float(b), float(c), float(d * scale)
+
+
+def frontier(x: Sequence[float], error: Sequence[float]) -> np.ndarray:
+    """Indices of the points that nothing beats with less or equal x, by increasing x."""
+    x, error = np.asarray(x, float), np.asarray(error, float)
+    order = np.lexsort((error, x))
+    best, kept = np.inf, []
+    for i in order:
+        if error[i] < best:
+            best = error[i]
+            kept.append(i)
+    return np.array(kept, int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """From which x on one curve is above another."""
+
+    at: float | None  # the median over samples; None: most samples don't cross
+    interval: Interval | None
+    share: float  # of the samples in which it crosses inside the range measured
+    ahead: float  # share of the samples in which the first curve is above at the largest x
+    span: Interval
+
+    def describe(self, unit: str = "") -> str:
+        low, high = self.span
+        if self.at is None:
+            side = "the first is above" if self.ahead > 0.5 else "the second is above"
+            return (
+                f"no crossing in {1 - self.share:.0%} of the samples between {low:,.4g} and "
+                f"{high:,.4g}{unit}; at the end {side} in {max(self.ahead, 1 - self.ahead):.0%}"
+            )
+        a, b = self.interval
+        sure = "" if self.share > LEVEL else f", and no crossing in {1 - self.share:.0%} of samples"
+        return f"at {self.at:,.4g} [{a:,.4g}, {b:,.4g}]{unit}{sure}"
+
+
+def crossing(
+    x: Sequence[float],
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    *,
+    noise: float = 0.0,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Crossing:
+    """Where `first` overtakes `second`, which were both measured at all `x`.
+
+    first[i] are the accuracies of every seed at x[i]. Between the x, accuracy is a line in log x. A
+    sample draws seeds anew at each x and adds normal `noise` (standard deviation) to each mean: the
+    error of reading a figure, or of a finite test set. The last overtaking counts. Raises
+    ValueError for fewer than two x, and where neither seeds nor noise give an uncertainty.
+    """
+    x = np.asarray(x, float)
+    if len(x) < 2:
+        raise ValueError(f"{len(x)} value(s) of x: a crossing needs at least 2")
+    if noise == 0 and any(len(v) < 2 for v in (*first, *second)):
+        raise ValueError("a single seed and no noise: state the measurement's error as `noise`")
+    rng = np.random.default_rng(seed)
+
+    def draw(curve):
+        means = [np.mean(rng.choice(np.asarray(v, float), len(v))) for v in curve]
+        return np.array(means) + noise * rng.standard_normal(len(x))
+
+    log_x, crossings, ahead = np.log(x), [], 0
+    for _ in range(samples):
+        gap = draw(first) - draw(second)
+        ahead += gap[-1] > 0
+        rises = np.flatnonzero((gap[:-1] <= 0) & (gap[1:] > 0))
+        if gap[-1] > 0 and len(rises):
+            i = rises[-1]
+            part = -gap[i] / (gap[i + 1] - gap[i])
+            crossings.append(np.exp(log_x[i] + part * (log_x[i + 1] - log_x[i])))
+    share, span = len(crossings) / samples, (float(x.min()), float(x.max()))
+    if share <= 0.5:
+        return Crossing(None, None, share, ahead / samples, span)
+    tail = (1 - LEVEL) / 2
+    low, middle, high = np.quantile(crossings, [tail, 0.5, 1 - tail])
+    interval = (float(low), float(high))
+    return Crossing(float(middle), interval, share, ahead / samples, span)

@@ -1,0 +1,48 @@
+"""The paper's second study: random subsets of JFT-300M without regularisation (Figure 4).
+
+python -m experiments.scaling cost --study=paper_subsets --topology=v3:16x16
+
+The same hyper-parameters at every size, early stopping on upstream validation, linear 5-shot
+accuracy on ImageNet in the place of fine-tuning (section 4.3). How long it trained on each subset
+isn't stated: here as many steps as 7 epochs of the whole. A subset is the first images of the split.
+"""
+
+from experiments.scaling.paper_recipes import JFT_RATES, model, pretraining
+from experiments.scaling.study import Budget, Grid, PretrainingSet, Study
+from vit_jax.config import parse_arg
+
+MODELS = ("ViT-L/16", "ViT-L/32", "ViT-B/32", "ViT-b/32", "R50x1", "R152x2")
+MILLIONS = (9, 30, 90, 300)
+
+
+def get_study(arg: str | None = None) -> Study:
+    """`arg`: [dataset=NAME][,split=NAME][,validation=SPLIT][,steps=N][,unit=N]."""
+    arg = parse_arg(
+        arg,
+        dataset="jft300m",
+        split="train",
+        validation="train[-50000:]",
+        steps=517_800,
+        unit=1_000_000,
+    )
+    imagenet = {"dataset": "imagenet2012", "preprocess": "central_crop(0.875)"}
+    fewshot = {
+        "ImageNet": {
+            "data": {**imagenet, "split": "train[:65000]"},
+            "test_split": "validation",
+            "shots": [5],
+        }
+    }
+
+    def subset(millions: int) -> PretrainingSet:
+        images = millions * arg.unit
+        fields = {"data.split": f"{arg.split}[:{images}]"}
+        return PretrainingSet(f"{arg.dataset} {images:,}", images, fields)
+
+    grid = Grid(
+        pretraining(arg.dataset, arg.split, arg.validation, fewshot=fewshot),
+        models=tuple(model(name, {"schedule.peak": JFT_RATES[name]}) for name in MODELS),
+        sets=tuple(map(subset, MILLIONS)),
+        budgets=(Budget(arg.steps),),
+    )
+    return Study("paper_subsets", (grid,), select="validation/accuracy", about=__doc__)

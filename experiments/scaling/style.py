@@ -1,0 +1,113 @@
+"""How every figure looks: one colour for a model everywhere, told apart by the colour-blind too.
+
+The family gives the hue (Okabe & Ito's blue, vermilion and green) and the marker; the size within
+the family gives the shade and the marker's area. So a figure printed in grey can still be read.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+HUES = {"ViT": "#0072B2", "ResNet": "#D55E00", "hybrid": "#009E73"}
+MARKERS = {"ViT": "o", "ResNet": "s", "hybrid": "D"}
+# The paper's models, from small to large; a study adds its own behind.
+ORDER = {
+    "ViT": ["ViT-b/32", "ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14"],
+    "ResNet": ["R50x1", "R50x2", "R101x1", "R152x1", "R152x2", "R152x4", "R200x3"],
+    "hybrid": ["R50x1+ViT-B/32", "R50x1+ViT-B/16", "R50x1+ViT-L/32", "R50x1+ViT-L/16"],
+}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # what is no model
+
+
+class Looks:
+    """Colours, markers and areas of models: the paper's, or those of a study."""
+
+    def __init__(self, sizes: dict[str, Iterable[str]] | None = None):
+        self._order = {f: list(m) for f, m in (sizes or ORDER).items()}
+        self.family = {model: family for family, all_ in self._order.items() for model in all_}
+
+    def _rank(self, model: str) -> float:
+        """0 for the smallest of its family, 1 for the largest."""
+        models = self._order[self.family[model]]
+        return models.index(model) / max(len(models) - 1, 1)
+
+    def colour(self, model: str) -> tuple[float, float, float]:
+        hue, rank = np.array(to_rgb(HUES[self.family[model]])), self._rank(model)
+        if rank < 0.5:  # towards white
+            return tuple(hue + (1 - hue) * 0.5 * (1 - 2 * rank))
+        return tuple(hue * (1 - 0.6 * (2 * rank - 1)))  # towards black
+
+    def marker(self, model: str) -> str:
+        return MARKERS[self.family[model]]
+
+    def area(self, model: str) -> float:
+        return 30 + 90 * self._rank(model)
+
+    def style(self, model: str) -> dict:
+        """Of a line through the model's points."""
+        return {
+            "color": self.colour(model),
+            "marker": self.marker(model),
+            "markersize": self.area(model) ** 0.5,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+            "linewidth": 1.6,
+        }
+
+
+def new_figure(panels: int, width: float = 4.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A row of panels, in inches for print."""
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+            "pdf.fonttype": 42,
+        }
+    )
+    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
+    return figure, list(axes[0])
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """As PDF and PNG, without the date, so that the same data give the same file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{kind}" for kind in ("pdf", "png")]
+    for path in paths:
+        metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
+        figure.savefig(path, dpi=160, metadata=metadata)
+    plt.close(figure)
+    return paths
+
+
+def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]], gap: float = 0.055) -> None:
+    """Names at the right ends of lines (name, x, y, colour), pushed apart where they would meet."""
+    low, high = axes.get_ylim()
+    step, y = gap * (high - low), -np.inf
+    for name, x, at, colour in sorted(ends, key=lambda end: end[2]):
+        y = max(at, y + step)
+        axes.annotate(
+            name, (x, y), (9, 0), textcoords="offset points", va="center", fontsize=8,
+            color=np.array(colour) * 0.85, annotation_clip=False,
+        )  # fmt: skip
+
+
+def family_legend(axes: Axes, families: Iterable[str], **kwargs) -> None:
+    handles = [
+        Line2D([], [], color=HUES[f], marker=MARKERS[f], linestyle="", label=f) for f in families
+    ]
+    axes.legend(handles=handles, **kwargs)

@@ -1,0 +1,130 @@
+"""Records of runs -> points: one measured accuracy each, with what was spent for it."""
+
+import csv
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.scaling.study import Study, expand
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one pretrained model is worth on one task."""
+
+    model: str
+    family: str
+    set: str
+    examples: int  # images in the pretraining set
+    budget: str
+    sweep: str
+    seed: int
+    task: str  # "digits 5-shot", "digits fine-tuned", "upstream"
+    accuracy: float  # percent
+    exaflops: float  # of pretraining
+    images_seen: int
+    parameters: int
+    img_per_sec: float
+
+
+def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
+    """All points of the runs of the study that are done.
+
+    Of a run's evaluations, and of a sweep's runs, the one counts that is best in `study.select`: an
+    upstream metric, which the tasks' test images have no part in.
+    """
+    runs = {run.name: run for run in expand(study)}
+    done = [r for name, r in records.items() if name in runs and r["status"] == "done"]
+    chosen: dict[tuple, tuple[float, dict, dict]] = {}
+    for record in done:
+        if record["kind"] != "pretrain" or not record["evaluations"]:
+            continue
+        cell = tuple(record["labels"][k] for k in ("model", "set", "budget", "seed"))
+        for evaluation in record["evaluations"]:
+            score = evaluation[study.select] if study.select else evaluation["step"]
+            if cell not in chosen or score > chosen[cell][0]:
+                chosen[cell] = score, record, evaluation
+    upstream = {record["name"]: record for _, record, _ in chosen.values()}
+    found = []
+    for _, record, evaluation in chosen.values():
+        for metric, value in evaluation.items():
+            if task := _task(metric):
+                found.append(_point(record, record["labels"], task, value))
+    found += _transfers(study, done, upstream)
+    return found
+
+
+def _task(metric: str) -> str | None:
+    if match := re.fullmatch(r"(\w+)/(\d+)shot", metric):
+        return f"{match[1]} {match[2]}-shot"
+    return "upstream" if metric == "validation/accuracy" else None
+
+
+def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Iterable[Point]:
+    best: dict[tuple[str, str], tuple[float, dict, float]] = {}
+    for record in done:
+        init = record["config"].get("init", "@")[1:]
+        if record["kind"] != "transfer" or init not in upstream:
+            continue
+        last = record["evaluations"][-1]
+        cell = init, record["labels"]["task"]
+        score = last.get(study.task_select, 0.0)
+        if cell not in best or score > best[cell][0]:
+            best[cell] = score, record, last["test/accuracy"]
+    for (init, task), (_, record, value) in best.items():
+        yield _point(upstream[init], record["labels"], f"{task} fine-tuned", value)
+
+
+def _point(record: dict, labels: dict, task: str, value: float) -> Point:
+    images = record["steps"] * record["batch_size"]
+    names = ("model", "family", "set", "examples", "budget", "sweep", "seed")
+    return Point(
+        **{name: labels[name] for name in names},
+        task=task,
+        accuracy=round(100 * value, 3),
+        exaflops=record["flops_per_image"] * images / 1e18,
+        images_seen=images,
+        parameters=record["parameters"],
+        img_per_sec=record["img_per_sec"] or 0.0,
+    )
+
+
+def write_csv(path: Path, rows: Iterable[Any]) -> None:
+    """Dataclasses or dicts as CSV."""
+    rows = [dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def grouped(items: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
+    """Lists of points by key, in the order in which keys first come."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
+
+
+def average_tasks(found: list[Point], kind: str) -> list[Point]:
+    """Means over all tasks whose name ends in `kind`, of the runs that have them all."""
+    some = [p for p in found if p.task.endswith(kind)]
+    tasks = {p.task for p in some}
+    result = []
+    runs = grouped(some, lambda p: (p.model, p.set, p.budget, p.sweep, p.seed))
+    for of_run in runs.values():
+        if {p.task for p in of_run} == tasks:
+            mean = float(np.mean([p.accuracy for p in of_run]))
+            result.append(dataclasses.replace(of_run[0], task=f"average {kind}", accuracy=mean))
+    return result
