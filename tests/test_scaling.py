@@ -257,7 +257,7 @@ def test_a_machine_may_set_what_defines_no_run(tmp_path):
 
     work(STUDY, store(tmp_path), train, free={"mesh.fsdp": 2}, say=quiet)
     assert seen == [{"fsdp": 2}] * 8
-    with pytest.raises(ValueError, match="optimizer.b2 defines what a run is"):
+    with pytest.raises(ValueError, match=r"optimizer\.b2 defines what a run is"):
         work(STUDY, store(tmp_path), train, free={"optimizer.b2": 0.9}, say=quiet)
 
 
@@ -274,3 +274,83 @@ def test_bad_studies_are_explained(tmp_path):
     with pytest.raises(ValueError, match="unknown family 'vit': Known: ResNet, ViT"):
         Model("a", "vit", {})
     assert Choice("a", {}).name == "a"
+
+
+def scaling(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.scaling", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+FILE = """
+import dataclasses
+from test_scaling import GRID, RECIPE, SETS, VIT
+from experiments.scaling.study import Budget, Study, merge
+
+def get_study(arg):
+    digits = {"dataset": "digits", "split": "train[:100]"}
+    recipe = merge(RECIPE, {
+        "classification.validation": {"data": {"dataset": "strokes/10",
+            "split": "validation[:16]"}, "batch_size": 8},
+        "fewshot.digits": {"data": digits, "test_split": "test[:16]", "shots": [2]},
+    })
+    grid = dataclasses.replace(GRID, recipe=recipe, models=(VIT,), sets=SETS[:1])
+    if arg:
+        budgets = tuple(Budget(int(steps)) for steps in arg.split(","))
+        grid = dataclasses.replace(grid, budgets=budgets, cooldown=0.5, tasks=())
+    return Study("one", (grid,))
+"""
+
+
+def real_study(folder, arg=""):
+    """Options and environment of a study of one model."""
+    folder.mkdir()
+    (folder / "one.py").write_text(FILE)
+    study = f"{folder / 'one.py'}:{arg}" if arg else folder / "one.py"
+    paths = [f"--study={study}", f"--folder={folder}", f"--results={folder / 'results.jsonl'}"]
+    return paths, {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def test_a_real_study_from_the_command_line(tmp_path):
+    """Pretraining, few-shot and fine-tuning in the package's own loops; figures from records."""
+    paths, where = real_study(tmp_path / "one")
+    done = scaling("run", *paths, **where)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: 2 done" in done.stdout
+    records = {r["key"]: r for r in runner.read_results(tmp_path / "one" / "results.jsonl")}
+    up = records["ViT | 8 | 4 steps | seed 0"]
+    assert up["steps"] == 4 and 0 <= up["evaluations"][-1]["digits/2shot"] <= 1
+    tuned = records["ViT | 8 | 4 steps | seed 0 | digits"]
+    assert tuned["evaluations"][-1]["test/examples"] == 16
+    drawn = scaling("figures", *paths, f"--output={tmp_path / 'figures'}", **where)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "figures" / "one_figure_5.png").stat().st_size > 10_000
+    table = (tmp_path / "figures" / "table6.csv").read_text().splitlines()
+    assert table[0].startswith("name,set,budget,exaFLOPs") and len(table) == 2
+
+
+@pytest.mark.slow
+def test_a_branch_is_what_a_run_from_the_beginning_would_be(tmp_path):
+    """Bit for bit, evaluations too."""
+    evaluations = []
+    for name, budgets in (("branches", "4,8"), ("alone", "8")):
+        paths, where = real_study(tmp_path / name, budgets)
+        done = scaling("run", *paths, **where)
+        assert done.returncode == 0, done.stderr
+        assert ("4 of 8" in done.stderr) == (name == "branches")
+        records = {r["key"]: r for r in runner.read_results(tmp_path / name / "results.jsonl")}
+        record = records["ViT | 8 | 8 steps | seed 0"]
+        evaluations.append((record["name"], record["evaluations"], record["loss"]))
+    assert evaluations[0] == evaluations[1]
+
+
+def test_command_errors_are_explained():
+    done = scaling("status", "--study=mimi")
+    assert done.returncode == 1 and "did you mean 'mini'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     status.add_argument("--all", action="store_true", help="those that are done too")
     figures = add("figures")
     figures.add_argument("--output", type=Path, help="folder; beside the results")
-    fit = add("fit", required=True)
+    fit = add("fit")
     fit.add_argument("--output", type=Path, help="folder; beside the results")
     return parser.parse_args(arguments)
 
@@ -148,12 +148,14 @@ def main(arguments: list[str]) -> int:
         elif options.command == "figures":
             from experiments.scaling.figures import draw_all
 
-            store = open_store(options, study) if study else None
-            draw_all(study, store, options.output)
+            draw_all(study, open_store(options, study) if study else None, options.output)
         else:
-            from experiments.scaling.fits import show_fits
+            from experiments.scaling import figures
+            from experiments.scaling.findings import show_fits
 
-            show_fits(study, open_store(options, study), options.output)
+            store = open_store(options, study) if study else None
+            folder = store.results.parent if store else figures.PAPER / "figures"
+            show_fits(study, store, options.output or folder)
     return 0
 
 

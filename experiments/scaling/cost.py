@@ -96,9 +96,16 @@ def show_cost(study: Study, options: argparse.Namespace) -> None:
     costs = []
     for run in expand(study):
         mfu = None if options.compile else options.mfu
-        cost = estimate(run, topology, mfu, options.price_per_chip_hour, options.compile)
-        costs.append(cost)
-        print(line(run.key, cost), flush=True)
+        costs.append(estimate(run, topology, mfu, options.price_per_chip_hour, options.compile))
+    lines: dict[str, list[Cost]] = {}
+    for cost in costs:  # a line for all points of a sweep, and for all seeds
+        labels = cost.run.labels | {"kind": cost.run.kind}
+        names = [labels.get(k) for k in ("model", "set", "budget", "task")]
+        names.append("trunk" if cost.run.kind == "trunk" else None)
+        lines.setdefault(" | ".join(filter(None, names)), []).append(cost)
+    for name, some in lines.items():
+        times = f" x {len(some)}" if len(some) > 1 else ""
+        print(line(name + times, total(some)))
     print()
     for kind in ("trunk", "pretrain", "transfer"):
         some = [cost for cost in costs if cost.run.kind == kind]
@@ -117,6 +124,7 @@ def total(costs: list[Cost]) -> Cost:
         chip_hours=sum(cost.chip_hours for cost in costs),
         days=sum(cost.days for cost in costs),
         price=None if None in prices else sum(prices),
+        fits=None if any(c.fits is None for c in costs) else all(c.fits for c in costs),
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures 2 to 5, 8, 9, 12 and 13 and Tables 5 and 6 of arXiv 2010.11929: the paper's, and a study's.
+"""Figures 2 to 5, 8, 9, 12, 13 and Tables 5 and 6 of arXiv 2010.11929: the paper's and a study's.
 
 Without a study the paper's own numbers are redrawn, from `paper/*.csv`. With one, the same figures
 show the study's results: over the paper's points, faded, where it measured the same task on the

@@ -1,20 +1,16 @@
 """Scaling laws, the compute-optimal frontier and crossing points, each with its uncertainty.
 
-The law is that of "Scaling Vision Transformers" (arXiv 2106.04560, section 2): E = a (C + d)^-b + c.
-c is the error that no compute removes, d bends the curve where little was spent.
+The law is that of "Scaling Vision Transformers" (arXiv 2106.04560, section 2): E = a (C + d)^-b + c
+of the compute C. c is the error that no compute removes, d bends the curve where little was spent.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
-
-from experiments.scaling.runner import Store
-from experiments.scaling.study import Study
-from experiments.scaling.table import Point, average_tasks, grouped, points
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 LEVEL = 0.95  # of all intervals
 NAMES = ("a", "b", "c", "d")
@@ -86,7 +82,12 @@ def fit_law(
         fits.append(_unscaled(_solve(scaled, np.minimum(noisy, 0.9999), shift, [best]), scale))
     values = _unscaled(best, scale)
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.array(fits), [tail, 1 - tail], axis=0)
+    # Percentiles, as much wider as Student's t is than the normal: the noise's size is estimated.
+    wider = student.ppf(1 - tail, len(x) - parameters) / normal.ppf(1 - tail)
+    middle = np.log(values)
+    low, high = np.exp(
+        middle + wider * (np.log(np.quantile(fits, [tail, 1 - tail], axis=0)) - middle)
+    )
     names = NAMES if shift else NAMES[:3]
     intervals = {n: (float(low[i]), float(high[i])) for i, n in enumerate(names)}
     return Law(*values, intervals, residuals, _undetermined(intervals, float(error.min()), x))
@@ -130,11 +131,19 @@ def _solve(x: np.ndarray, error: np.ndarray, shift: bool, starts: list) -> np.nd
     def residuals(theta):
         return np.log(_predict(whole(theta), x)) - np.log(error)
 
+    def jacobian(theta):
+        a, b, c, d = np.exp(whole(theta))
+        power = a * (x + d) ** -b
+        columns = (power, -b * np.log(x + d) * power, np.full_like(x, c), -b * d / (x + d) * power)
+        return (np.stack(columns, axis=1) / (power + c)[:, None])[:, free]
+
     found = [
         least_squares(
             residuals,
             np.clip(start[free], lower[free] + 1e-6, upper[free] - 1e-6),
+            jacobian,
             bounds=(lower[free], upper[free]),
+            max_nfev=60,
         )
         for start in starts
     ]
@@ -151,6 +160,15 @@ def _unscaled(theta: np.ndarray, scale: float) -> tuple[float, float, float, flo
     return float(a * scale**b), float(b), float(c), float(d * scale)
 
 
+def fit_simplest(x: Sequence[float], error: Sequence[float], **kwargs) -> Law:
+    """The whole law; where the points are too few for it or leave it open, that with d = 0."""
+    if len(np.unique(x)) > 4:
+        law = fit_law(x, error, **kwargs)
+        if not law.undetermined:
+            return law
+    return fit_law(x, error, shift=False, **kwargs)
+
+
 def frontier(x: Sequence[float], error: Sequence[float]) -> np.ndarray:
     """Indices of the points that nothing beats with less or equal x, by increasing x."""
     x, error = np.asarray(x, float), np.asarray(error, float)
@@ -161,6 +179,27 @@ def frontier(x: Sequence[float], error: Sequence[float]) -> np.ndarray:
             best = error[i]
             kept.append(i)
     return np.array(kept, int)
+
+
+def compute_ratio(
+    first: tuple[Sequence[float], Sequence[float]], second: tuple[Sequence[float], Sequence[float]]
+) -> tuple[float, float, float]:
+    """How many times the compute of `first` does `second` take for the same error.
+
+    Each is (compute, error); their frontiers are compared where both have been, as lines in log
+    compute. (lowest, median, highest) over the common errors. Raises ValueError if there are none.
+    """
+    curves = []
+    for compute, error in (first, second):
+        kept = frontier(compute, error)
+        curves.append((np.asarray(error)[kept][::-1], np.log(np.asarray(compute)[kept])[::-1]))
+    low = max(error[0] for error, _ in curves)
+    high = min(error[-1] for error, _ in curves)
+    if low >= high:
+        raise ValueError("no error that both reached: nothing to compare")
+    at = np.linspace(low, high, 50)
+    ratio = np.exp(np.interp(at, *curves[1]) - np.interp(at, *curves[0]))
+    return float(ratio.min()), float(np.median(ratio)), float(ratio.max())
 
 
 @dataclasses.dataclass(frozen=True)

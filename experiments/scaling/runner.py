@@ -190,7 +190,7 @@ def work(
         else:
             others = any(s.state == "running" for s in found)
             waits = any(s.state == "waits" for s in found)
-            if only is not None or not ready and not (others and waits):
+            if only is not None or (not ready and not (others and waits)):
                 return found
             time.sleep(poll)
 

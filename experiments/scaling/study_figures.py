@@ -58,7 +58,7 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
         ],
         "figure_9": [
             lambda a, n=n: while_training(a, records, study, looks, n)
-            for n in sorted({p.examples for p in found})[:: max(len({p.examples for p in found}) - 1, 1)]
+            for n in sorted({min(p.examples for p in found), largest})
         ],
         "figure_12": [lambda a: by_speed(a, found, looks)],
     }  # fmt: skip
@@ -75,8 +75,8 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
         "figure_4": "ImageNet 5-shot" in few,
         "figure_5": any(t == "ImageNet fine-tuned" for t in tuned),
     }
-    for name, panels in drawings.items():
-        panels = [panel for panel in panels if _has_points(panel)]
+    for name, all_panels in drawings.items():
+        panels = [panel for panel in all_panels if _has_points(panel)]
         if not panels:
             print(f"{name}: no points yet")
         elif same_axes.get(name):

@@ -26,6 +26,7 @@ class Point:
     seed: int
     task: str  # "digits 5-shot", "digits fine-tuned", "upstream"
     accuracy: float  # percent
+    noise: float  # its standard deviation from the draw of shots, or a finite test set: percent
     exaflops: float  # of pretraining
     images_seen: int
     parameters: int
@@ -54,7 +55,8 @@ def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
     for _, record, evaluation in chosen.values():
         for metric, value in evaluation.items():
             if task := _task(metric):
-                found.append(_point(record, record["labels"], task, value))
+                noise = _noise(metric, value, evaluation)
+                found.append(_point(record, record["labels"], task, value, noise))
     found += _transfers(study, done, upstream)
     return found
 
@@ -75,18 +77,28 @@ def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Ite
         cell = init, record["labels"]["task"]
         score = last.get(study.task_select, 0.0)
         if cell not in best or score > best[cell][0]:
-            best[cell] = score, record, last["test/accuracy"]
-    for (init, task), (_, record, value) in best.items():
-        yield _point(upstream[init], record["labels"], f"{task} fine-tuned", value)
+            best[cell] = score, record, last
+    for (init, task), (_, record, last) in best.items():
+        value = last["test/accuracy"]
+        noise = _noise("test/accuracy", value, last)
+        yield _point(upstream[init], record["labels"], f"{task} fine-tuned", value, noise)
 
 
-def _point(record: dict, labels: dict, task: str, value: float) -> Point:
+def _noise(metric: str, value: float, evaluation: dict[str, float]) -> float:
+    """Standard deviation of a share: of the draws of shots, else of so many test images."""
+    draws = evaluation.get(f"{metric}_std", 0.0)
+    examples = evaluation.get(f"{metric.rpartition('/')[0]}/examples")
+    return draws if examples is None else (value * (1 - value) / examples) ** 0.5
+
+
+def _point(record: dict, labels: dict, task: str, value: float, noise: float) -> Point:
     images = record["steps"] * record["batch_size"]
     names = ("model", "family", "set", "examples", "budget", "sweep", "seed")
     return Point(
         **{name: labels[name] for name in names},
         task=task,
         accuracy=round(100 * value, 3),
+        noise=round(100 * noise, 3),
         exaflops=record["flops_per_image"] * images / 1e18,
         images_seen=images,
         parameters=record["parameters"],
@@ -126,5 +138,7 @@ def average_tasks(found: list[Point], kind: str) -> list[Point]:
     for of_run in runs.values():
         if {p.task for p in of_run} == tasks:
             mean = float(np.mean([p.accuracy for p in of_run]))
-            result.append(dataclasses.replace(of_run[0], task=f"average {kind}", accuracy=mean))
+            noise = float(np.sqrt(np.mean([p.noise**2 for p in of_run]) / len(of_run)))
+            task = f"average {kind}"
+            result.append(dataclasses.replace(of_run[0], task=task, accuracy=mean, noise=noise))
     return result

@@ -4,7 +4,7 @@ python -m experiments.scaling cost --study=paper_subsets --topology=v3:16x16
 
 The same hyper-parameters at every size, early stopping on upstream validation, linear 5-shot
 accuracy on ImageNet in the place of fine-tuning (section 4.3). How long it trained on each subset
-isn't stated: here as many steps as 7 epochs of the whole. A subset is the first images of the split.
+isn't stated: here as many steps as 7 epochs of the whole. A subset is the split's first images.
 """
 
 from experiments.scaling.paper_recipes import JFT_RATES, model, pretraining

@@ -1,0 +1,192 @@
+"""What a study's results, or the paper's, say in numbers: laws, crossings, compute for quality."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from experiments.scaling.figures import IMAGES, paper
+from experiments.scaling.fits import NAMES, compute_ratio, crossing, fit_simplest, frontier
+from experiments.scaling.runner import Store
+from experiments.scaling.study import Study
+from experiments.scaling.style import HUES, OTHERS, new_figure, save
+from experiments.scaling.table import Point, average_tasks, grouped, points
+
+
+def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
+    """Prints every fit that the results allow, and why the others aren't; writes fits.json, .png.
+
+    Without a study, of the paper's own numbers. Raises ValueError when there is nothing to fit.
+    """
+    found = points(study, store.records()) if study else paper_points()
+    if not found:
+        raise ValueError(f"study {study.name} has no finished run: `run` makes them")
+    results: dict[str, dict] = {"laws": {}, "crossings": {}}
+    drawn = []
+    for task, of_task in _tasks(found).items():
+        for name, x, unit, of in _law_data(of_task):
+            title = f"{task}: {name}"
+            cells = sorted(grouped(of, x).items())
+            at = np.array([value for value, _ in cells])
+            error = np.array([1 - np.mean([p.accuracy for p in c]) / 100 for _, c in cells])
+            if name == "frontier":
+                kept = frontier(at, error)
+                at, error = at[kept], error[kept]
+            try:
+                law = fit_simplest(at, error)
+            except ValueError as problem:
+                print(f"{title}: no law: {problem}")
+                continue
+            print(f"{title}, x in {unit}: {law.describe()}")
+            results["laws"][title] = {
+                **{key: getattr(law, key) for key in NAMES},
+                "intervals": law.intervals,
+                "undetermined": law.undetermined,
+                "x": at.tolist(),
+                "error": error.tolist(),
+                "residuals": law.residuals.tolist(),
+            }
+            drawn.append((title, unit, at, error, law))
+        for name, text, values in (*_crossings(of_task), *_ratios(of_task)):
+            print(f"{task}: {name}: {text}")
+            results["crossings"][f"{task}: {name}"] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fits.json").write_text(json.dumps(results, indent=1) + "\n")
+    if drawn:
+        draw_fits(drawn, folder)
+
+
+def paper_points() -> list[Point]:
+    """Table 6 and Figure 4 of the paper as points of a study."""
+    nothing = {"sweep": "", "seed": 0, "images_seen": 0, "parameters": 0, "img_per_sec": 0.0}
+    families = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
+    found = []
+    for row in paper("table6"):
+        for task, column in (("average of 5", "avg5_computed"), ("ImageNet", "ImageNet")):
+            found.append(
+                Point(
+                    row["name"],
+                    families[row["family"]],
+                    "JFT-300M",
+                    303_000_000,
+                    f"{row['epochs']} epochs",
+                    task=task,
+                    accuracy=float(row[column]),
+                    noise=0.05,
+                    exaflops=float(row["exaFLOPs"]),
+                    **nothing,
+                )
+            )
+    for row in paper("fig4"):
+        family = "ResNet" if "ResNet" in row["model"] else "ViT"
+        for size, images in IMAGES.items():
+            found.append(
+                Point(
+                    row["model"],
+                    family,
+                    size,
+                    int(images),
+                    "best",
+                    task="ImageNet 5-shot",
+                    accuracy=float(row[size]),
+                    noise=0.2,
+                    exaflops=np.nan,
+                    **nothing,
+                )
+            )
+    return found
+
+
+def _tasks(found: list[Point]) -> dict[str, list[Point]]:
+    tasks = grouped(found, lambda p: p.task)
+    for kind in sorted({task.split()[-1] for task in tasks if task.endswith("-shot")}):
+        if sum(task.endswith(f" {kind}") for task in tasks) > 1:
+            tasks[f"average {kind}"] = average_tasks(found, kind)
+    return tasks
+
+
+def _law_data(found: list[Point]):
+    """(name, x of a point, its unit, points) of the laws that are tried."""
+
+    def compute(point):
+        return point.exaflops
+
+    largest = max(p.examples for p in found)
+    at_largest = [p for p in found if p.examples == largest and np.isfinite(p.exaflops)]
+    if at_largest:
+        for family, of in grouped(at_largest, lambda p: p.family).items():
+            yield f"{family}s by compute", compute, "exaFLOPs", of
+        yield "frontier", compute, "exaFLOPs", at_largest
+    if len({p.examples for p in found}) > 1:
+        for model, of in grouped(_one_budget(found), lambda p: p.model).items():
+            yield f"{model} by images", lambda p: p.examples, "images", of
+
+
+def _one_budget(found: list[Point]) -> list[Point]:
+    """The points of the budget that most sizes have."""
+    budgets = grouped(found, lambda p: p.budget)
+    return max(budgets.values(), key=lambda of: (len({p.examples for p in of}), len(of)))
+
+
+def _crossings(found: list[Point]):
+    """(name, text, values): where each ViT and hybrid overtakes each ResNet, by images."""
+    found = _one_budget(found)
+    models = grouped(found, lambda p: p.model)
+    rivals = [m for m, of in models.items() if of[0].family == "ResNet"]
+    for model, of in models.items():
+        for rival in rivals if model not in rivals else ():
+            sizes = sorted({p.examples for p in of} & {p.examples for p in models[rival]})
+            if len(sizes) < 2:
+                continue
+            curves = [
+                [[p.accuracy for p in points_ if p.examples == size] for size in sizes]
+                for points_ in (of, models[rival])
+            ]
+            single = any(len(v) < 2 for curve in curves for v in curve)
+            noise = float(np.sqrt(np.mean([p.noise**2 for p in (*of, *models[rival])])))
+            found_at = crossing(sizes, *curves, noise=noise if single else 0.0)
+            name = f"{model} overtakes {rival}"
+            yield name, found_at.describe(" images"), dataclasses.asdict(found_at)
+
+
+def _ratios(found: list[Point]):
+    """(name, text, values): the compute that one family takes for another's quality."""
+    largest = max(p.examples for p in found)
+    families = grouped([p for p in found if p.examples == largest], lambda p: p.family)
+    curves = {}
+    for family, of in families.items():
+        cells = sorted(grouped(of, lambda p: (p.exaflops, p.model)).items())
+        errors = [1 - float(np.mean([p.accuracy for p in c])) / 100 for _, c in cells]
+        if all(np.isfinite(p.exaflops) for p in of):
+            curves[family] = [at for (at, _), _ in cells], errors
+    for family, rival in (("ViT", "ResNet"), ("hybrid", "ViT")):
+        if family in curves and rival in curves:
+            name = f"compute of {rival}s for the quality of {family}s"
+            try:
+                low, middle, high = compute_ratio(curves[family], curves[rival])
+            except ValueError as problem:
+                yield name, str(problem), {"problem": str(problem)}
+                continue
+            values = {"lowest": low, "median": middle, "highest": high}
+            yield name, f"{middle:.2g} times as much ({low:.2g} to {high:.2g})", values
+
+
+def draw_fits(drawn: list[tuple], folder: Path) -> None:
+    """Each law with its points, and its residuals beneath."""
+    shown = drawn[:8]
+    figure, axes = new_figure(2, 5.2, 4.2)
+    colours = (*HUES.values(), *OTHERS)
+    for colour, (title, unit, at, error, law) in zip(colours, shown, strict=False):
+        line = np.geomspace(at.min(), at.max(), 100)
+        open_ = " (not determined)" if law.undetermined else ""
+        axes[0].plot(line, law(line), color=colour, ls="--" if law.undetermined else "-")
+        axes[0].plot(at, error, "o", color=colour, label=f"{title}{open_}")
+        axes[1].plot(at, law.residuals, "o", color=colour)
+        for ax in axes:
+            ax.set(xscale="log", xlabel=unit)
+    axes[0].set(yscale="log", ylabel="error")
+    axes[1].axhline(0, color="0.5", lw=0.8)
+    axes[1].set(ylabel="residual of log error")
+    axes[0].legend(fontsize=6)
+    save(figure, folder, "fits")
