@@ -27,13 +27,17 @@ Fields = Mapping[str, Any]  # dotted names of a recipe's fields, and their value
 FREE = (
     "accumulation",
     "checkpoint",
+    "compilation_cache",
+    "data.cache_gib",
     "data.data_dir",
     "data.num_threads",
     "data.num_workers",
     "data.prefetch",
     "log_every",
     "mesh",
+    "model.attention",
     "model.remat",
+    "profile_steps",
 )
 
 

@@ -1,15 +1,16 @@
-"""A study of the paper's three statements that two cores finish in the background.
+r"""A study of the paper's three statements that two cores finish in the background.
 
 python -m experiments.scaling run --study=mini
 
 Pretraining on `strokes/100`, embedded random characters, at 16 px; subsets of 500, 5,000 and 50,000
 images, two decades. Two ViTs, two ResNets and a hybrid over a decade of compute an image. Few-shot
 on scikit-learn's digits and on Fashion-MNIST, and fine-tuning on both. Fashion-MNIST is Debian's
-package dataset-fashion-mnist, prepared once with
+package dataset-fashion-mnist, prepared once, in its own order, with
 
-TODO
+python -m vit_jax.prepare --input=/usr/share/datasets/fashion-mnist --output=DATA --name=fashion \
+    --noshuffle
 
-It is looked for where TFDS does: TFDS_DATA_DIR.
+and found through TFDS_DATA_DIR=DATA.
 
 The order is that of importance: it may be stopped anywhere, and what there is be drawn.
 """
