@@ -1,6 +1,7 @@
 """Starts the commands as their users do, and reads what they left behind."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from vit_jax.training.metrics import CLOCK, read_metrics
 
@@ -42,6 +44,37 @@ def command(module, *arguments):
     return process.returncode, out, err
 
 
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def cluster(processes, devices, arguments_of, environment_of=lambda i: {}):
+    """Several processes of one run on this machine; arguments_of(i) are those of process i."""
+    port = free_port()
+    return [
+        start(
+            *arguments_of(i),
+            "--distributed",
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES=str(processes),
+            JAX_PROCESS_ID=str(i),
+            JAX_NUM_CPU_DEVICES=str(devices),
+            JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo",
+            **environment_of(i),
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes, timeout=300):
+    """Their exit codes and what they wrote to stderr."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [process.returncode for process in processes], [err for _, err in outputs]
+
+
 def pretrain(workdir, steps, *arguments):
     """Arguments of a small pretraining."""
     config = f"--config=configs/pretrain/formula.py:classes=10,steps={steps}"
@@ -68,3 +101,18 @@ def records(workdir):
     """What metrics.jsonl has, without what the clock measured."""
     clock = {*CLOCK, "seconds"}
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
+
+
+def equal_runs(workdir, other):
+    """Asserts that two runs ended with the same state and recorded the same, up to rounding."""
+    expected, found = checkpoint_arrays(other), checkpoint_arrays(workdir)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        if name != "step":
+            np.testing.assert_allclose(found[name], array, atol=1e-5, rtol=0, err_msg=name)
+    ours, theirs = records(workdir), records(other)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+        if "loss" in b:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -4,7 +4,9 @@ import json
 import os
 import secrets
 import signal
+import socket
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,20 +21,126 @@ PREEMPTED = 75
 HEARTBEAT_SECONDS = 60
 
 _FACTS_BYTES = 4096
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ALL_HERE = "all here"
+_LINGER_SECONDS = 10  # that processes which come late are still told what is wrong
 
 
 def initialize(distributed: bool) -> None:
     """Joins the cluster's processes, before any other use of jax.
 
     TPU pods, SLURM and the other clusters that jax knows are detected; elsewhere set
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Nothing is caught: a
-    job whose processes don't find each other would train as many private models.
+    JAX_COORDINATOR_ADDRESS=host:port, of a free port at process 0, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. A job whose processes don't find each other would train as many private models:
+    ValueError or TimeoutError, on every process, says who was there.
     """
     if not distributed:
         return
-    variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    given = {name: int(os.environ[v]) for name, v in variables.items() if v in os.environ}
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **given)
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    if found:
+        address, processes, process = _checked(found)
+        _roll_call(address, processes, process)
+        known = {"num_processes": processes, "process_id": process}
+    else:
+        known = {}
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **known)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: jax finds no cluster ({error}): run under SLURM or on a TPU pod, or "
+            f"set {', '.join(_VARIABLES)}"
+        ) from error
+
+
+def _checked(found: dict[str, str]) -> tuple[str, int, int]:
+    """The address of process 0, how many processes there are, and which of them this is."""
+    address, *numbers = (found.get(name, "") for name in _VARIABLES)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and all(n.isdecimal() for n in numbers)):
+        shown = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(
+            f"found {shown}: expected all of JAX_COORDINATOR_ADDRESS=host:port, "
+            "JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0 to N-1"
+        )
+    return address, int(numbers[0]), int(numbers[1])
+
+
+def _roll_call(address: str, processes: int, process: int, patience: float = 300) -> None:
+    """Returns when every process has told process 0 the same; an error goes to all that came.
+
+    jax itself would wait for minutes and then tell nobody what the others had been told. It uses
+    the address afterwards.
+    """
+    me = {"process": process, "of": processes, "host": socket.gethostname(), "jax": jax.__version__}
+    deadline = time.monotonic() + patience
+    if process == 0:
+        answer = _call_roll(int(address.rpartition(":")[2]), me, deadline)
+    else:
+        answer = _answer_roll_call(address, me, deadline)
+    if answer != _ALL_HERE:
+        raise ValueError(answer)
+
+
+def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
+    """As process 0: hears the others, and tells them what it finds."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    heard, waiting, problem = [me], [], ""
+    with socket.create_server(("", port), family=family, dualstack_ipv6=both) as server:
+        while len(heard) < me["of"] or problem:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                with connection.makefile("r") as lines:
+                    said = json.loads(lines.readline())
+            except TimeoutError:
+                break
+            except (OSError, ValueError):
+                continue  # a port scan, a health check
+            heard.append(said)
+            waiting.append(connection)
+            ids = [other["process"] for other in heard]
+            odd = len(set(ids)) < len(ids) or max(ids) >= me["of"]
+            if not problem and (odd or any(o[k] != me[k] for o in heard for k in ("of", "jax"))):
+                problem = "the processes don't fit together"
+                deadline = min(deadline, time.monotonic() + _LINGER_SECONDS)  # for the others
+        if not problem and len(heard) < me["of"]:
+            missing = sorted(set(range(me["of"])) - {other["process"] for other in heard})
+            problem = f"processes {missing} of {me['of']} did not come"
+        lines = [
+            f"  process {o['process']} of {o['of']} on {o['host']}, jax {o['jax']}"
+            for o in sorted(heard, key=lambda o: o["process"])
+        ]
+        answer = "\n".join([f"{problem}; there are:", *lines]) if problem else _ALL_HERE
+        for connection in waiting:
+            with connection:
+                connection.sendall(answer.encode())
+    return answer
+
+
+def _answer_roll_call(address: str, me: dict[str, Any], deadline: float) -> str:
+    """As another process: tells process 0 what this one was told, and hears its answer."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{me}: process 0 is not at {address} ({error})") from error
+            time.sleep(0.2)
+    with connection, connection.makefile("r") as answer:
+        connection.sendall((json.dumps(me) + "\n").encode())
+        connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
+        try:
+            heard = answer.read()
+        except OSError:
+            heard = ""
+    return heard or (
+        f"{me}: at {address} no process 0 is waiting for this one: it has all that it was told of, "
+        "or an older run is still there"
+    )
 
 
 def is_main() -> bool:

@@ -1,0 +1,68 @@
+"""Every command with several processes and several devices each, against the same with one."""
+
+import json
+
+import pytest
+from processes import cluster, command, equal_runs, finish, pretrain
+
+STEPS = 24
+SPREAD = ("--config.batch_size=16", "--config.mesh.fsdp=2", "--config.mesh.min_size=64")
+SHORT = ("--config.eval_every=12", f"--config.checkpoint.every={STEPS // 2}")
+
+
+def commands(folder, upstream):
+    """Pretraining, two evaluations of what it made, and transfer of it; each with a name."""
+    evaluate = (
+        "evaluate",
+        f"--checkpoint={upstream}",
+        "--batch_size=32",
+        "--shots=1,5",
+        "--seeds=2",
+    )
+    return {
+        "pretrain": pretrain(folder / "pretrain", STEPS, *SPREAD, *SHORT),
+        "classification": (
+            *evaluate,
+            "--dataset=strokes/10",
+            "--split=validation[:50]",
+            f"--output={folder / 'classification.json'}",
+        ),
+        "fewshot": (
+            *evaluate,
+            "--dataset=digits",
+            "--protocol=fewshot",
+            f"--output={folder / 'fewshot.json'}",
+        ),
+        "transfer": (
+            "transfer",
+            "--config=configs/transfer/digits.py:steps=8",
+            f"--config.init={upstream}",
+            f"--workdir={folder / 'transfer'}",
+            "--config.model.depth=1",
+            "--config.checkpoint.every=4",
+            *SPREAD,
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process with one device makes of them."""
+    folder = tmp_path_factory.mktemp("alone")
+    for arguments in commands(folder, folder / "pretrain").values():
+        code, _, err = command(*arguments)
+        assert code == 0, err
+    return folder
+
+
+@pytest.mark.slow  # 16 starts of a command, and 8 more for `alone`
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_equal_one(alone, tmp_path, processes):
+    for arguments in commands(tmp_path, alone / "pretrain").values():
+        codes, errors = finish(cluster(processes, 4, lambda i, a=arguments: a))
+        assert codes == [0] * processes, errors
+    equal_runs(tmp_path / "pretrain", alone / "pretrain")
+    equal_runs(tmp_path / "transfer", alone / "transfer")
+    for name in ("classification", "fewshot"):
+        ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, alone))
+        assert ours == pytest.approx(theirs, abs=1e-5)

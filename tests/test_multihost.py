@@ -1,0 +1,105 @@
+"""Processes that find each other, or are told why not: here as threads."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import pytest
+from processes import free_port
+
+from vit_jax.parallel import multihost
+
+
+def roll_call(monkeypatch, *told, patience=20):
+    """What (process, of) make of it, each: "" or the error."""
+    monkeypatch.setattr(multihost, "_LINGER_SECONDS", 0.3)
+    address = f"localhost:{free_port()}"
+
+    def join(told):
+        try:
+            multihost._roll_call(address, told[1], told[0], patience)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(told)) as pool:
+        return list(pool.map(join, told))
+
+
+def test_all_here(monkeypatch):
+    assert roll_call(monkeypatch, (0, 3), (2, 3), (1, 3)) == ["", "", ""]
+    assert roll_call(monkeypatch, (0, 1)) == [""]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [(0, 2), (2, 3)],
+        [(0, 3), (1, 2)],
+        [(0, 3), (1, 3), (1, 3)],
+        [(0, 2), (5, 2)],
+    ],
+)
+def test_each_is_told_what_all_were_told(monkeypatch, told):
+    errors = roll_call(monkeypatch, *told)
+    assert "the processes don't fit together; there are:" in errors[0]
+    assert len(set(errors[: len(told)])) == 1
+    for process, of in told:
+        assert f"  process {process} of {of} on {socket.gethostname()}, jax " in errors[0]
+
+
+def test_those_that_do_not_come_are_named(monkeypatch):
+    errors = roll_call(monkeypatch, (0, 4), (2, 4), patience=0.6)
+    assert errors[0] == errors[1] and "processes [1, 3] of 4 did not come; there are:" in errors[0]
+    (error,) = roll_call(monkeypatch, (1, 2), patience=0.3)
+    assert "process 0 is not at localhost" in error
+    assert "'process': 1, 'of': 2" in error
+
+
+def test_versions_that_differ(monkeypatch):
+    version = jax.__version__
+    answer = multihost._answer_roll_call
+
+    def older(address, me, deadline):
+        return answer(address, {**me, "jax": "0.0.1"}, deadline)
+
+    monkeypatch.setattr(multihost, "_answer_roll_call", older)
+    errors = roll_call(monkeypatch, (0, 2), (1, 2))
+    assert f"jax {version}\n" in errors[1] and errors[1].endswith("jax 0.0.1")
+
+
+def test_something_else_at_the_address(monkeypatch):
+    with socket.create_server(("localhost", 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: server.accept()[0].close())  # noqa: PLW0108 (accept waits)
+        with pytest.raises(ValueError, match="no process 0 is waiting for this one"):
+            multihost._roll_call(f"localhost:{server.getsockname()[1]}", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"JAX_PROCESS_ID": "1"},
+        {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2"},
+        {
+            "JAX_COORDINATOR_ADDRESS": "host:1234",
+            "JAX_NUM_PROCESSES": "two",
+            "JAX_PROCESS_ID": "0",
+        },
+        {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_variables_that_do_not_say_it(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"found .*: expected all of JAX_COORDINATOR_ADDRESS"):
+        multihost.initialize(True)
+
+
+def test_no_cluster_at_all(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="jax finds no cluster"):
+        multihost.initialize(True)
+    multihost.initialize(False)
