@@ -364,6 +364,16 @@ def test_dry_run(desk, script):
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
+def test_the_transcript_shown_is_what_a_dry_run_prints(desk, script):
+    shown = (LAUNCH / "transcripts" / f"{script}.txt").read_text()
+    command, expected = shown.split("\n", 1)
+    done = desk.run(*shlex.split(command.removeprefix("$ experiments/launch/")))
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.replace(git(desk.checkout, "rev-parse", "HEAD"), "COMMIT")
+    assert printed.replace(f"{desk.checkout}", "CHECKOUT") == expected
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
 def test_help(desk, script):
     done = desk.run(script, "--help")
     assert done.returncode == 0 and "--workdir" in done.stdout and "--dry-run" in done.stdout

@@ -18,6 +18,9 @@ from vit_jax.parallel.multihost import all_agree, barrier, is_main
 from vit_jax.training.step import TrainState
 from vit_jax.weights import formats, published
 
+# Bytes of tensors that a process reads at a time: what it holds besides those in their place.
+_READ_AT_ONCE = 250_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -130,8 +133,13 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     ValueError for a checkpoint that is damaged or of another model or optimizer.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    at_once = max(_READ_AT_ONCE, 4 * largest) / 1e9  # orbax refuses tensors above its limit
+    handlers = {
+        name: ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once) for name in items
+    }
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
             restored = reader.restore(folder.absolute(), args=ocp.args.Composite(**items))
         parts = {"params": restored["params"], "ema": restored.get("ema")}
         return TrainState(**parts, **restored["training"])
