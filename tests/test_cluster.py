@@ -1,9 +1,9 @@
-"""Every command with several processes and several devices each, against the same with one."""
+"""Every command with several processes and several devices each, against one process."""
 
 import json
 
 import pytest
-from processes import cluster, command, equal_runs, finish, pretrain
+from processes import cluster, equal_runs, finish, pretrain, start
 
 STEPS = 24
 # SGD: Adam divides rounding errors by their own size, and after 30 steps another mesh shows.
@@ -53,15 +53,15 @@ def commands(folder, upstream):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process with one device makes of them."""
+    """What one process with two devices makes of them."""
     folder = tmp_path_factory.mktemp("alone")
     for arguments in commands(folder, folder / "pretrain").values():
-        code, _, err = command(*arguments)
-        assert code == 0, err
+        codes, errors = finish([start(*arguments, JAX_NUM_CPU_DEVICES="2")])
+        assert codes == [0], errors
     return folder
 
 
-@pytest.mark.slow  # 16 starts of a command, and 8 more for `alone`
+@pytest.mark.slow  # 28 starts of a command
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_equal_one(alone, tmp_path, processes):
     for arguments in commands(tmp_path, alone / "pretrain").values():
