@@ -30,6 +30,7 @@ def batch():
 
 
 draw_once = jax.jit(draw, static_argnums=(0, 3))
+augment_once, jitter_once = jax.jit(augment), jax.jit(color_jitter)
 
 
 def draws_of(config, seed=0, step=0, rows=ROWS):
@@ -39,7 +40,7 @@ def draws_of(config, seed=0, step=0, rows=ROWS):
 def test_without_augmentation_images_are_as_published(batch):
     images, targets = batch
     assert draws_of(AugmentationConfig()) == {}
-    out, same = augment(images, targets, {})
+    out, same = augment_once(images, targets, {})
     np.testing.assert_array_equal(out, (images.astype(np.float32) - 127.5) / 127.5)
     np.testing.assert_array_equal(same, targets)
 
@@ -48,7 +49,7 @@ def test_without_augmentation_images_are_as_published(batch):
 def test_mixup(batch, per_example):
     images, targets = batch
     draws = draws_of(AugmentationConfig(mixup=0.5, per_example=per_example))
-    out, mixed = augment(images, targets, draws)
+    out, mixed = augment_once(images, targets, draws)
     share = draws["mixup"]
     assert len(np.unique(share)) == (ROWS if per_example else 1)
     plain = (images - 127.5) / 127.5
@@ -68,7 +69,7 @@ def test_cutmix_labels_are_shares_of_pixels(batch, per_example):
     kept_shares = []
     for step in range(5):
         draws = draws_of(AugmentationConfig(cutmix=1.0, per_example=per_example), step=step)
-        out, mixed = augment(images, targets, draws)
+        out, mixed = augment_once(images, targets, draws)
         for row in range(ROWS):
             own = (np.asarray(out[row]).round(4) == plain[row]).all(-1)
             other = (np.asarray(out[row]).round(4) == plain[row ^ 1]).all(-1)
@@ -151,7 +152,7 @@ def test_color_jitter_against_pillow():
     )
     jitter = rng.uniform(-0.8, 0.8, (4, 4)).astype(np.float32)
     jitter[:, 3] = 0
-    found = np.asarray(color_jitter(images / np.float32(255), jitter)) * 255
+    found = np.asarray(jitter_once(images / np.float32(255), jitter)) * 255
     for row in range(4):
         expected = Image.fromarray(images[row])
         for kind, offset in zip(("Brightness", "Contrast", "Color"), jitter[row], strict=False):
@@ -166,7 +167,7 @@ def test_hue_against_colorsys():
     images[0, 0, 0] = 0.3  # grey has no hue
     for turn in (-0.5, -0.2, 0.1, 0.4):
         jitter = np.tile(np.float32([0, 0, 0, turn]), (6, 1))
-        found = np.asarray(color_jitter(images, jitter))
+        found = np.asarray(jitter_once(images, jitter))
         for index in np.ndindex(6, 1, 5):
             hue, saturation, value = colorsys.rgb_to_hsv(*images[index].tolist())
             expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)

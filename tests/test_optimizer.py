@@ -99,6 +99,10 @@ def assert_trees_equal(a, b):
             ScheduleConfig(peak=0.5, warmup=10, decay="rsqrt", timescale=20, cooldown=80),
             {0: 0, 10: 0.5, 30: 0.5 / 2**0.5, 70: 0.125, 110: 0, 200: 0},
         ),
+        (  # BiT's 90 epochs
+            ScheduleConfig(peak=0.5, warmup=10, decay="staircase", drops=(3 / 9, 6 / 9, 8 / 9)),
+            {0: 0, 1: 0.05, 36: 0.5, 37: 0.05, 72: 0.05, 73: 5e-3, 97: 5e-3, 98: 5e-4, 110: 5e-4},
+        ),
     ],
 )
 def test_schedule_closed_form(config, expected):
@@ -147,7 +151,11 @@ def test_all_warmup():
         ({"cooldown": -1, "decay": "rsqrt"}, "cooldown=-1"),
         ({"timescale": 0}, "timescale=0"),
         ({"cooldown": 5}, "cooldown=5 with decay 'cosine'"),
-        ({"decay": "rsqrt", "end": 0.1}, "only after a cooldown"),
+        ({"cooldown": 5, "decay": "staircase", "drops": (0.5,)}, "cooldown=5"),
+        ({"decay": "rsqrt", "end": 0.1}, "that takes linear, cosine or a cooldown"),
+        ({"decay": "staircase"}, "drops=[(][)] with decay 'staircase'"),
+        ({"decay": "staircase", "drops": (30.0,)}, "expected parts of the run"),
+        ({"drops": (0.5,)}, "none for the others"),
     ],
 )
 def test_invalid_schedule(fields, message):

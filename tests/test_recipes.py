@@ -7,27 +7,45 @@ import jax
 import pytest
 
 from vit_jax.config import build
+from vit_jax.data.augment import parse_preprocess
 from vit_jax.models.variants import build_model
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.transfer import TransferConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# What may stand behind the colon, beside nothing.
-ARGUMENTS = {
-    "pretrain/formula.py": ["dataset=fractals"],
+# What may stand behind the colon: beside nothing, which also trains for two steps, arguments that
+# train too, and those that are built alone.
+TRAINED = {
+    "pretrain/jft.py": ["R50+ViT-L/32,epochs=14"],
     "pretrain/masked.py": ["target=colors_4x4"],
-    "pretrain/paper.py": ["ViT-L/16,dataset=imagenet21k"],
-    "transfer/digits.py": [],
     "transfer/folder.py": ["adamw,size=384"],
+}
+BUILT = {
+    "pretrain/augreg.py": [
+        "ViT-Ti/16,dataset=imagenet21k",
+        "R+Ti/16,augmentation=strong2,regularization=0.1,weight_decay=0.03",
+        "R50+L/32,dataset=imagenet21k,epochs=30",
+    ],
+    "pretrain/better_plain_vit.py": ["epochs=300"],
+    "pretrain/bit.py": ["R101x1,dataset=imagenet21k", "R152x2,dataset=my_set"],
+    "pretrain/formula.py": ["dataset=fractals"],
+    "pretrain/jft.py": ["ViT-H/14"],
+    "pretrain/paper.py": [
+        "ViT-L/16,dataset=imagenet21k",
+        "R50+ViT-B/16,dataset=imagenet21k",
+        "ViT-H/14",
+    ],
+    "pretrain/scaling_vit.py": ["ViT-G/14"],
     "transfer/paper.py": ["cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"],
 }
 
 
-def recipes():
+def recipes(arguments):
     for path in sorted(CONFIGS.rglob("*.py")):
         name = path.relative_to(CONFIGS).as_posix()
-        for argument in (None, *ARGUMENTS[name]):
+        for argument in arguments(name):
             yield pytest.param(path, argument, id=f"{name}:{argument or ''}")
 
 
@@ -44,35 +62,78 @@ def load(path, argument):
 
 def reduce(values):
     """The same recipe, small: few, narrow layers, few small images of an embedded set."""
-    patch = int(values["model"]["variant"].split("/")[1])
-    size = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
-    values["model"].update(size)
-    if "representation_size" in values["model"]:
-        values["model"]["representation_size"] = 32
-    values["image_size"] = 2 * patch
+    model = values["model"]
+    if "/" in model["variant"]:
+        model.update({"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2})
+        values["image_size"] = 2 * int(model["variant"].split("/")[1])
+    if model["variant"].startswith("R"):  # a ResNet or a hybrid
+        model.update({"stages": (1,), "stem_width": 32})
+        values["image_size"] = 16
+    if model.get("representation_size", -1) != -1:
+        model["representation_size"] = 32
     values["batch_size"] = 8
     values["steps"] = 2
     values.pop("epochs", None)
-    values["schedule"]["warmup"] = 1
+    values["schedule"].update(warmup=1)
+    if values["schedule"].get("cooldown"):
+        values["schedule"]["cooldown"] = 1
     values["data"].update(dataset="strokes/4", split="train[:100]")
-    for evaluation in values.get("classification", {}).values():
+    # One evaluation is compiled; they differ in their splits alone.
+    values["classification"] = dict(list(values.get("classification", {}).items())[:1])
+    for evaluation in values["classification"].values():
         evaluation["data"].update(dataset="strokes/4", split="validation[:12]")
         evaluation["batch_size"] = 8
     return values
 
 
-@pytest.mark.parametrize(("path", "argument"), list(recipes()))
-def test_recipe(path, argument, tmp_path):
-    kind = {"pretrain": loop.TrainConfig, "transfer": TransferConfig}[path.parent.name]
-    config = build(kind, load(path, argument))
-    model = build_model(config.model, 1000, (config.image_size, config.image_size))
-    jax.eval_shape(model.init, jax.random.key(0))
+def config_class(path):
+    return {"pretrain": loop.TrainConfig, "transfer": TransferConfig}[path.parent.name]
 
-    config = build(kind, reduce(load(path, argument)))
+
+@pytest.mark.parametrize(
+    ("path", "argument"),
+    list(recipes(lambda name: (None, *TRAINED.get(name, []), *BUILT.get(name, [])))),
+)
+def test_recipe_builds_at_full_size(path, argument):
+    config = build(config_class(path), load(path, argument))
+    size = (config.image_size, config.image_size)
+    model = build_model(config.model, 1000, size)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    schedule = make_schedule(config.schedule, config.steps or 90_000)
+    make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    for data in (config.data, *(c.data for c in config.classification.values())):
+        parse_preprocess(data.preprocess, size)
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"), list(recipes(lambda name: (None, *TRAINED.get(name, []))))
+)
+def test_recipe_trains(path, argument, tmp_path):
+    config = build(config_class(path), reduce(load(path, argument)))
     final = loop.train(loop.prepare(config, str(tmp_path)))
     assert final["step"] == 2
     assert all(f"{name}/accuracy" in final for name in config.classification)
     assert read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("level", "layers", "magnitude", "mixup"),
+    [  # arXiv 2106.10270, section 3
+        ("none", 0, 0, 0.0),
+        ("light1", 2, 0, 0.0),
+        ("light2", 2, 10, 0.2),
+        ("medium1", 2, 15, 0.2),
+        ("medium2", 2, 15, 0.5),
+        ("strong1", 2, 20, 0.5),
+        ("strong2", 2, 20, 0.8),
+    ],
+)
+def test_augreg_presets(level, layers, magnitude, mixup):
+    path = CONFIGS / "pretrain/augreg.py"
+    values = load(path, f"ViT-B/16,augmentation={level}")
+    spec = f"inception_crop|flip|randaugment({layers}, {magnitude})" if layers else None
+    assert values["data"]["preprocess"] == (spec or "inception_crop|flip")
+    assert values["augmentation"] == {"mixup": mixup}
 
 
 def test_every_recipe_says_how_to_run_it():

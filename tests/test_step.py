@@ -37,6 +37,7 @@ from vit_jax.training.step import (
     example_losses,
     make_targets,
     make_train_step,
+    share_targets,
     start_state,
 )
 
@@ -266,6 +267,19 @@ def test_several_labels_an_image():
     labels = np.stack([np.arange(32) % 5, np.arange(32) % 3], axis=1).astype(np.int32)
     _, history, _ = run(labels=labels, loss=LossConfig("sigmoid"), steps=2)
     assert np.isfinite(history[-1]["loss"])
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_the_loss_of_mixed_targets_is_the_mixed_loss(name):
+    """With two labels on one image and one on the other."""
+    config = LossConfig(name, label_smoothing=0.1)
+    logits = jnp.array([[1.0, -2.0, 0.5, 3.0]])
+    one, other = (
+        share_targets(config, make_targets(jnp.array([labels]), 4)) for labels in ([0, 2], [1, -1])
+    )
+    mixed = example_losses(config, logits, 0.7 * one + 0.3 * other)
+    apart = [example_losses(config, logits, targets) for targets in (one, other)]
+    np.testing.assert_allclose(mixed, 0.7 * apart[0] + 0.3 * apart[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,32 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**{group: {} for group in groups}, **fields})
 
 
+# Where there is no published split, the first images of `train` are held out.
+HELD_OUT = {"train": "train[51200:]", "validation": "train[:51200]"}
+PRETRAINING_SPLITS = {  # big_vision's
+    "imagenet2012": {"train": "train[:99%]", "validation": "train[99%:]", "test": "validation"},
+    "imagenet21k": {
+        "train": "full[51200:]",
+        "validation": "full[25600:51200]",
+        "test": "full[:25600]",
+    },
+}
+
+
+def pretraining_data(dataset: str, preprocess: str = "inception_crop|flip") -> dict[str, Any]:
+    """The fields `data` and `classification` of a recipe that trains on a large dataset."""
+    splits = dict(PRETRAINING_SPLITS.get(dataset, HELD_OUT))
+    train = {"dataset": dataset, "split": splits.pop("train"), "preprocess": preprocess}
+    evaluation = {"dataset": dataset, "preprocess": "central_crop(0.875)"}
+    return {
+        "data": train,
+        "classification": {
+            name: {"data": {**evaluation, "split": split}, "batch_size": 4096}
+            for name, split in splits.items()
+        },
+    }
+
+
 def define_config_flag():
     """The flag --config=FILE.py[:ARGUMENT], with --config.field=value for any field of the recipe.
 

@@ -82,11 +82,12 @@ def global_indices(seed: int, step: int, batch_size: int, num_examples: int) -> 
 
 
 # Classes and examples of sets that are rarely at hand where a run is planned. JFT-300M: arXiv
-# 2010.11929.
+# 2010.11929; JFT-3B: arXiv 2106.04560 ("nearly 3 billion").
 DATASETS: dict[str, tuple[int, dict[str, int]]] = {
     "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}),
     "imagenet21k": (21_843, {"full": 14_197_122}),
     "jft300m": (18_291, {"train": 303_000_000}),
+    "jft3b": (29_593, {"train": 3_000_000_000}),
 }
 
 

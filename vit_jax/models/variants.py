@@ -99,7 +99,8 @@ class ModelConfig:
     zero_padded_pool: bool = False
 
     pool: str = "token"  # class token | gap: global average | map: attention pooling, 2106.04560
-    representation_size: int | None = None  # width of the tanh layer `pre_logits`; None: no layer
+    # Width of the tanh layer `pre_logits`; -1: the model's width; None: no such layer.
+    representation_size: int | None = None
     position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
     position_at: str | None = None  # stem | layers | shared; None: the stem, or inside every layer
     registers: int = 0  # learned tokens without a place in the image (arXiv 2309.16588)
@@ -309,7 +310,10 @@ def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
     if family in ("ViT", "hybrid"):
         sizes["position_at"] = "layers" if config.position in IN_ATTENTION else "stem"
     given = {k: v for k in sizes if (v := getattr(config, k)) is not None}
-    return family, dataclasses.replace(config, **{**sizes, **given}), patch
+    config = dataclasses.replace(config, **{**sizes, **given})
+    if config.representation_size == -1:
+        config = dataclasses.replace(config, representation_size=config.width)
+    return family, config, patch
 
 
 def _transformer_sizes(name: str) -> dict[str, int] | None:

@@ -13,6 +13,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import betaincinv
 
 from vit_jax.models.variants import normalize
 from vit_jax.parallel.mesh import constrain_batch
@@ -89,16 +91,27 @@ def _draw_mixing(config: AugmentationConfig, key: jax.Array) -> dict:
     choice, *keys = jax.random.split(key, 4)
     draws = {}
     if config.mixup:
-        share = jax.random.beta(keys[0], config.mixup, config.mixup)
+        share = _beta(keys[0], config.mixup)
         draws["mixup"] = jnp.maximum(share, 1 - share)
     if config.cutmix:
-        draws["cutmix"] = jax.random.beta(keys[1], config.cutmix, config.cutmix)
+        draws["cutmix"] = _beta(keys[1], config.cutmix)
         draws["centre"] = jax.random.uniform(keys[2], (2,))
     if config.mixup and config.cutmix:
         cuts = jax.random.bernoulli(choice)
         draws["mixup"] = jnp.where(cuts, 1.0, draws["mixup"])
         draws["cutmix"] = jnp.where(cuts, draws["cutmix"], 1.0)
     return draws
+
+
+def _beta(key: jax.Array, alpha: float) -> jax.Array:
+    """Of Beta(alpha, alpha), by a table of its quantiles.
+
+    The rejection loops of jax.random.beta take longer to compile than a small model.
+    """
+    quantiles = jnp.array(betaincinv(alpha, alpha, np.linspace(0, 1, 4097)), jnp.float32)
+    position = 4096 * jax.random.uniform(key)
+    below = position.astype(int)
+    return quantiles[below] + (position - below) * (quantiles[below + 1] - quantiles[below])
 
 
 def augment(images: jax.Array, targets: jax.Array, draws: dict) -> tuple[jax.Array, jax.Array]:

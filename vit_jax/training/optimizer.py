@@ -28,7 +28,7 @@ from vit_jax.parallel.mesh import path_name
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
 
-DECAYS = ("constant", "linear", "cosine", "rsqrt")
+DECAYS = ("constant", "linear", "cosine", "rsqrt", "staircase")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 WEIGHT_DECAY_CONVENTIONS = ("multiplied", "independent")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
@@ -51,6 +51,7 @@ class ScheduleConfig:
     end: float = 0.0  # the final learning rate of linear, cosine and cooldown
     timescale: int = 10_000  # steps, of rsqrt
     cooldown: int = 0  # steps, the last ones; of constant and rsqrt
+    drops: tuple[float, ...] = ()  # of staircase: at these parts of the run, rates fall to a tenth
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -62,14 +63,22 @@ class ScheduleConfig:
                 f"warmup={self.warmup}, cooldown={self.cooldown}, timescale={self.timescale}: "
                 "expected warmup >= 0, cooldown >= 0 and timescale > 0"
             )
-        if self.decay in ("linear", "cosine") and self.cooldown:
+        if self.decay not in ("constant", "rsqrt") and self.cooldown:
             raise ValueError(
-                f"cooldown={self.cooldown} with decay {self.decay!r}, which reaches `end` by "
-                "itself: use constant or rsqrt, or cooldown=0"
+                f"cooldown={self.cooldown} with decay {self.decay!r}, which comes down by itself: "
+                "use constant or rsqrt, or cooldown=0"
             )
-        if self.decay in ("constant", "rsqrt") and self.end and not self.cooldown:
+        if bool(self.drops) != (self.decay == "staircase") or not all(
+            0 < d < 1 for d in self.drops
+        ):
             raise ValueError(
-                f"end={self.end}: decay {self.decay!r} ends there only after a cooldown: set one"
+                f"drops={self.drops} with decay {self.decay!r}: expected parts of the run between "
+                "0 and 1 for staircase, none for the others"
+            )
+        if self.decay not in ("linear", "cosine") and self.end and not self.cooldown:
+            raise ValueError(
+                f"end={self.end}: decay {self.decay!r} doesn't end there: that takes linear, "
+                "cosine or a cooldown"
             )
 
 
@@ -124,7 +133,8 @@ def make_schedule(
     As big_vision's (utils.py, create_learning_rate_schedule): 0 at step 0, `peak` at step `warmup`,
     `end` at step `steps`, which is one after the last update's. rsqrt is
     peak / sqrt(1 + (t - warmup) / timescale); a cooldown multiplies whatever is left above `end`
-    with a line from 1 to 0. `peak` takes the place of the config's: it may be traced.
+    with a line from 1 to 0. staircase is BiT's (arXiv 1912.11370, section 3.3). `peak` takes the
+    place of the config's: it may be traced.
 
     Raises ValueError if warm-up and cooldown don't fit into `steps`.
     """
@@ -149,6 +159,8 @@ def make_schedule(
                 rate = end + (peak - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
             case "rsqrt":
                 rate = peak / jnp.sqrt(1 + decaying / config.timescale)
+            case "staircase":
+                rate = peak * 0.1 ** sum(step >= round(drop * steps) for drop in config.drops)
         if cooldown:
             rate = end + (rate - end) * jnp.clip((steps - step) / cooldown, 0, 1)
         if warmup:

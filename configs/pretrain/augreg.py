@@ -1,0 +1,102 @@
+r"""The grid of "How to train your ViT?" (AugReg, Steiner et al., arXiv 2106.10270).
+
+python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-B/16 --workdir=runs/b16
+python -m vit_jax.pretrain \
+    --config=configs/pretrain/augreg.py:R26+S/32,augmentation=strong1,regularization=0.1 \
+    --workdir=runs/r26 --distributed
+python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-L/16,dataset=imagenet21k \
+    --workdir=runs/l16 --distributed
+
+The 28 cells are 7 levels of `augmentation`, `regularization` 0 or 0.1 (dropout, and stochastic
+depth rising linearly to it) and `weight_decay` 0.1 or 0.03. Without an `augmentation` it is
+big_vision's choice for the model (configs/vit_i1k.py, vit_i21k.py), or for hybrids the paper's best
+cell without regularization.
+
+Expected (Table 3): ImageNet alone, 300 epochs, the best cell's validation accuracy at 224 px: L/16
+75.72, B/16 79.84, S/16 79.00, R50+L/32 76.84, R26+S/32 79.61, Ti/16 72.59, B/32 74.42, S/32 72.07,
+R+Ti/16 70.13 %. ImageNet-21k, 300 epochs, then fine-tuned on ImageNet at 384 px: L/16 85.59, B/16
+85.49, S/16 83.73, R50+L/32 85.99, R26+S/32 83.85, Ti/16 78.22, B/32 83.59, S/32 79.58, R+Ti/16
+75.40 %. All: Adam (momentum in bfloat16), 1e-3, batch 4096, 10k steps of warm-up, cosine, clipping
+at 1; sigmoid loss and the head's bias are big_vision's.
+"""
+
+import ml_collections
+
+from vit_jax.config import parse_arg, pretraining_data, recipe, unknown
+
+# Layers and magnitude of RandAugment, and alpha of mixup, as the paper's section 3 lists them.
+AUGMENTATIONS = {
+    "none": (0, 0, 0.0),
+    "light1": (2, 0, 0.0),  # magnitude 0 isn't mild: see vit_jax/data/randaugment.py
+    "light2": (2, 10, 0.2),
+    "medium1": (2, 15, 0.2),
+    "medium2": (2, 15, 0.5),
+    "strong1": (2, 20, 0.5),
+    "strong2": (2, 20, 0.8),
+}
+# For each model, on ImageNet and on ImageNet-21k.
+DEFAULTS = {
+    "ViT-Ti/16": ("light1", "none"),
+    "ViT-S/32": ("medium1", "none"),
+    "ViT-S/16": ("medium2", "light1"),
+    "ViT-B/32": ("medium2", "light2"),
+    "ViT-B/16": ("medium2", "light2"),
+    "ViT-L/16": ("medium2", "medium2"),
+    "R+Ti/16": ("light1", "none"),
+    "R26+S/32": ("medium2", "light1"),
+    "R50+L/32": ("medium2", "medium2"),
+}
+DATASETS = ("imagenet2012", "imagenet21k")
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: [variant][,dataset=][,augmentation=][,regularization=][,weight_decay=][,epochs=]."""
+    arg = parse_arg(
+        arg,
+        variant="ViT-B/16",
+        dataset="imagenet2012",
+        augmentation="",
+        regularization=0.0,
+        weight_decay=0.1,
+        epochs=300.0,
+    )
+    if arg.dataset not in DATASETS:
+        raise ValueError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
+    if not arg.augmentation:
+        if arg.variant not in DEFAULTS:
+            raise ValueError(
+                f"{arg.variant} has no augmentation of its own here: add augmentation=NAME, one of "
+                + ", ".join(AUGMENTATIONS)
+            )
+        arg.augmentation = DEFAULTS[arg.variant][DATASETS.index(arg.dataset)]
+    if arg.augmentation not in AUGMENTATIONS:
+        raise unknown("augmentation", arg.augmentation, AUGMENTATIONS)
+    layers, magnitude, mixup = AUGMENTATIONS[arg.augmentation]
+    randaugment = f"|randaugment({layers}, {magnitude})" if layers else ""
+    on_imagenet = arg.dataset == "imagenet2012"
+    return recipe(
+        model={
+            "variant": arg.variant,
+            # No hidden layer in the head on ImageNet-21k.
+            "representation_size": -1 if on_imagenet else None,
+            "dropout": arg.regularization,
+            "stochastic_depth": arg.regularization,
+            "head_bias": -6.9 if on_imagenet else -10.0,
+            "scan": True,
+        },
+        image_size=224,
+        **pretraining_data(arg.dataset, "inception_crop|flip" + randaugment),
+        augmentation={"mixup": mixup},
+        batch_size=4096,
+        epochs=arg.epochs,
+        loss={"name": "sigmoid"},
+        schedule={"peak": 1e-3, "warmup": 10_000, "decay": "cosine"},
+        optimizer={
+            "name": "adamw",
+            "momentum_dtype": "bfloat16",
+            "weight_decay": arg.weight_decay,
+            "clip_norm": 1.0,
+        },
+        checkpoint={"every": 1000, "keep_every": 50_000},
+        eval_every=5000,
+    )

@@ -1,0 +1,43 @@
+r"""ViT-g/14 and ViT-G/14 of "Scaling Vision Transformers" (Zhai et al., arXiv 2106.04560).
+
+python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-g/14,dataset=my_set \
+    --config.data.data_dir=gs://my_bucket --workdir=runs/g14 --distributed
+python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-G/14,dataset=my_set \
+    --workdir=runs/G14 --distributed
+
+`my_set` is any large labelled dataset, as in jft.py. A run at a constant rate can be cooled down
+from any of its checkpoints: --config.resume=CHECKPOINT --config.steps=N.
+
+Expected on JFT-3B: G/14 83.0 % on ImageNet with 5 shots (84.86 with 10), 90.45 fine-tuned.
+Adafactor without its scaling and with momentum in bfloat16, 8e-4, a reciprocal-square-root schedule
+(timescale 10k, warm-up 10k, cooldown 50k steps), weight decay 3 of the head and 0.03 of the body,
+attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipping and the head's
+bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
+"""
+
+import ml_collections
+
+from vit_jax.config import parse_arg, pretraining_data, recipe
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: [variant][,dataset=NAME][,steps=N]."""
+    arg = parse_arg(arg, variant="ViT-g/14", dataset="jft3b", steps=1_000_000)
+    return recipe(
+        model={"variant": arg.variant, "pool": "map", "head_bias": -10.0, "scan": True},
+        image_size=224,
+        **pretraining_data(arg.dataset),
+        batch_size=16_384,
+        steps=arg.steps,
+        loss={"name": "sigmoid"},
+        schedule={"peak": 8e-4, "decay": "rsqrt", "cooldown": 50_000},
+        optimizer={
+            "name": "adafactor",
+            "momentum_dtype": "bfloat16",
+            "weight_decay": 0.03,
+            "weight_decay_rules": (("head/kernel", 100.0), (".*/kernel", 1.0), (".*", 0.0)),
+            "clip_norm": 1.0,
+        },
+        checkpoint={"every": 1000, "keep_every": 10_000},
+        eval_every=10_000,
+    )
