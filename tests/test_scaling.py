@@ -177,7 +177,7 @@ def train(run, config, workdir):
     time.sleep({seconds})
     return fake()(run, config, workdir)
 
-work(STUDY, Store(Path({folder!r}), lease=2.0), train, poll=0.05)
+work(STUDY, Store(Path({folder!r}), lease=6.0), train, poll=0.05)
 """
 
 
@@ -199,7 +199,7 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path):
         time.sleep(0.02)
     killed.kill()
     killed.wait()
-    where = store(tmp_path / "study", lease=2.0)
+    where = store(tmp_path / "study", lease=6.0)
     first = expand(STUDY)[0]
     assert states(STUDY, where)[first.key] == "running"  # for all that anyone can know
     both = [worker(tmp_path, 0.2) for _ in range(2)]
@@ -210,7 +210,7 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path):
 
 
 def test_claims_have_one_winner(tmp_path):
-    claims = [Claims(tmp_path, lease=0.6) for _ in range(8)]
+    claims = [Claims(tmp_path, lease=2.0) for _ in range(8)]
     barrier = threading.Barrier(8)
     won = []
 
@@ -227,7 +227,7 @@ def test_claims_have_one_winner(tmp_path):
         thread.join()
     assert len(won) == 1
     with won[0]:
-        time.sleep(1.0)  # longer than the lease: it beats
+        time.sleep(2.5)  # longer than the lease: it beats
         assert claims[1].take("a") is None and claims[1].is_held("a")
     assert claims[1].newest("a").released and claims[1].deaths("a") == 0
     for expected in (1, 2):  # taken and never let go

@@ -11,7 +11,7 @@ from experiments.scaling.fits import NAMES, compute_ratio, crossing, fit_simples
 from experiments.scaling.runner import Store
 from experiments.scaling.study import Study
 from experiments.scaling.style import HUES, OTHERS, new_figure, save
-from experiments.scaling.table import Point, average_tasks, grouped, points
+from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points
 
 
 def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
@@ -100,8 +100,8 @@ def paper_points() -> list[Point]:
 
 def _tasks(found: list[Point]) -> dict[str, list[Point]]:
     tasks = grouped(found, lambda p: p.task)
-    for kind in sorted({task.split()[-1] for task in tasks if task.endswith("-shot")}):
-        if sum(task.endswith(f" {kind}") for task in tasks) > 1:
+    for kind in sorted({kind_of(task) for task in tasks if task.endswith("-shot")}):
+        if sum(kind_of(task) == kind for task in tasks) > 1:
             tasks[f"average {kind}"] = average_tasks(found, kind)
     return tasks
 

@@ -13,12 +13,13 @@ from experiments.scaling.style import (
     HUES,
     ORDER,
     Looks,
+    compact,
     family_legend,
     label_ends,
     new_figure,
     save,
 )
-from experiments.scaling.table import Point, average_tasks, grouped, points, write_csv
+from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points, write_csv
 
 Panel = Callable[[Axes], None]
 
@@ -37,11 +38,13 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
     write_csv(written[0], found)
     written += write_tables(found, folder)
     few = [t for t in sorted({p.task for p in found}) if t.endswith("-shot")]
-    shots = max((t.split()[-1] for t in few), key=lambda s: int(s.split("-")[0]), default=None)
+    shots = max(map(kind_of, few), key=lambda s: int(s.split("-")[0]), default=None)
     tuned = [t for t in sorted({p.task for p in found}) if t.endswith("fine-tuned")]
     kind = shots or (tuned and "fine-tuned") or "upstream"
     averaged = average_tasks(found, kind)
     largest = max(p.examples for p in found)
+    imagenet = "ImageNet fine-tuned"
+    second = imagenet if imagenet in tuned else tuned[0] if tuned else "upstream"
 
     def at(task: str) -> list[Point]:
         return averaged if task.startswith("average") else [p for p in found if p.task == task]
@@ -50,11 +53,11 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
         "figure_3": [lambda a, t=t: by_set(a, at(t), looks) for t in tuned],
         "figure_4": [
             lambda a, t=t: by_size(a, at(t), looks)
-            for t in (f"average {kind}", *[t for t in few if t.endswith(kind)][:2])
+            for t in (f"average {kind}", *[t for t in few if kind_of(t) == kind][:2])
         ],
         "figure_5": [
             lambda a, t=t: by_compute(a, [p for p in at(t) if p.examples == largest], looks)
-            for t in (f"average {kind}", tuned[0] if tuned else "upstream")
+            for t in (f"average {kind}", second)
         ],
         "figure_9": [
             lambda a, n=n: while_training(a, records, study, looks, n)
@@ -62,32 +65,37 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
         ],
         "figure_12": [lambda a: by_speed(a, found, looks)],
     }  # fmt: skip
-    originals = {
-        "figure_3": figures.figure_3_panel,
-        "figure_4": figures.figure_4_panel,
-        "figure_5": lambda a: figures.figure_5_panel(a, "avg5_computed", "average of 5 tasks",
-                                                     (88, 97)),
-        "figure_9": figures.figure_9_panel,
-        "figure_12": figures.figure_12_panel,
-    }  # fmt: skip
+    originals: dict[str, list[Panel]] = {
+        "figure_3": [figures.figure_3_panel],
+        "figure_4": [figures.figure_4_panel],
+        "figure_5": [
+            lambda a: figures.figure_5_panel(a, "avg5_computed", "average of 5 tasks", (88, 97)),
+            lambda a: figures.figure_5_panel(a, "ImageNet", "ImageNet top-1", (75, 90)),
+        ],
+        "figure_9": [figures.figure_9_panel],
+        "figure_12": [figures.figure_12_panel],
+    }
     same_axes = {
-        "figure_3": "ImageNet fine-tuned" in tuned,
-        "figure_4": "ImageNet 5-shot" in few,
-        "figure_5": any(t == "ImageNet fine-tuned" for t in tuned),
+        "figure_3": imagenet in tuned and {p.set for p in found} <= set(figures.SETS),
+        "figure_4": few == ["ImageNet 5-shot"],
+        "figure_5": imagenet in tuned and kind == "fine-tuned",
     }
     for name, all_panels in drawings.items():
         panels = [panel for panel in all_panels if _has_points(panel)]
         if not panels:
             print(f"{name}: no points yet")
         elif same_axes.get(name):
-            figure, axes = new_figure(1, 5.2)
-            originals[name](axes[0])
-            fade(axes[0])
-            panels[0](axes[0])
+            figure, axes = new_figure(len(originals[name]), 5.2, 4.2)
+            for original, panel, ax in zip(originals[name], panels, axes, strict=False):
+                original(ax)
+                fade(ax)
+                panel(ax)
+                low, high = ax.get_ylim()
+                ax.set_ylim(min(low, ax.dataLim.y0 - 1), max(high, ax.dataLim.y1 + 1))
             written += save(figure, folder, f"{study.name}_{name}")
         else:
-            figure, axes = new_figure(1 + len(panels), 4.6, 3.9)
-            originals[name](axes[0])
+            figure, axes = new_figure(1 + len(panels), 4.0, 3.7)
+            originals[name][0](axes[0])
             axes[0].set_title("the paper", fontsize=10)
             for panel, ax in zip(panels, axes[1:], strict=True):
                 panel(ax)
@@ -113,8 +121,10 @@ def _has_points(panel: Panel) -> bool:
 
 def fade(axes: Axes) -> None:
     """Leaves the paper's points as a background."""
-    for artist in (*axes.lines, *axes.collections, *axes.texts):
+    for artist in (*axes.lines, *axes.collections):
         artist.set_alpha(0.3)
+    for text in list(axes.texts):
+        text.remove()
     if axes.get_legend():
         axes.get_legend().remove()
 
@@ -150,7 +160,7 @@ def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
     ends = _curves(axes, of, looks, lambda p: p.examples)
     axes.set_xscale("log")
     ticks = sorted({p.examples for p in of})
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.set_xticks(ticks, [compact(n) for n in ticks])
     axes.minorticks_off()
     _describe(axes, of, "images for pretraining", of[0].budget)
     label_ends(axes, ends)
@@ -167,16 +177,24 @@ def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
     family_legend(axes, [f for f in HUES if any(p.family == f for p in found)], loc="lower right")
 
 
+def longest(found: list[Point]) -> str:
+    """The largest budget."""
+    return max(found, key=lambda p: p.images_seen).budget
+
+
 def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
     """Figure 3: accuracy against the pretraining set, as categories."""
     if not found:
         return
-    sets = list(dict.fromkeys(p.set for p in sorted(found, key=lambda p: p.examples)))
-    budgets = grouped(found, lambda p: p.budget)
-    of = max(budgets.values(), key=len)
+    by_size = sorted(found, key=lambda p: p.examples)
+    sets = list(dict.fromkeys(p.set for p in by_size))
+    if set(sets) <= set(figures.SETS):
+        sets = list(figures.SETS)
+    cells = grouped(found, lambda p: (p.model, p.set)).values()
+    of = [p for cell in cells for p in cell if p.budget == longest(cell)]
     ends = _curves(axes, of, looks, lambda p: sets.index(p.set))
     axes.set_xticks(range(len(sets)), sets)
-    _describe(axes, of, "pretraining set", of[0].budget)
+    _describe(axes, of, "pretraining set", "longest budget")
     label_ends(axes, ends)
 
 

@@ -94,16 +94,25 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]], gap: float = 0.055) -> None:
-    """Names at the right ends of lines (name, x, y, colour), pushed apart where they would meet."""
-    low, high = axes.get_ylim()
-    step, y = gap * (high - low), -np.inf
-    for name, x, at, colour in sorted(ends, key=lambda end: end[2]):
-        y = max(at, y + step)
+def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
+    """Names right of the ends of lines (name, x, y, colour), pushed up where they would meet."""
+    placed: list[tuple[float, float]] = []
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        column, row = axes.transData.transform((x, y)) * 72 / axes.figure.dpi  # in points
+        up = row
+        for other_column, other_row in sorted(placed):
+            if abs(column - other_column) < 45 and abs(up - other_row) < 10:
+                up = other_row + 10
+        placed.append((column, up))
         axes.annotate(
-            name, (x, y), (9, 0), textcoords="offset points", va="center", fontsize=8,
+            name, (x, y), (9, up - row), textcoords="offset points", va="center", fontsize=8,
             color=np.array(colour) * 0.85, annotation_clip=False,
         )  # fmt: skip
+
+
+def compact(number: int) -> str:
+    """9,000,000 -> 9M."""
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number:,}"
 
 
 def family_legend(axes: Axes, families: Iterable[str], **kwargs) -> None:

@@ -37,17 +37,17 @@ def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
     """All points of the runs of the study that are done.
 
     Of a run's evaluations, and of a sweep's runs, the one counts that is best in `study.select`: an
-    upstream metric, which the tasks' test images have no part in.
+    upstream metric, which the tasks' test images have no part in; without one, the last.
     """
     runs = {run.name: run for run in expand(study)}
     done = [r for name, r in records.items() if name in runs and r["status"] == "done"]
-    chosen: dict[tuple, tuple[float, dict, dict]] = {}
+    chosen: dict[tuple, tuple[tuple, dict, dict]] = {}
     for record in done:
         if record["kind"] != "pretrain" or not record["evaluations"]:
             continue
         cell = tuple(record["labels"][k] for k in ("model", "set", "budget", "seed"))
         for evaluation in record["evaluations"]:
-            score = evaluation[study.select] if study.select else evaluation["step"]
+            score = evaluation.get(study.select, -np.inf), evaluation["step"]
             if cell not in chosen or score > chosen[cell][0]:
                 chosen[cell] = score, record, evaluation
     upstream = {record["name"]: record for _, record, _ in chosen.values()}
@@ -129,9 +129,14 @@ def grouped(items: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, li
     return dict(groups)
 
 
+def kind_of(task: str) -> str:
+    """What is measured: "5-shot", "fine-tuned" or "upstream"."""
+    return task.rpartition(" ")[2]
+
+
 def average_tasks(found: list[Point], kind: str) -> list[Point]:
-    """Means over all tasks whose name ends in `kind`, of the runs that have them all."""
-    some = [p for p in found if p.task.endswith(kind)]
+    """Means over all tasks of a kind ("5-shot", ...), of the runs that have them all."""
+    some = [p for p in found if kind_of(p.task) == kind]
     tasks = {p.task for p in some}
     result = []
     runs = grouped(some, lambda p: (p.model, p.set, p.budget, p.sweep, p.seed))
