@@ -157,8 +157,11 @@ def test_splits_that_overlap_are_reported(tmp_path, caplog):
     copy = (tmp_path / "in" / FOLDER[4]).read_bytes()
     (tmp_path / "in" / "test" / "b" / "copy.png").write_bytes(copy)
     (tmp_path / "in" / FOLDER[0]).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"1 images are in two splits, such as .*test/b/copy.png"):
+        write_dataset(open_path(path), tmp_path, "x", None, WriteConfig(max_broken=1))
     with caplog.at_level(logging.WARNING):
-        folder = write_dataset(open_path(path), tmp_path, "x", None, WriteConfig(max_broken=1))
+        config = WriteConfig(max_broken=1, max_overlap=1)
+        folder = write_dataset(open_path(path), tmp_path, "x", None, config)
     assert read_manifest(folder)["overlaps"] == [
         {
             "splits": ["train", "test"],

@@ -28,6 +28,7 @@ flags.DEFINE_string("version", None, "By default 1.0.0, or TFDS's own of a datas
 flags.DEFINE_integer("shards", None, "Files a split, by default one for each 128 MiB.")
 flags.DEFINE_bool("shuffle", True, "Write in the order of a hash of the files' names.")
 flags.DEFINE_integer("max_broken", 0, "Leave out up to so many broken images.")
+flags.DEFINE_integer("max_overlap", 0, "Keep up to so many images that are in two splits.")
 flags.DEFINE_integer("threads", None, "Threads that check images, by default one a core.")
 flags.DEFINE_string("verify", None, "Only check this prepared dataset against its manifest.")
 
@@ -58,7 +59,13 @@ def _write(source: Path, output: Path) -> None:
     listing = open_path(str(source))
     splits = ", ".join(f"{len(records)} in {split}" for split, records in listing.splits.items())
     print(f"{source}: {listing.kind}, {listing.num_classes} classes, {splits}", file=sys.stderr)
-    config = WriteConfig(args.shards, args.shuffle, args.max_broken, args.threads)
+    config = WriteConfig(
+        shards=args.shards,
+        shuffle=args.shuffle,
+        max_broken=args.max_broken,
+        max_overlap=args.max_overlap,
+        threads=args.threads,
+    )
     folder = write_dataset(listing, output, name, args.version, config)
     broken = read_manifest(folder)["broken"]
     print(

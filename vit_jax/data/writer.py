@@ -44,12 +44,14 @@ class WriteConfig:
       shuffle: whether to write examples in the order of a hash of their names, so that a slice is a
         random sample; otherwise as they are listed.
       max_broken: images that cannot be read or decoded are left out, up to so many.
+      max_overlap: images that are in two splits, byte for byte, are kept, up to so many.
       threads: that read and check images; by default as many as there are cores.
     """
 
     shards: int | None = None
     shuffle: bool = True
     max_broken: int = 0
+    max_overlap: int = 0
     threads: int | None = None
 
 
@@ -72,8 +74,8 @@ def write_dataset(
       The dataset's folder.
 
     Raises:
-      ValueError: more broken images than allowed, the last of them named; a dataset of this name
-        that was made, or begun, from another input or with other options.
+      ValueError: more broken images, or images in two splits, than allowed, some of them named; a
+        dataset of this name that was made, or begun, from another input or with other options.
       OSError: too little room, or another process is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -96,6 +98,13 @@ def write_dataset(
     with Journal(folder, plan.record) as journal:
         _write_shards(listing, plan, features, journal, config)
         report = _report(listing, plan, journal.done)
+        overlap = sum(entry["images"] for entry in report["overlaps"])
+        if overlap > config.max_overlap:
+            raise ValueError(
+                f"{overlap} images are in two splits, such as {report['overlaps'][0]['named'][0]}\n"
+                "To keep up to N of them, run this again with --max_overlap=N: it takes seconds, "
+                "all shards are written"
+            )
         _write_metadata(folder, version, features, plan, journal.done)
         # A killed run may have left a manifest.
         files = file_list(folder, {Journal.NAME, MANIFEST}, journal.done)
