@@ -13,7 +13,11 @@ SPREAD = (
     "--config.mesh.min_size=64",
     "--config.optimizer.name=sgd",
 )
-SHORT = ("--config.eval_every=12", f"--config.checkpoint.every={STEPS // 2}")
+SHORT = (
+    "--config.eval_every=12",
+    "--config.classification.validation.batch_size=16",
+    f"--config.checkpoint.every={STEPS // 2}",
+)
 
 
 def commands(folder, upstream):
