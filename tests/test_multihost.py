@@ -52,7 +52,7 @@ def test_those_that_do_not_come_are_named(monkeypatch):
     errors = roll_call(monkeypatch, (0, 4), (2, 4), patience=0.6)
     assert errors[0] == errors[1] and "processes [1, 3] of 4 did not come; there are:" in errors[0]
     (error,) = roll_call(monkeypatch, (1, 2), patience=0.3)
-    assert "process 0 is not at localhost" in error
+    assert "no process 0 waits for this one at localhost" in error
     assert "'process': 1, 'of': 2" in error
 
 
@@ -69,10 +69,38 @@ def test_versions_that_differ(monkeypatch):
 
 
 def test_something_else_at_the_address(monkeypatch):
+    """An older run's server closes the connection; it has this long to end."""
+    monkeypatch.setattr(multihost, "HEARTBEAT_SECONDS", 0.4)
     with socket.create_server(("localhost", 0)) as server, ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: server.accept()[0].close())  # noqa: PLW0108 (accept waits)
-        with pytest.raises(ValueError, match="no process 0 is waiting for this one"):
+
+        def hang_up():
+            while True:
+                connection, _ = server.accept()
+                connection.recv(1000)
+                connection.close()
+
+        pool.submit(hang_up)
+        with pytest.raises(TimeoutError, match="it has all that it was told of, or an older run"):
             multihost._roll_call(f"localhost:{server.getsockname()[1]}", 2, 1)
+        server.shutdown(socket.SHUT_RDWR)  # ends the wait for another
+
+
+def test_strangers_are_left_alone(monkeypatch):
+    """A port scan, a health check."""
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        main = pool.submit(multihost._roll_call, f"localhost:{port}", 2, 0)
+        for said in (b"GET / HTTP/1.1\r\n", b"7\n", b'{"process": 1}\n', b""):
+            while True:
+                try:
+                    connection = socket.create_connection(("localhost", port))
+                    break
+                except ConnectionRefusedError:
+                    pass
+            with connection:
+                connection.sendall(said)
+        multihost._roll_call(f"localhost:{port}", 2, 1)
+        assert main.result() is None
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,12 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
                 connection.settimeout(5)
                 with connection.makefile("r") as lines:
                     said = json.loads(lines.readline())
-            except TimeoutError:
-                break
-            except (OSError, ValueError):
-                continue  # a port scan, a health check
+                if said.keys() != me.keys():
+                    raise ValueError
+            except (OSError, ValueError, AttributeError):  # nobody came; a port scan came
+                if time.monotonic() > deadline:
+                    break
+                continue
             heard.append(said)
             waiting.append(connection)
             ids = [other["process"] for other in heard]
@@ -122,25 +124,24 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
 def _answer_roll_call(address: str, me: dict[str, Any], deadline: float) -> str:
     """As another process: tells process 0 what this one was told, and hears its answer."""
     host, _, port = address.rpartition(":")
+    # An older run, one process of which has died, ends by itself in this time and frees the port.
+    patience = min(deadline, time.monotonic() + 1.5 * HEARTBEAT_SECONDS)
     while True:
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-            break
+            with connection, connection.makefile("r") as answer:
+                connection.sendall((json.dumps(me) + "\n").encode())
+                connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
+                if heard := answer.read():
+                    return heard
+            until, problem = patience, "it has all that it was told of, or an older run is there"
+        except (ConnectionResetError, BrokenPipeError, UnicodeDecodeError):
+            until, problem = patience, "something else listens there"
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{me}: process 0 is not at {address} ({error})") from error
-            time.sleep(0.2)
-    with connection, connection.makefile("r") as answer:
-        connection.sendall((json.dumps(me) + "\n").encode())
-        connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
-        try:
-            heard = answer.read()
-        except OSError:
-            heard = ""
-    return heard or (
-        f"{me}: at {address} no process 0 is waiting for this one: it has all that it was told of, "
-        "or an older run is still there"
-    )
+            until, problem = deadline, str(error)
+        if time.monotonic() > until:
+            raise TimeoutError(f"{me}: no process 0 waits for this one at {address}: {problem}")
+        time.sleep(0.2)
 
 
 def is_main() -> bool:
