@@ -262,8 +262,8 @@ def test_idx_files_are_read_straight(tmp_path):
 
 def test_fashion_mnist_by_the_command(tmp_path):
     """From IDX files, as the name that TFDS knows, so that plain tfds.builder(name) finds it."""
-    arrays = write_idx(tmp_path / "in", gzip.compress, ".gz")
-    arguments = (f"--input={tmp_path}/in", f"--output={tmp_path}", "--name=fashion_mnist")
+    arrays = write_idx(tmp_path / "fashion-mnist", gzip.compress, ".gz")
+    arguments = (f"--input={tmp_path}/fashion-mnist", f"--output={tmp_path}")
     code, out, err = command("prepare", *arguments)
     assert code == 0, err
     assert f"{tmp_path}/fashion_mnist/3.0.1 is written" in out

@@ -10,6 +10,7 @@ builds (pip install 'vit_jax[prepare]'). A run that was killed goes on when it i
 python -m vit_jax.prepare --verify=DATA_DIR/my_set/1.0.0
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from vit_jax.data.writer import WriteConfig, write_dataset
 
 flags.DEFINE_string("input", None, "A path, or the name of a TFDS dataset.")
 flags.DEFINE_string("output", None, "Where TFDS datasets are kept (data_dir in recipes).")
-flags.DEFINE_string("name", None, "The dataset's name, by default that of the input's folder.")
+flags.DEFINE_string("name", None, "The dataset's name, by default the input's own.")
 flags.DEFINE_string("version", None, "By default 1.0.0, or TFDS's own of a dataset it knows.")
 flags.DEFINE_integer("shards", None, "Files a split, by default one for each 128 MiB.")
 flags.DEFINE_bool("shuffle", True, "Write in the order of a hash of the files' names.")
@@ -50,7 +51,8 @@ def main(_) -> None:
 
 def _write(source: Path, output: Path) -> None:
     args = flags.FLAGS
-    name = args.name or (source.stem if source.is_file() else source.name).lower()
+    stem = source.stem if source.is_file() else source.name
+    name = args.name or re.sub(r"[^a-z0-9]+", "_", stem.lower())
     if (source / METADATA).exists():
         raise ValueError(
             f"{source} is a dataset of TFDS already. If it isn't in ArrayRecord format: tfds "

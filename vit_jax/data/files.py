@@ -187,8 +187,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
         raise ValueError(f"{folder} is a link to a folder that it lies in")
     above = (*above, (status.st_dev, status.st_ino))
     folders, files = _entries(folder)
+    inside = set(folders)
     for path in sorted(folders + files):
-        if path in folders:
+        if path in inside:
             yield from _walk(path, above)
         else:
             yield path
