@@ -1,0 +1,290 @@
+r"""How fast JPEGs become training crops: each stage, the whole pipeline, tf.data beside it.
+
+python -m experiments.benchmarks.input --output=experiments/benchmarks/results/input.json
+
+The JPEGs are made here: 500 x 375 parts of real photographs (scikit-learn's, and scikit-image's
+where it is installed), at the quality that gives about 60 KB. All stages are timed in turns in one
+process. `cpu` is images per second of processor time, which other work on the machine changes
+little; `wall` is images per second with all cores busy. tf.data runs where TensorFlow is
+importable: sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip.
+"""
+
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.decode import decode_image, open_image
+from vit_jax.data.pipeline import DataConfig, train_batches
+from vit_jax.data.sources import Source
+
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Medians are over so many rounds.")
+IMAGES = flags.DEFINE_integer("images", 1280, "Images a round of a pipeline.")
+KILOBYTES = flags.DEFINE_integer("kilobytes", 60, "Of each JPEG.")
+OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
+
+SIZE, BATCH = (224, 224), 64
+CROP = "inception_crop|flip"
+CORES = os.cpu_count()
+PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "jax", "tensorflow")
+
+
+def photographs() -> list[np.ndarray]:
+    """Real photographs: uint8 [H, W, 3]."""
+    from sklearn.datasets import load_sample_images
+
+    found = list(load_sample_images().images)
+    if importlib.util.find_spec("skimage"):
+        from skimage import data
+
+        found += [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    return found
+
+
+def make_jpegs(count: int, kilobytes: int) -> list[bytes]:
+    """Random 4:3 parts of the photographs as 500 x 375 JPEGs of about that size."""
+    rng = np.random.default_rng(0)
+    jpegs = []
+    for photo in itertools.islice(itertools.cycle(photographs()), count):
+        height, width = photo.shape[:2]
+        w = int(min(width, height * 4 / 3) * rng.uniform(0.85, 1))
+        h = w * 3 // 4
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        part = Image.fromarray(photo[top : top + h, left : left + w])
+        part = part.resize((500, 375), Image.Resampling.LANCZOS)
+
+        def encode(quality, part=part):
+            file = io.BytesIO()
+            part.save(file, "JPEG", quality=quality, subsampling="4:2:0")
+            return file.getvalue()
+
+        low, high = 20, 100
+        while high - low > 1:
+            middle = (low + high) // 2
+            if len(encode(middle)) < kilobytes * 1000:
+                low = middle
+            else:
+                high = middle
+        jpegs.append(encode(low))
+    return jpegs
+
+
+def stages(jpegs: list[bytes]) -> dict[str, Callable[[bytes, int], object]]:
+    """Each stage as a function (JPEG, number of the draw), up to and including its name's."""
+    crop = parse_preprocess(CROP, SIZE)
+    antialiased = parse_preprocess("inception_crop(method='bilinear_antialias')|flip", SIZE)
+    whole = decode_image(jpegs[0])
+
+    def rng(i):
+        return np.random.Generator(np.random.Philox(key=np.array([0, i], np.uint64)))
+
+    return {
+        "read the header": lambda jpeg, i: open_image(jpeg),
+        "decode all of it": lambda jpeg, i: open_image(jpeg).decode(),
+        "decode all of it with Pillow": lambda jpeg, i: decode_image(jpeg),
+        "draw the crop, resize, flip": lambda jpeg, i: crop(whole, rng(i)),
+        "crop: all of these, no row below it": lambda jpeg, i: crop(open_image(jpeg), rng(i)),
+        "crop with Pillow, antialiased": lambda jpeg, i: antialiased(decode_image(jpeg), rng(i)),
+    }
+
+
+class Meter:
+    """Processor and wall seconds, of this process and its children."""
+
+    def __init__(self):
+        self.cpu, self.wall = self._cpu(), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        return self._cpu() - self.cpu, time.perf_counter() - self.wall
+
+    @staticmethod
+    def _cpu() -> float:
+        seconds = time.process_time()
+        for child in multiprocessing.active_children():
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds
+
+
+def raw(jpegs: list[bytes], threads: int) -> Iterator[int]:
+    """The decoder alone in threads: yields after every BATCH crops."""
+    crop = parse_preprocess(CROP, SIZE)
+
+    def work(step: int) -> int:
+        for i in range(step * BATCH, (step + 1) * BATCH):
+            rng = np.random.Generator(np.random.Philox(key=np.array([0, i], np.uint64)))
+            crop(open_image(jpegs[i % len(jpegs)]), rng)
+        return BATCH
+
+    with ThreadPoolExecutor(threads) as pool:
+        pending = [pool.submit(work, step) for step in range(threads)]
+        for step in itertools.count(threads):
+            yield pending.pop(0).result()
+            pending.append(pool.submit(work, step))
+
+
+def ours(jpegs: list[bytes], threads: int, workers: int, put: bool) -> Iterator[int]:
+    """The pipeline, to the host's memory or (put) to the device's."""
+    source = Source([{"image": jpeg, "label": 0} for jpeg in jpegs], 1)
+    data = DataConfig(
+        "given", preprocess=CROP, num_threads=threads, num_workers=workers, prefetch=1
+    )
+    batches = train_batches(source, data, batch_size=BATCH, image_size=SIZE, seed=0)
+    try:
+        under_way = None
+        for batch in batches:
+            if put:
+                before, under_way = under_way, jax.device_put(batch)
+                jax.block_until_ready(before)
+            yield BATCH
+    finally:
+        batches.close()
+
+
+def tensorflows(jpegs: list[bytes]) -> Iterator[int]:
+    """tf.data's pipeline."""
+    import tensorflow as tf
+
+    def crop(jpeg):
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(jpeg),
+            tf.zeros([0, 0, 4]),
+            area_range=(0.05, 1.0),
+            min_object_covered=0,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.concat([begin[:2], size[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        image = tf.cast(tf.image.resize(image, SIZE), tf.uint8)
+        return tf.image.random_flip_left_right(image)
+
+    dataset = tf.data.Dataset.from_tensor_slices(jpegs).repeat()
+    dataset = dataset.map(crop, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+    for _ in dataset.as_numpy_iterator():
+        yield BATCH
+
+
+def measure(start: Callable[[], Iterator[int]], images: int) -> tuple[float, float]:
+    """Images a second of processor time, and a second of the clock, once it is warm."""
+    batches = start()
+    for _ in range(3 * CORES):
+        next(batches)
+    meter, done = Meter(), 0
+    while done < images:
+        done += next(batches)
+    cpu, wall = meter.read()
+    batches.close()
+    return done / cpu, done / wall
+
+
+def quality(jpegs: list[bytes], size: tuple[int, int]) -> dict[str, float]:
+    """Mean grey levels between crops and those of the whole, decoded and antialiased."""
+    best = parse_preprocess("inception_crop(method='bilinear_antialias')", size)
+    quick = parse_preprocess("inception_crop", size)
+    found = {"ours": [], "whole, bilinear": []}
+    for i, jpeg in enumerate(jpegs):
+        expected = best(decode_image(jpeg), np.random.default_rng(i)).astype(float)
+        for name, image in (("ours", open_image(jpeg)), ("whole, bilinear", decode_image(jpeg))):
+            ours = quick(image, np.random.default_rng(i))
+            found[name].append(np.abs(ours - expected).mean())
+    return {name: float(np.mean(levels)) for name, levels in found.items()}
+
+
+def main(_) -> None:
+    """Prints and writes the results."""
+    jpegs = make_jpegs(96, KILOBYTES.value)
+    pipelines = {
+        f"decoder alone, {CORES} threads": lambda: raw(jpegs, CORES),
+        f"pipeline, {CORES} threads": lambda: ours(jpegs, CORES, 0, put=False),
+        f"pipeline, {CORES} threads, to the device": lambda: ours(jpegs, CORES, 0, put=True),
+        f"pipeline, {CORES} processes": lambda: ours(jpegs, 1, CORES, put=False),
+    }
+    if importlib.util.find_spec("tensorflow"):
+        pipelines["tf.data"] = lambda: tensorflows(jpegs)
+    times = {name: [] for name in stages(jpegs)}
+    rates = {name: [] for name in pipelines}
+    for round_ in range(ROUNDS.value):
+        for name, stage in stages(jpegs).items():
+            start = time.process_time()
+            for i, jpeg in enumerate(jpegs):
+                stage(jpeg, i + round_ * len(jpegs))
+            times[name].append((time.process_time() - start) / len(jpegs))
+        for name, start in pipelines.items():
+            rates[name].append(measure(start, IMAGES.value))
+
+    kilobytes = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
+    print(f"{len(jpegs)} JPEGs of 500 x 375 pixels, {kilobytes:.1f} KB; crops of {SIZE}\n")
+    print(f"{'stage, one core':42s} {'ms':>7s} {'img/s/core':>11s}")
+    for name, seconds in times.items():
+        print(f"{name:42s} {np.median(seconds) * 1e3:7.3f} {1 / np.median(seconds):11,.0f}")
+    print(f"\n{'whole':42s} {'img/s/core':>11s} {'img/s':>7s}   (processor time; clock)")
+    for name, found in rates.items():
+        cpu, wall = np.median(found, axis=0)
+        print(f"{name:42s} {cpu:11,.0f} {wall:7,.0f}")
+    first = next(iter(rates))
+    ratios = {}
+    for name, base in itertools.product(rates, (first, "tf.data")):
+        if base in rates and base != name:
+            paired = np.array(rates[name]) / np.array(rates[base])
+            ratios[f"{name} / {base}"] = dict(
+                zip(("cpu", "wall"), np.median(paired, axis=0).tolist(), strict=True)
+            )
+    for name, ratio in ratios.items():
+        print(f"{name:75s} {ratio['cpu']:.2f} (wall {ratio['wall']:.2f})")
+    levels = {str(size): quality(jpegs, size) for size in (SIZE, (96, 96))}
+    print("\nMean grey levels from decoding all of it and antialiasing:", levels)
+    if OUTPUT.value:
+        versions = {}
+        for package in PACKAGES:
+            if importlib.util.find_spec(package.partition("-")[0].replace("opencv", "cv2")) or (
+                package == "pillow"
+            ):
+                names = ("tensorflow", "tensorflow-cpu") if package == "tensorflow" else (package,)
+                versions[package] = next(_versions(names))
+        results = {
+            "hardware": {"cpu": _cpu_name(), "cores": CORES, "python": platform.python_version()},
+            "load_average": os.getloadavg(),
+            "versions": versions,
+            "jpeg_kilobytes": kilobytes,
+            "stage_milliseconds": {n: float(np.median(s) * 1e3) for n, s in times.items()},
+            "images_per_second": {
+                name: [{"cpu": cpu, "wall": wall} for cpu, wall in found]
+                for name, found in rates.items()
+            },
+            "median_ratios": ratios,
+            "grey_levels_from_antialiased": levels,
+        }
+        Path(OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _versions(names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        try:
+            yield importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    app.run(main)
