@@ -140,3 +140,22 @@ def test_input_is_waited_for_only_while_devices_idle(
             pass
         recorder.add(2, {"loss": jax.numpy.ones(())})
     assert clock.seconds["input"] == pytest.approx(stall)
+
+
+def test_replaced_examples_are_counted_between_records(tmp_path):
+    clock = Clock()
+    recorder = metrics.Recorder(
+        metrics.Metrics(tmp_path, steps=100),
+        clock,
+        Starts(tmp_path, clock, 0, chips=8),
+        start=0,
+        log_every=2,
+        batch_size=8,
+        flops_per_image=1,
+    )
+    with recorder:
+        for step, skipped in enumerate((1, 4, 0, 0, 2, 0), 1):
+            values = {"loss": jax.numpy.ones(()), "skipped": jax.numpy.array(skipped)}
+            recorder.add(step, values)
+        recorder.flush()
+    assert [r.get("skipped", 0) for r in metrics.read_metrics(tmp_path)] == [5, 0, 2]
