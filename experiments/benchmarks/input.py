@@ -34,6 +34,7 @@ from vit_jax.data.sources import Source
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Medians are over so many rounds.")
 IMAGES = flags.DEFINE_integer("images", 1280, "Images a round of a pipeline.")
+WIDTH = flags.DEFINE_integer("width", 500, "Of each JPEG, whose height is 3/4 of it.")
 KILOBYTES = flags.DEFINE_integer("kilobytes", 60, "Of each JPEG.")
 OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
 
@@ -55,17 +56,17 @@ def photographs() -> list[np.ndarray]:
     return found
 
 
-def make_jpegs(count: int, kilobytes: int) -> list[bytes]:
-    """Random 4:3 parts of the photographs as 500 x 375 JPEGs of about that size."""
+def make_jpegs(count: int, width: int, kilobytes: int) -> list[bytes]:
+    """Random 4:3 parts of the photographs as JPEGs of about that size."""
     rng = np.random.default_rng(0)
     jpegs = []
     for photo in itertools.islice(itertools.cycle(photographs()), count):
-        height, width = photo.shape[:2]
-        w = int(min(width, height * 4 / 3) * rng.uniform(0.85, 1))
+        most_h, most_w = photo.shape[:2]
+        w = int(min(most_w, most_h * 4 / 3) * rng.uniform(0.85, 1))
         h = w * 3 // 4
-        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, left = rng.integers(most_h - h + 1), rng.integers(most_w - w + 1)
         part = Image.fromarray(photo[top : top + h, left : left + w])
-        part = part.resize((500, 375), Image.Resampling.LANCZOS)
+        part = part.resize((width, width * 3 // 4), Image.Resampling.LANCZOS)
 
         def encode(quality, part=part):
             file = io.BytesIO()
@@ -206,7 +207,7 @@ def quality(jpegs: list[bytes], size: tuple[int, int]) -> dict[str, float]:
 
 def main(_) -> None:
     """Prints and writes the results."""
-    jpegs = make_jpegs(96, KILOBYTES.value)
+    jpegs = make_jpegs(96, WIDTH.value, KILOBYTES.value)
     pipelines = {
         f"decoder alone, {CORES} threads": lambda: raw(jpegs, CORES),
         f"pipeline, {CORES} threads": lambda: ours(jpegs, CORES, 0, put=False),
@@ -227,7 +228,8 @@ def main(_) -> None:
             rates[name].append(measure(start, IMAGES.value))
 
     kilobytes = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
-    print(f"{len(jpegs)} JPEGs of 500 x 375 pixels, {kilobytes:.1f} KB; crops of {SIZE}\n")
+    pixels = open_image(jpegs[0]).shape[:2]
+    print(f"{len(jpegs)} JPEGs of {pixels} pixels, {kilobytes:.1f} KB; crops of {SIZE}\n")
     print(f"{'stage, one core':42s} {'ms':>7s} {'img/s/core':>11s}")
     for name, seconds in times.items():
         print(f"{name:42s} {np.median(seconds) * 1e3:7.3f} {1 / np.median(seconds):11,.0f}")
@@ -259,7 +261,7 @@ def main(_) -> None:
             "hardware": {"cpu": _cpu_name(), "cores": CORES, "python": platform.python_version()},
             "load_average": os.getloadavg(),
             "versions": versions,
-            "jpeg_kilobytes": kilobytes,
+            "jpeg": {"pixels": pixels, "kilobytes": kilobytes},
             "stage_milliseconds": {n: float(np.median(s) * 1e3) for n, s in times.items()},
             "images_per_second": {
                 name: [{"cpu": cpu, "wall": wall} for cpu, wall in found]
