@@ -13,9 +13,20 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
+from vit_jax.analysis.compiled import memory
+from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.parallel.mesh import AXES, MeshConfig, path_name, state_shardings
-from vit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vit_jax.parallel.mesh import (
+    AXES,
+    MeshConfig,
+    make_mesh,
+    path_name,
+    replicated,
+    state_shardings,
+)
+from vit_jax.training.memory import compile_init
+from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig, make_optimizer
+from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.step import start_state
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
@@ -77,6 +88,27 @@ def test_nothing_large_is_whole_anywhere(variant):
     _, fsdp, tensor = MODELS[variant][2]
     if variant.startswith("ViT"):  # a ResNet's kernels are small, and many
         assert part < 1.6 * whole / (fsdp * tensor)
+
+
+def test_a_state_is_born_sharded():
+    """While it is made, too, a device holds little more than its eighth."""
+    config = TrainConfig(
+        model=ModelConfig("ViT-G/14", width=256, depth=4, mlp_dim=1024, scan=True),
+        data=DataConfig("strokes/10"),
+        image_size=28,
+        batch_size=8,
+        steps=2,
+        schedule=ScheduleConfig(1e-3, warmup=1),
+        mesh=MeshConfig(fsdp=8, min_size=2**12),
+    )
+    training = build_training(config, make_mesh(config.mesh), 10, 100)
+    program = compile_init(training)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(training.shapes))
+    assert memory(program).peak < 0.3 * whole
+    key = jax.device_put(jax.random.key(0), replicated(training.mesh))
+    state = program(key)
+    parts = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    assert sum(part.nbytes for part in parts) < 1.1 * whole
 
 
 if __name__ == "__main__":
