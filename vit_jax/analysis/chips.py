@@ -1,9 +1,13 @@
 """The chips a run may be planned for, one table: what their makers publish.
 
-TPU: "System architecture" of cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}; links of v2
-and v3: Norrie et al., "The Design Process for Google's Training Chips: TPUv2 and TPUv3", IEEE Micro
-2021; of v4: arXiv 2304.01433, Table 4. GPU: NVIDIA's data sheets of the SXM boards and of the DGX
-and HGX systems around them, without sparsity.
+TPU: "System architecture" of docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}. Those of
+v5e, v5p, v6e and TPU7x were read again in November 2026: peak, HBM, ICI (published both ways: half
+of it here) and the network's Gbit/s of a chip (v5e: its pod's 6.4 Tbit/s over 256). Links of v2 and
+v3: Norrie et al., "The Design Process for Google's Training Chips: TPUv2 and TPUv3", IEEE Micro
+2021; of v4: arXiv 2304.01433, Table 4. MXUs: the same pages, and jax's own table (0.10.2,
+jax/_src/pallas/mosaic/tpu_info.py), which has two of 256 x 256 a core of v6e and TPU7x.
+GPU: NVIDIA's data sheets of the SXM boards and of the DGX and HGX systems around them, without
+sparsity; memory is what nvidia-smi shows.
 """
 
 import dataclasses
@@ -54,7 +58,8 @@ class Chip:
     def clock(self) -> float:
         """Hz of the matrix units: the published peak over the FLOPs of a cycle. TPU alone.
 
-        This gives the 700, 940 and 1050 MHz that are published of v2, v3 and v4.
+        This gives the 700, 940 and 1050 MHz that are published of v2, v3 and v4. Of later chips no
+        clock is published; theirs come out as 1.50 (v5e), 1.75 (v5p, v6e) and 2.20 GHz (TPU7x).
         """
         return self.device_peak_flops / self.flops_per_cycle
 
