@@ -170,16 +170,16 @@ def show(report: dict) -> str:
     ):
         if name in sizes:
             note = notes.get(name, "")
-            lines.append(f"  {name:12} {sizes[name]:9.2f}{note}")
+            lines.append(f"  {name:13} {sizes[name]:9.2f}{note}")
     verdict = "fits" if sizes["fits"] else "DOES NOT FIT"
-    lines.append(f"  {'capacity':12} {sizes['capacity']:9.2f}  {verdict}")
+    lines.append(f"  {'capacity':13} {sizes['capacity']:9.2f}  {verdict}")
     if not sizes["fits"]:
         lines += ["", "What would make it fit, by proportion (--search compiles it):"]
         lines += [f"  {remedy}" for remedy in remedies(report)]
-    lines += ["", "FLOPs of a step, all chips", f"  {'model':12} {report['flops']['model']:9.3g}"]
+    lines += ["", "FLOPs of a step, all chips", f"  {'model':13} {report['flops']['model']:9.3g}"]
     if "compiled" in report["flops"]:
         total, recomputed = report["flops"]["compiled"], report["flops"]["recomputed"]
-        lines.append(f"  {'compiled':12} {total:9.3g}  {recomputed:+.1%}: recomputed, if more")
+        lines.append(f"  {'compiled':13} {total:9.3g}  {recomputed:+.1%}: recomputed, if more")
     if "collectives" in report:
         lines += ["", "Communication of a device in a step: bytes, at the links' full bandwidth"]
         for row in report["collectives"]:
@@ -203,7 +203,7 @@ def show(report: dict) -> str:
             "Kernels, of which the compiler estimates nothing: at the peak or memory-bound",
         ]
         for row in report["kernels"]:
-            cost = "states neither FLOPs nor bytes: NOT in the time"
+            cost = "states no costs" + ": NOT in the time" * ("cycles" in report)
             if row["roofline_seconds"] is not None:
                 cost = f"{row['flops']:9.3g} FLOPs {row['gib']:8.3f} GiB"
                 cost += f" {row['roofline_seconds'] * 1e3:9.2f} ms at least"
