@@ -76,3 +76,18 @@ def test_several_processes_equal_one(alone, tmp_path, processes):
     for name in ("classification", "fewshot"):
         ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, alone))
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_whose_devices_share_their_rows(tmp_path):
+    """A head on each of eight devices, four in either process: both read all of the batch."""
+    heads = ("--config.model.num_heads=8", "--config.eval_every=4", *SPREAD)
+    alone = pretrain(tmp_path / "alone", 8, *heads, "--config.mesh.fsdp=1")
+    codes, errors = finish([start(*alone, JAX_NUM_CPU_DEVICES="1")])
+    assert codes == [0], errors
+    split = pretrain(
+        tmp_path / "split", 8, *heads, "--config.mesh.fsdp=1", "--config.mesh.tensor=8"
+    )
+    codes, errors = finish(cluster(2, 4, lambda i: split))
+    assert codes == [0, 0], errors
+    equal_runs(tmp_path / "split", tmp_path / "alone")
