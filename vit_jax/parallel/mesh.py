@@ -217,7 +217,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows (see `local_rows`) -> global arrays, split over the batch's devices."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    # Meant, though jax marks it as such in a single process alone.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def put_tree(tree: Any, shardings: Any) -> Any:
