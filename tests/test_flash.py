@@ -1,24 +1,34 @@
 """Every way to compute attention gives the plain way's numbers, and is chosen by a rule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from vit_jax.models import attention
-from vit_jax.models.attention import attention_weights, choose_attention, flash_attention
+from vit_jax.models import attention, flash
+from vit_jax.models.attention import attention_weights, choose_attention, even_attention
 from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.parallel.mesh import MeshConfig, make_mesh, platform, use_mesh
+from vit_jax.parallel.mesh import (
+    MeshConfig,
+    make_mesh,
+    platform,
+    put_batch,
+    state_shardings,
+    use_mesh,
+)
 
 
-def inputs(tokens, heads=2, head_dim=16, dtype=jnp.float32):
-    shape = (3, 2, tokens, heads, head_dim)
+def inputs(tokens, heads=2, head_dim=16, images=2, dtype=jnp.float32):
+    shape = (3, images, tokens, heads, head_dim)
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
 
 
-def plain(query, key, value):
-    weights = attention_weights(query, key).astype(query.dtype)
+def plain(query, key, value, mask=None):
+    mask = None if mask is None else mask[:, None, None]
+    weights = attention_weights(query, key, mask=mask).astype(query.dtype)
     return jnp.einsum("bhnm,bmhk->bnhk", weights, value)
 
 
@@ -37,11 +47,70 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
     """The code around cuDNN's call, with XLA in its place: there is no GPU here."""
     qkv = inputs(tokens)
     expected = value_and_gradients(plain, qkv)
-    found = value_and_gradients(lambda *x: flash_attention(*x, implementation="xla"), qkv)
+    found = value_and_gradients(lambda *x: even_attention(*x, implementation="xla"), qkv)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
-    text = jax.make_jaxpr(lambda *x: flash_attention(*x, implementation="xla"))(*qkv)
+    text = jax.make_jaxpr(lambda *x: even_attention(*x, implementation="xla"))(*qkv)
     assert (f"[2,{tokens + 1},2,16]" in str(text)) == (tokens % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "images", "masked", "chunk"),
+    [
+        (17, 3, 64, 3, False, 320),  # a head too few for two in a group
+        (37, 4, 32, 2, True, 16),  # several chunks of queries
+        (16, 1, 128, 1, False, 320),  # no lanes free for ones
+        (21, 2, 72, 1, True, 320),  # heads that are padded, as So400m's
+    ],
+)
+def test_the_kernel_equals_plain_attention(
+    monkeypatch, tokens, heads, head_dim, images, masked, chunk
+):
+    """In Pallas' interpreter, where what lies past the tokens is nan."""
+    monkeypatch.setattr(flash, "MAX_CHUNK", chunk)
+    qkv = inputs(tokens, heads, head_dim, images)
+    mask = None
+    if masked:
+        mask = jnp.asarray(np.random.default_rng(1).random((images, tokens)) < 0.7)
+    expected = value_and_gradients(lambda *x: plain(*x, mask), qkv)
+    found = value_and_gradients(lambda *x: flash.flash_attention(*x, mask, interpret=True), qkv)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    """All scores of a query far above, or far below, what an exponential can hold."""
+    query, key, value = inputs(9, heads=2, head_dim=64)
+    signs = jnp.array([1.0, -1.0])[:, None, None, None]  # of the two images
+    large = 300.0 * signs * jnp.abs(query), jnp.abs(key), value
+    found, grads = value_and_gradients(
+        lambda *x: flash.flash_attention(*x, interpret=True), jnp.stack(large)
+    )
+    np.testing.assert_allclose(found, plain(*large), atol=1e-3)
+    assert np.isfinite(grads).all()
+
+
+def test_gradients_through_the_kernel_are_the_same_on_a_mesh():
+    """Images are split, and heads where `tensor` splits them."""
+    found = gradients("pallas", MeshConfig(data=2, fsdp=2, tensor=2))
+    for a, b in zip(found, gradients("xla", MeshConfig()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max() + 1e-6)
+
+
+def gradients(attention, mesh_config):
+    mesh = make_mesh(mesh_config)
+    sizes = {"width": 64, "depth": 2, "num_heads": 2, "mlp_dim": 64, "scan": True}
+    config = ModelConfig("ViT-nano/8", **sizes, dtype="float32", attention=attention)
+    model = build_model(config, 5, (16, 16))
+    with use_mesh(mesh):
+        params = jax.jit(model.init)(jax.random.key(0))
+        shardings = state_shardings(mesh, dataclasses.replace(mesh_config, min_size=0), params)
+        params = jax.device_put(params, shardings)
+        images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+        images = put_batch(mesh, {"image": images})["image"]
+        loss = jax.jit(jax.grad(lambda p, x: (model.apply(p, x).features ** 3).mean()))
+        found = loss(params, images)
+    return [np.asarray(x) for x in jax.tree.leaves(found)]
 
 
 def abstract_device(kind):
@@ -52,6 +121,8 @@ def abstract_device(kind):
     ("wanted", "on", "dtype", "head_dim", "plain", "chosen"),
     [
         ("auto", "gpu", jnp.bfloat16, 64, False, "cudnn"),
+        ("auto", "tpu", jnp.bfloat16, 36, False, "pallas"),
+        ("auto", "tpu", jnp.bfloat16, 256, False, "xla"),
         ("auto", "gpu", jnp.float32, 64, False, "xla"),
         ("auto", "gpu", jnp.bfloat16, 36, False, "xla"),
         ("auto", "gpu", jnp.bfloat16, 64, True, "xla"),
@@ -86,6 +157,7 @@ def test_the_platform_is_that_of_the_mesh():
         ({"attention": "flash"}, "unknown attention 'flash'"),
         ({"attention": "cudnn", "dtype": "float32"}, "needs dtype bfloat16, found float32"),
         ({"attention": "cudnn", "num_heads": 24}, "multiple of 8 features up to 128, found 4"),
+        ({"attention": "pallas", "num_heads": 1, "width": 256}, "up to 128 features, found 256"),
         ({"attention": "cudnn", "attention_dropout": 0.1}, "which it never has; use 'auto'"),
         ({"attention": "cudnn", "position": "relative"}, "relative positions change its scores"),
     ],

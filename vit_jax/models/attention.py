@@ -3,29 +3,35 @@
 - `xla`: plain. Scores and softmax are arrays, in float32; the only way that has the weights
   themselves, so attention dropout, what `intermediates` shows and the decoder (masks, a cache) need
   it.
+- `pallas`: our kernel for TPUs (`models.flash`); elsewhere interpreted, for tests.
 - `cudnn`: NVIDIA's flash attention, in bfloat16.
-- `auto`: cuDNN on GPUs in bfloat16, otherwise plain. It is the platform that is compiled for which
-  counts (`parallel.mesh.platform`), not the one that compiles.
+- `auto`: in bfloat16 our kernel on TPUs and cuDNN's on GPUs, otherwise plain. It is the platform
+  that is compiled for which counts (`parallel.mesh.platform`), not the one that compiles.
 
 Letters in shapes: B images, N tokens, M tokens attended to, H heads, K head's width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from vit_jax.parallel.mesh import platform
+from vit_jax.models import flash
+from vit_jax.parallel.mesh import map_images_and_heads, platform
 
-ATTENTIONS = ("auto", "xla", "cudnn")
+ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
+_FASTEST = {"tpu": "pallas", "gpu": "cudnn"}
 
 
 def choose_attention(wanted: str, query: jax.Array, *, plain: bool) -> str:
-    """What computes it, "xla" or "cudnn". `plain`: whether only the plain way will do."""
-    if plain:
+    """What computes it: "xla", "pallas" or "cudnn". `plain`: whether only the plain way will do."""
+    if plain or query.shape[1] > flash.MAX_TOKENS:
         return "xla"
     if wanted != "auto":
         return wanted
-    fits = query.dtype == jnp.bfloat16 and not misfit("cudnn", query.shape[-1], query.dtype)
-    return "cudnn" if platform() == "gpu" and fits else "xla"
+    fastest = _FASTEST.get(platform(), "xla")
+    fits = query.dtype == jnp.bfloat16 and not misfit(fastest, query.shape[-1], query.dtype)
+    return fastest if fits else "xla"
 
 
 def misfit(attention: str, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
@@ -34,6 +40,8 @@ def misfit(attention: str, head_dim: int, dtype: jax.typing.DTypeLike) -> str | 
         return f"cuDNN's needs dtype bfloat16, found {jnp.dtype(dtype).name}"
     if attention == "cudnn" and (head_dim % 8 or head_dim > 128):
         return f"cuDNN's needs heads with a multiple of 8 features up to 128, found {head_dim}"
+    if attention == "pallas" and head_dim > 128:
+        return f"the kernel needs heads with up to 128 features, found {head_dim}"
     return None
 
 
@@ -59,11 +67,21 @@ def attention_weights(
 
 
 def flash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "cudnn"
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """Attention among N tokens, [B, N, H, K] thrice -> [B, N, H, K], without weights in memory.
+    """Attention among N tokens, [B, N, H, K] thrice -> [B, N, H, K], without weights in memory."""
+    if implementation == "pallas":
+        kernel = functools.partial(flash.flash_attention, interpret=platform() != "tpu")
+        return map_images_and_heads(kernel)(query, key, value)
+    return even_attention(query, key, value, implementation)
 
-    cuDNN refuses odd numbers of tokens (197, 577) in training: those get one more, masked.
+
+def even_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
+) -> jax.Array:
+    """jax's attention, as `flash_attention`, with one more token, masked, where N is odd.
+
+    cuDNN refuses odd numbers of tokens (197, 577) in training.
     """
     tokens = query.shape[1]
     lengths = None

@@ -179,7 +179,7 @@ class MultiHeadAttention(nn.Module):
             weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
             y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
         else:
-            y = flash_attention(query, key, value)
+            y = flash_attention(query, key, value, way)
         return nn.DenseGeneral(
             config.width, axis=(-2, -1), dtype=config.dtype, kernel_init=init, name="out"
         )(y)

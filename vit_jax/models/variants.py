@@ -117,8 +117,8 @@ class ModelConfig:
     # Numbers predicted of every patch, set where the loss is masked patch prediction.
     patch_outputs: int | None = None
     head_bias: float = 0.0  # initial bias of the head; -10 with sigmoid loss over many classes
-    # What computes the encoder's attention (`models.attention`): auto | xla | cudnn. The numbers
-    # agree within rounding.
+    # What computes the encoder's attention (`models.attention`): auto | xla | pallas | cudnn. The
+    # numbers agree within rounding.
     attention: str = "auto"
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     scan: bool = False  # one loop over the layers: faster to compile, the same numbers

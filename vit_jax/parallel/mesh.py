@@ -13,7 +13,7 @@ Any shape of mesh computes the same numbers.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -135,6 +135,31 @@ def platform() -> str:
     """Inside jit: "tpu", "gpu" or "cpu", of the devices of `use_mesh`, or else of jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def map_images_and_heads(function: Callable) -> Callable:
+    """Inside jit, under `use_mesh`: `function` of arrays [B, N, H, K], on each device's part alone.
+
+    For what XLA can't split by itself. Images lie along the batch's axes and heads along `tensor`;
+    where those don't divide them, every device computes all.
+    """
+
+    def mapped(*arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arrays)
+        batch, _, heads, _ = arrays[0].shape
+        spec = PartitionSpec(
+            BATCH_AXES if batch % batch_parts(mesh) == 0 else None,
+            None,
+            "tensor" if heads % mesh.shape["tensor"] == 0 else None,
+        )
+        split = jax.shard_map(
+            function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False
+        )
+        return split(*arrays)
+
+    return mapped
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

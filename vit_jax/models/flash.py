@@ -1,0 +1,335 @@
+"""Attention as one TPU kernel a pass, for sequences of images: nothing of size N x N leaves VMEM.
+
+A step of the grid computes some images and some heads whole. A vector register has 128 lanes, more
+than most heads have features, so `packed` heads lie side by side in a group of lanes as the
+projections leave them, and a head's share of a product is had by zeroing the others' lanes in one
+of its factors, which costs the matrix units nothing: they are 128 wide anyhow. Multiplied with the
+weights, lanes of ones in the place of the others' values give the softmax's denominator.
+
+Forward keeps log2 of the softmax's denominator (`lse`); backward computes weights from it again,
+transposed, [M, N]: what belongs to a query then lies along the lanes, and sums over keys run over
+whole registers. The formulas are FlashAttention's (arXiv 2205.14135), its loop over keys is not
+needed: all of them fit. Queries are cut into chunks where their scores would be large.
+
+Letters in shapes: B images, N tokens, M the same as keys, H heads, K head's width.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+HEAD_DIMS = (32, 64, 128)  # narrower heads are padded with zeros
+MAX_TOKENS = 4096
+MAX_CHUNK = 320  # queries whose scores are in VMEM at once
+_NEVER = -1e30  # a score; minus infinity would make nan of rows that are masked as a whole
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the work is cut. `rows` are N and what fills it up to `chunks` of `chunk` queries."""
+
+    tokens: int
+    heads: int
+    head_dim: int  # one of HEAD_DIMS
+    scale: float
+    itemsize: int
+    masked: bool
+    interpret: bool
+
+    @property
+    def packed(self) -> int:
+        return LANES // self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.packed
+
+    @property
+    def chunks(self) -> int:
+        chunks = 1
+        while (size := -(-self.tokens // chunks)) > MAX_CHUNK or size * self.tokens > 2**18:
+            chunks += 1
+        return chunks
+
+    @property
+    def chunk(self) -> int:
+        return -(-self.tokens // (16 * self.chunks)) * 16
+
+    @property
+    def rows(self) -> int:
+        return self.chunks * self.chunk
+
+    @property
+    def base_2(self) -> float:  # softmax's e^(scale s) is 2^(base_2 s)
+        return self.scale * math.log2(math.e)
+
+    def at_once(self, most: int) -> int:
+        """Groups of heads in a step of the grid."""
+        return max(n for n in range(1, most + 1) if self.groups % n == 0)
+
+    def images(self, batch: int, groups: int, arrays: int) -> int:
+        """Images in a step of the grid: double-buffered, they are to take 6 MiB."""
+        size = 2 * arrays * self.rows * groups * LANES * self.itemsize
+        most = max(1, min(8, 6 * 2**20 // size))
+        return max(n for n in range(1, most + 1) if batch % n == 0)
+
+    def own_lanes(self, j: int) -> jax.Array:
+        """[1, 128]: the lanes of head `j` of a group."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        return (lane >= j * self.head_dim) & (lane < (j + 1) * self.head_dim)
+
+    def select(self, parts: list[jax.Array], shift: int = 0) -> jax.Array:
+        """Of [..., 128] a head, each head's own lanes, or those of the head `shift` after it."""
+        whole = parts[0]
+        for j in range(1, self.packed):
+            whole = jnp.where(self.own_lanes((j + shift) % self.packed), parts[j], whole)
+        return whole
+
+    def only(self, j: int, x: jax.Array) -> jax.Array:
+        """x [rows, 128], zero but for the lanes of head `j`."""
+        if self.packed == 1:
+            return x
+        keep = jnp.where(self.own_lanes(j), -1, 0)  # bits: not every chip selects among bfloat16
+        return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & keep, x.dtype)
+
+
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k / sqrt(K)) v: [B, N, H, K] thrice -> [B, N, H, K].
+
+    `mask` [B, N] is False for tokens that nothing attends to. `interpret` runs the kernel without a
+    TPU, slowly. Sums are in float32, as is the softmax; the matrix units get the arguments' dtype.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    width = next(n for n in HEAD_DIMS if n >= head_dim)
+    packed = LANES // width
+    more = (0, -heads % packed), (0, width - head_dim)
+
+    def pack(x):  # [B, N, H, K] -> [B, N, whole groups of 128 lanes]
+        if more != ((0, 0), (0, 0)):
+            x = jnp.pad(x, ((0, 0), (0, 0), *more))
+        return x.reshape(batch, tokens, -1)
+
+    plan = _Plan(
+        tokens=tokens,
+        heads=heads + more[0][1],
+        head_dim=width,
+        scale=head_dim**-0.5,
+        itemsize=query.dtype.itemsize,
+        masked=mask is not None,
+        interpret=interpret,
+    )
+    if mask is not None:
+        mask = jnp.where(mask, 0.0, _NEVER).astype(jnp.float32)[:, None]
+        rest = ((0, 0), (0, 0), (0, plan.rows - tokens))
+        mask = jnp.pad(mask, rest, constant_values=_NEVER)
+    y = _attention(plan, pack(query), pack(key), pack(value), mask)
+    return y.reshape(batch, tokens, plan.heads, width)[:, :, :heads, :head_dim]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan, query, key, value, mask):
+    return _forward(plan, query, key, value, mask)[0]
+
+
+def _forward(plan: _Plan, query, key, value, mask):
+    """(output like query, lse [B, H, chunks, chunk])."""
+    groups = plan.at_once(6)
+    images = plan.images(query.shape[0], groups, 4)
+    call = _Call(plan, query, images, groups)
+    inputs = [call.tokens] * 3 + [call.mask] * plan.masked
+    scratch = [pltpu.VMEM((plan.chunk, LANES), jnp.float32)] * 2
+    return call(_forward_kernel, inputs, [call.tokens, call.lse], scratch)(
+        *(query, key, value, mask)[: len(inputs)]
+    )
+
+
+def _backward(plan: _Plan, query, key, value, mask, lse, dy):
+    """Gradients of query, key and value."""
+    groups = plan.at_once(2)
+    images = plan.images(query.shape[0], groups, 7)
+    call = _Call(plan, query, images, groups)
+    inputs = [*[call.tokens] * 4, call.lse] + [call.mask] * plan.masked
+    return call(_backward_kernel, inputs, [call.tokens] * 3)(
+        *(query, key, value, dy, lse, mask)[: len(inputs)]
+    )
+
+
+def _attention_forward(plan, query, key, value, mask):
+    y, lse = _forward(plan, query, key, value, mask)
+    return y, (query, key, value, mask, lse)
+
+
+def _attention_backward(plan, residuals, dy):
+    query, key, value, mask, lse = residuals
+    grads = _backward(plan, query, key, value, mask, lse, dy)
+    return *grads, None if mask is None else jnp.zeros_like(mask)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+class _Call:
+    """The grid over images and groups of heads, and what a step of it sees of each array."""
+
+    def __init__(self, plan: _Plan, query: jax.Array, images: int, groups: int):
+        heads, batch = groups * plan.packed, query.shape[0]
+        lse = (batch, plan.heads, plan.chunks, plan.chunk)
+        self.plan, self.images, self.groups = plan, images, groups
+        self.grid = (batch // images, plan.groups // groups)
+        self.tokens = (
+            pl.BlockSpec((images, plan.rows, groups * LANES), lambda i, g: (i, 0, g)),
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+        )
+        self.lse = (
+            pl.BlockSpec((images, heads, plan.chunks, plan.chunk), lambda i, g: (i, g, 0, 0)),
+            jax.ShapeDtypeStruct(lse, jnp.float32),
+        )
+        self.mask = (pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)), None)
+
+    def __call__(self, kernel: Callable, inputs: list, outputs: list, scratch=()) -> Callable:
+        def step(*refs):
+            for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs))
+
+        return pl.pallas_call(
+            step,
+            grid=self.grid,
+            in_specs=[spec for spec, _ in inputs],
+            out_specs=[spec for spec, _ in outputs],
+            out_shape=[shape for _, shape in outputs],
+            scratch_shapes=scratch,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+            interpret=self.plan.interpret,
+            name=kernel.__name__.strip("_").replace("kernel", "attention"),
+        )
+
+
+def for_each(count: int, body: Callable[[Any], None]) -> None:
+    """body(0), ..., body(count - 1), as a loop where there are several."""
+    if count == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def _zero_from(start: int | jax.Array, x: jax.Array, least: int = 0) -> jax.Array:
+    """x [rows, ...], zero from row `start` on, which isn't below `least`."""
+    least = min(least // 16 * 16, x.shape[0])  # no work for rows that stay
+    rest = x[least:]
+    if not rest.shape[0] or (isinstance(start, int) and start >= x.shape[0]):
+        return x
+    row = least + jax.lax.broadcasted_iota(jnp.int32, (rest.shape[0], 1), 0)
+    rest = jnp.where(row < start, rest, jnp.zeros_like(rest))
+    return jnp.concatenate([x[:least], rest], axis=0) if least else rest
+
+
+def _multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest):
+    *mask_ref, y_ref, lse_ref, top_ref, sum_ref = rest
+    attended = jax.lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) < plan.tokens  # [1, M]
+    if plan.masked:
+        attended &= mask_ref[0][image] == 0
+
+    def chunk(c):
+        queries = pl.ds(c * plan.chunk, plan.chunk)
+        lane_of = {}  # top_ref and sum_ref have a lane a head
+        for g in range(groups):
+            lanes = slice(g * LANES, (g + 1) * LANES)
+            q, k = q_ref[image, queries, lanes], k_ref[image, :, lanes]
+            # Past the tokens anything may lie, and nan times 0 is nan.
+            v = _zero_from(plan.tokens, v_ref[image, :, lanes], plan.tokens)
+            products = []
+            for j in range(plan.packed):
+                own = plan.own_lanes(j)
+                scores = _multiply(plan.only(j, q), k, (1, 1))  # [N, M]
+                scores = jnp.where(attended, scores * plan.base_2, _NEVER)
+                top = scores.max(axis=1, keepdims=True)
+                weights = jnp.exp2(scores - top).astype(v.dtype)
+                with_ones = v if plan.packed == 1 else jnp.where(own, v, 1)
+                products.append(_multiply(weights, with_ones, (1, 0)))  # [N, K, and the sum]
+                # The sum is in the other heads' lanes alone.
+                at = (j + 1) % plan.packed * plan.head_dim + g
+                lane_of[g * plan.packed + j] = at
+                total = products[j][:, at : at + 1]
+                if plan.packed == 1:
+                    total = weights.astype(jnp.float32).sum(axis=1, keepdims=True)
+                top_ref[:, at : at + 1], sum_ref[:, at : at + 1] = top, total
+            if plan.packed > 1:  # the head before each has its sum in those lanes
+                total = pltpu.roll(plan.select(products, 1), LANES - plan.head_dim, 1)
+            inverse = pl.reciprocal(total, approx=y_ref.dtype == jnp.bfloat16)
+            inverse *= 2.0 - total * inverse  # Newton's step
+            y_ref[image, queries, lanes] = (plan.select(products) * inverse).astype(y_ref.dtype)
+        lse = (top_ref[...] + jnp.log2(sum_ref[...])).T
+        for head, at in lane_of.items():
+            lse_ref[image, head, pl.ds(c, 1), :] = lse[at : at + 1]
+
+    for_each(plan.chunks, chunk)
+
+
+def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_ref, lse_ref, *rest):
+    *mask_ref, dq_ref, dk_ref, dv_ref = rest
+    if plan.masked:
+        row = jnp.broadcast_to(mask_ref[0][image], (LANES, plan.rows))
+        attended = row.T[:, :1] == 0  # [M, 1]
+
+    for g in range(groups):
+        lanes = slice(g * LANES, (g + 1) * LANES)
+        k, v = (
+            _zero_from(plan.tokens, ref[image, :, lanes], plan.tokens) for ref in (k_ref, v_ref)
+        )
+
+        def chunk(c, g=g, lanes=lanes, k=k, v=v):
+            queries = pl.ds(c * plan.chunk, plan.chunk)
+            left = plan.tokens - c * plan.chunk
+            least = plan.tokens - (plan.chunks - 1) * plan.chunk
+            q, dy = (_zero_from(left, ref[image, queries, lanes], least) for ref in (q_ref, dy_ref))
+            column = jax.lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
+            dq, dk, dv = [], [], []
+            for j in range(plan.packed):
+                lse = lse_ref[image, g * plan.packed + j, pl.ds(c, 1), :]
+                lse = jnp.where(column < left, lse, -_NEVER)
+                scores = _multiply(plan.only(j, k), q, (1, 1)) * plan.base_2  # [M, N]
+                weights = jnp.exp2(scores - lse)
+                if plan.masked:
+                    weights = jnp.where(attended, weights, 0.0)
+                weights = _zero_from(plan.tokens, weights, plan.tokens)
+                d_weights = _multiply(plan.only(j, v), dy, (1, 1))
+                dv.append(_multiply(weights.astype(dy.dtype), dy, (1, 0)))
+                d_sum = (weights * d_weights).sum(axis=0, keepdims=True)
+                d_scores = (weights * (d_weights - d_sum)).astype(q.dtype)
+                dk.append(_multiply(d_scores, q, (1, 0)))
+                dq.append(_multiply(d_scores, k, (0, 0)))
+            dq = plan.select(dq) * plan.scale
+            dq_ref[image, queries, lanes] = dq.astype(dq_ref.dtype)
+            return plan.select(dk), plan.select(dv)
+
+        if plan.chunks == 1:
+            dk, dv = chunk(0)
+        else:
+            zeros = jnp.zeros((plan.rows, LANES), jnp.float32)
+            dk, dv = jax.lax.fori_loop(
+                0,
+                plan.chunks,
+                lambda c, sums, chunk=chunk: jax.tree.map(jnp.add, sums, chunk(c)),
+                (zeros, zeros),
+            )
+        dk_ref[image, :, lanes] = (dk * plan.scale).astype(dk_ref.dtype)
+        dv_ref[image, :, lanes] = dv.astype(dv_ref.dtype)
