@@ -33,6 +33,10 @@ display:inline-block}ul{padding-left:1.2rem}
 """
 
 
+# With this browsers refuse to fetch anything.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """Pixels uint8 [H, W, 3] and what to write below."""
@@ -114,6 +118,7 @@ def render(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<link rel="icon" href="data:,">'  # or else browsers ask for one
         f"<title>{_text(report.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(sections)

@@ -1,0 +1,50 @@
+"""Names of published weights, and what is said where there is no network."""
+
+import pytest
+
+from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.weights import files
+from vit_jax.weights.published import PUBLISHED, resolve
+
+
+def test_addresses():
+    assert resolve("vit:B/16-21k") == "gs://vit_models/imagenet21k/ViT-B_16.npz"
+    assert resolve("vit:L/32-1k") == "gs://vit_models/imagenet21k+imagenet2012/ViT-L_32.npz"
+    assert resolve("augreg:S/16").startswith("gs://vit_models/augreg/S_16-i21k-300ep-")
+    assert resolve("hf:google/vit-base-patch16-224") == "hf://google/vit-base-patch16-224"
+    for path in ("runs/b16", "/abs/x.npz", "gs://bucket/x.npz", "hf://a/b"):
+        assert resolve(path) == path
+    assert len(set(PUBLISHED.values())) == len(PUBLISHED)
+    with pytest.raises(ValueError, match="unknown published checkpoint 'vit:B/16': did you mean"):
+        resolve("vit:B/16")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "vit:B/16-1k",
+            r"curl -O https://storage\.googleapis\.com/vit_models/imagenet21k%2Bimagenet2012/",
+        ),
+        ("hf:google/vit-base-patch16-224", r"curl -LO https://huggingface\.co/google/vit-base"),
+    ],
+)
+def test_no_network(monkeypatch, name, message):
+    """Whatever a library raises, the message says where the file is and how to fetch it."""
+
+    class Disconnected:
+        def get_file(self, *_):
+            raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("fsspec.url_to_fs", lambda path: (Disconnected(), path))
+    with pytest.raises(ConnectionError, match=rf"RuntimeError: no route to host(.|\n)*{message}"):
+        load_checkpoint(name)
+
+
+def test_package_that_is_missing(monkeypatch):
+    def missing(path):
+        raise ImportError("gcsfs")
+
+    monkeypatch.setattr("fsspec.url_to_fs", missing)
+    with pytest.raises(ValueError, match=r"vit_jax\[gcs\]'(.|\n)*curl -O https"):
+        files.read_arrays(resolve("augreg:Ti/16"))

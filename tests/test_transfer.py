@@ -1,0 +1,289 @@
+"""One command from a folder of images to a report, however often it is interrupted."""
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import checkpoint_arrays, command, records, start
+
+from vit_jax import transfer
+from vit_jax.config import build
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.predict import find_images, predict
+from vit_jax.training import loop
+from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
+from vit_jax.training.optimizer import ScheduleConfig
+from vit_jax.training.sweep import SweepConfig
+from vit_jax.transfer import TransferConfig, choose_and_train, complete
+
+COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+QUIET = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # the browser's own requests go nowhere
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Bright and dark noise, 60 images of each, and a file that is no image."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name, low in (("bright", 60), ("dark", 0)):
+        (root / name).mkdir()
+        for i in range(60):
+            pixels = rng.integers(low, low + 190, (20, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name}{i:02}.png")
+    (root / "dark" / "broken.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return TransferConfig(
+        model=ModelConfig("ViT-mu/8", dtype="float32"),
+        data=DataConfig(str(folder), num_threads=1),
+        image_size=16,
+        batch_size=16,
+        schedule=ScheduleConfig(1e-3, warmup=1),
+        steps=6,
+        eval_every=2,
+        log_every=2,
+        sweep=SweepConfig((1e-3, 3e-3)),
+        export=("npz", "hugging_face"),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """The workdir of a whole run."""
+    workdir = tmp_path_factory.mktemp("run")
+    choose_and_train(config, workdir, COMMAND)
+    return workdir
+
+
+def test_results(finished, folder):
+    """What is written agrees with itself, and with what predict says of the test images."""
+    results = json.loads((finished / "results.json").read_text())
+    with np.load(finished / "test.npz") as file:
+        logits, labels = file["logits"], file["labels"]
+    assert results["examples"] == len(labels) == 24
+    assert results["accuracy"] == np.mean(logits.argmax(1) == labels) > 0.5
+    low, high = results["accuracy_interval"]
+    assert low < results["accuracy"] <= high
+    best = max(results["trials"], key=lambda trial: (trial["accuracy"], -trial["loss"]))
+    assert results["chosen"] == best["values"]
+    resolved = json.loads((finished / "config.json").read_text())
+    assert resolved["data"]["split"] == "train+dev"
+    assert resolved["schedule"]["peak"] == best["values"]["schedule.peak"]
+
+    params, description = load_checkpoint(finished)
+    assert description["class_names"] == ["bright", "dark"]
+    assert description["preprocess"] == "resize"
+    table = (finished / "data" / "splits.csv").read_text().splitlines()[1:]
+    files = [row.split(",")[0] for row in table if row.endswith(",test")]
+    found = list(predict(described_model(description), params, find_images(files)))
+    assert [p.argmax() for _, p in found] == list(logits.argmax(1))
+    exported, _ = load_checkpoint(finished / "exported" / "hugging_face")
+    np.testing.assert_array_equal(exported["head"]["kernel"], params["head"]["kernel"])
+
+
+def test_report(finished, tmp_path):
+    """Complete, without an address that is fetched, and rendered without a complaint."""
+    page = (finished / "report.html").read_text()
+    card = (finished / "MODEL_CARD.md").read_text()
+    for text in (COMMAND, "broken.png", "bright", "24 test images", "schedule.peak=0.003"):
+        assert text in page, text
+    assert page.count("<figure>") >= 12  # six images, and where the model looks in each
+    assert "<script" not in page and "://" not in page
+    assert "bright" in card and "held-out images" in card
+    if BROWSER is None:
+        pytest.skip("needs Chromium")
+    shot = tmp_path / "report.png"
+    assert "CONSOLE" not in browse(finished / "report.html", shot)
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    assert pixels.shape[1] == 1000 and np.mean(pixels < 128) > 0.005  # text and charts
+    # The page forbids itself any request; one that is made all the same is an error in the console.
+    (tmp_path / "worse.html").write_text(page.replace("<h1>", '<img src="http://a.b/c.png"><h1>'))
+    assert "CONSOLE" in browse(tmp_path / "worse.html", tmp_path / "worse.png")
+
+
+def browse(page, shot):
+    """What Chromium logs while it takes a picture of the page."""
+    flags = (f"--user-data-dir={shot.parent / 'profile'}", "--enable-logging=stderr")
+    flags += ("--window-size=1000,3000", f"--screenshot={shot}")
+    ran = subprocess.run(
+        [BROWSER, *QUIET, *flags, f"file://{page}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return ran.stderr
+
+
+def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
+    before = (finished / "results.json").read_text(), checkpoint_arrays(finished)
+    monkeypatch.setattr(loop, "_take_steps", None)  # would be called to train
+    choose_and_train(config, finished, COMMAND)
+    after = json.loads((finished / "results.json").read_text())
+    assert after["trials"] == json.loads(before[0])["trials"]
+    for name, array in before[1].items():
+        np.testing.assert_array_equal(array, checkpoint_arrays(finished)[name])
+
+
+def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, monkeypatch):
+    """Stopped at every fifth step of the trials and of the final run: the same in the end."""
+    taken, add = [], loop.Recorder.add
+
+    def stop_now_and_then(self, step, values):
+        add(self, step, values)
+        taken.append(step)
+        if len(taken) % 5 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Recorder, "add", stop_now_and_then)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=2))
+    for _ in range(20):
+        try:
+            choose_and_train(config, tmp_path, COMMAND)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(taken) > 18  # so it was stopped, and went on
+    expected, found = checkpoint_arrays(finished), checkpoint_arrays(tmp_path)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+    results = [json.loads((p / "results.json").read_text()) for p in (finished, tmp_path)]
+    for result in results:
+        del result["seconds_of_last_start"], result["peak_host_memory_gib"]
+    assert results[0] == results[1]
+
+
+def test_early_stopping_ends_the_final_run_too(config, tmp_path):
+    config = dataclasses.replace(config, steps=12, early_stopping=1, sweep=SweepConfig(), export=())
+    choose_and_train(config, tmp_path, COMMAND)
+    (trial,) = json.loads((tmp_path / "results.json").read_text())["trials"]
+    evaluations = [r for r in records(tmp_path / "trials/recipe") if "dev/accuracy" in r]
+    best = max(evaluations, key=lambda r: (r["dev/accuracy"], -r["dev/loss"]))
+    assert (trial["accuracy"], trial["step"]) == (best["dev/accuracy"], best["step"])
+    assert checkpoint_arrays(tmp_path)["step"] == str(trial["step"])
+    assert evaluations[-1]["step"] < 12
+
+
+def test_another_recipe_is_refused(config, finished):
+    other = dataclasses.replace(config, steps=8)
+    with pytest.raises(ValueError, match="steps: 6 there, 8 here"):
+        choose_and_train(other, finished, COMMAND)
+    more = dataclasses.replace(config, sweep=SweepConfig((1e-3, 3e-3, 1e-2, 3e-2)))
+    with pytest.raises(ValueError, match="12 images, too few to choose among 4 trials"):
+        choose_and_train(more, finished, COMMAND)
+
+
+def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
+    """Architecture and image size, but not how it was trained."""
+    fields = {"dropout": 0.1, "representation_size": 24, "pool": "gap", "dtype": "float32"}
+    model = described_model(
+        {"model": {"variant": "ViT-mu/8", **fields}, "num_classes": 5, "image_size": [16, 16]}
+    )
+    transfer.load_init.cache_clear()
+    params = model.init(transfer.jax.random.key(0))
+    save_checkpoint(tmp_path / "up", params, model.description)
+    values = {
+        "init": str(tmp_path / "up"),
+        "data": {"dataset": "digits"},
+        "model": {"remat": "full"},
+    }
+    found = complete(values)
+    assert found["image_size"] == 16
+    assert found["model"]["pool"] == "gap" and found["model"]["remat"] == "full"
+    assert "dropout" not in found["model"] and "representation_size" not in found["model"]
+    assert complete({**values, "image_size": 32})["image_size"] == 32
+    given = {**values, "image_size": 32, "model": {"variant": "ViT-B/16"}}
+    assert complete(given) == given
+
+    run = transfer.prepare(
+        dataclasses.replace(
+            config,
+            sweep=None,
+            init=values["init"],
+            data=DataConfig("digits"),
+            model=build(ModelConfig, found["model"]),
+        ),
+        str(tmp_path / "down"),
+    )
+    np.testing.assert_array_equal(run.loaded["embedding"]["kernel"], params["embedding"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {}}, "no images: say which, --config.data=FOLDER"),
+        ({"data": {"dataset": "digits"}}, "no init, and the recipe names no model"),
+        (
+            {"data": {"dataset": "digits"}, "init": "augreg:S/61"},
+            "did you mean 'augreg:S/16'",
+        ),
+    ],
+)
+def test_open_recipes_are_explained(values, message):
+    with pytest.raises(ValueError, match=message):
+        complete(values)
+
+
+def test_command_explains_bad_input(folder, tmp_path):
+    """As a user sees it: no traceback."""
+    folder_of_one = tmp_path / "one"
+    shutil.copytree(folder / "dark", folder_of_one / "dark")
+    code, _, err = command(
+        "transfer",
+        "--config=configs/transfer/folder.py",
+        f"--config.data={folder_of_one}",
+        "--config.model.variant=ViT-mu/8",
+        "--config.image_size=16",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert code == 1 and "there is one class, dark" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(folder, tmp_path):
+    """The whole command, killed at random over and over, ends as one that never was."""
+    arguments = (
+        "transfer",
+        "--config=configs/transfer/folder.py:adamw,steps=40,batch=16",
+        f"--config.data={folder}",
+        "--config.model.variant=ViT-mu/8",
+        "--config.model.dtype=float32",
+        "--config.image_size=16",
+        "--config.checkpoint.every=5",
+        "--config.sweep.learning_rates=(1e-3,3e-3)",
+        "--config.export=()",
+    )
+    code, _, err = command(*arguments, f"--workdir={tmp_path / 'whole'}")
+    assert code == 0, err
+    rng, kills = random.Random(0), 0
+    while True:
+        process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
+        try:
+            process.communicate(timeout=rng.uniform(4, 30))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            time.sleep(0.1)
+    assert process.returncode == 0 and kills
+    expected, found = (checkpoint_arrays(tmp_path / name) for name in ("whole", "killed"))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
