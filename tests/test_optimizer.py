@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from vit_jax.models.transformer import stack_layers
+from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import path_name
 from vit_jax.training.optimizer import (
     OptimizerConfig,
@@ -445,3 +447,35 @@ def test_state_paths_end_with_parameter_paths(name, moments):
     found = [sum(path.endswith(f"/{p}") for path in paths) for p in parameters]
     assert found == [moments] * 3
     assert len(paths) == 3 * moments
+
+
+def test_layer_decay():
+    """Each block's rate is a fixed part of the next one's, looped and scanned alike."""
+    looped = build_model(ModelConfig("ViT-mu/8", depth=3, dtype="float32"), 5, (16, 16))
+    scanned = ModelConfig("ViT-mu/8", depth=3, dtype="float32", scan=True)
+    scanned = build_model(scanned, 5, (16, 16))
+    config = OptimizerConfig(name="sgd", b1=0.0, clip_norm=None, layer_decay=0.5)
+    moved = {}
+    for name, model in (("looped", looped), ("scanned", scanned)):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+        optimizer = make_optimizer(config, lambda step: 1.0, 1.0, params)
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        moved[name] = jax.tree.map(lambda u: -u, updates)
+    blocks = [
+        moved["looped"]["Transformer"][f"encoderblock_{i}"]["MlpBlock_0"]["Dense_0"]["kernel"]
+        for i in range(3)
+    ]
+    np.testing.assert_array_equal([b[0, 0] for b in blocks], [1 / 8, 1 / 4, 1 / 2])
+    assert {float(u.max()) for u in jax.tree.leaves(moved["looped"]["head"])} == {1.0}
+    assert float(moved["looped"]["Transformer"]["encoder_norm"]["scale"].max()) == 1.0
+    for name in ("embedding", "pos_embedding", "cls"):
+        assert {float(u.max()) for u in jax.tree.leaves(moved["looped"][name])} == {1 / 16}
+    stacked = stack_layers(moved["looped"], 3)
+    for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(moved["scanned"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    resnet = {"conv_root": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(3)}}
+    with pytest.raises(ValueError, match="no Transformer or Mixer blocks"):
+        make_optimizer(config, lambda step: 1.0, 1.0, resnet)
+    with pytest.raises(ValueError, match="layer_decay=0: expected"):
+        OptimizerConfig(layer_decay=0)

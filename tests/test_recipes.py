@@ -20,7 +20,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 TRAINED = {
     "pretrain/jft.py": ["R50+ViT-L/32,epochs=14"],
     "pretrain/masked.py": ["target=colors_4x4"],
-    "transfer/folder.py": ["adamw,size=384"],
+    "transfer/bit_hyperrule.py": ["50000,small=True,flip=False"],
+    "transfer/folder.py": ["adamw,size=384,train=attention,augment=light,patience=2"],
 }
 BUILT = {
     "pretrain/augreg.py": [
@@ -38,7 +39,11 @@ BUILT = {
         "ViT-H/14",
     ],
     "pretrain/scaling_vit.py": ["ViT-G/14"],
-    "transfer/paper.py": ["cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"],
+    "transfer/paper.py": [
+        *("cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"),
+        "imagenet2012,variant=ViT-H/14,size=518,ema=0.9999,sweep=True",
+    ],
+    "transfer/vtab.py": ["clevr_count"],
 }
 
 
@@ -56,7 +61,8 @@ def load(path, argument):
     values = module.get_config(argument).to_dict()
     values["data"]["dataset"] = values["data"]["dataset"] or "digits"
     if "variant" not in values["model"]:  # which the checkpoint says
-        values = {"image_size": 224, **values, "model": {**values["model"], "variant": "ViT-B/16"}}
+        variant = "R50x1" if path.stem == "bit_hyperrule" else "ViT-B/16"
+        values = {"image_size": 224, **values, "model": {**values["model"], "variant": variant}}
     return values
 
 

@@ -15,6 +15,7 @@ from processes import checkpoint_arrays, command, records, start
 
 from vit_jax import transfer
 from vit_jax.config import build
+from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.predict import find_images, predict
@@ -223,6 +224,25 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
         str(tmp_path / "down"),
     )
     np.testing.assert_array_equal(run.loaded["embedding"]["kernel"], params["embedding"]["kernel"])
+
+
+def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
+    """It separates the training images at once, on the features of the checkpoint."""
+    data = DataConfig(str(finished / "data" / "splits.csv"), num_threads=1)
+    config = dataclasses.replace(config, sweep=None, data=data, init=str(finished), head="probe")
+    run = transfer.prepare(config, str(tmp_path))
+    source = run.source
+    images = np.stack(
+        [
+            np.asarray(Image.fromarray(decode_image(source[i]["image"])).resize((16, 16)))
+            for i in range(0, len(source), 5)
+        ]
+    )
+    logits = transfer.jax.jit(run.model.apply)(run.loaded, images).logits
+    labels = [source[i]["label"] for i in range(0, len(source), 5)]
+    assert np.mean(logits.argmax(1) == np.array(labels)) > 0.9
+    with pytest.raises(ValueError, match="head = 'probe' fits the features of a checkpoint"):
+        dataclasses.replace(config, init="")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ from vit_jax.data.splits import SplitConfig, Splits, settle_splits
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.classification import ClassificationConfig
 from vit_jax.evaluation.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
+from vit_jax.evaluation.probe import L2, probe_head
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
@@ -57,7 +59,7 @@ from vit_jax.training.sweep import (
 )
 from vit_jax.training.workdir import compiled_kept, keep_same
 from vit_jax.weights import formats
-from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt
+from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt, flatten
 
 CONFIG = configuration.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
@@ -77,6 +79,7 @@ class TransferConfig(TrainConfig):
     init: str = ""  # whatever `training.checkpoint.load_checkpoint` reads; empty: random weights
     reinitialize: tuple[str, ...] = REINITIALIZE  # regexes of tensors to start afresh
     drop: tuple[str, ...] = DROP  # regexes of the checkpoint's tensors to leave out
+    head: str = "zero"  # what to begin with: zero, or probe: logistic regression on the features
     eval_preprocess: str = "resize"  # of dev and test images, and of those to be labelled later
     sweep: SweepConfig | None = None
     split: SplitConfig = SplitConfig()  # where there is a sweep
@@ -86,6 +89,10 @@ class TransferConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.head not in ("zero", "probe"):
+            raise configuration.unknown("head", self.head, ("zero", "probe"))
+        if self.head == "probe" and not self.init:
+            raise ValueError("head = 'probe' fits the features of a checkpoint: give one, init")
         for name in self.export:
             if name not in formats.FORMATS:
                 raise configuration.unknown("export format", name, formats.FORMATS)
@@ -151,9 +158,27 @@ def prepare(config: TransferConfig, workdir: str, clock: Clock | None = None) ->
             drop=config.drop,
         )
         print(f"{config.init}:\n{report}")
-        return adapted
+        return with_probed_head(config, model, adapted) if config.head == "probe" else adapted
 
     return loop.prepare(config, workdir, load, clock, extra)
+
+
+def with_probed_head(config: TransferConfig, model: Model, params: dict) -> dict:
+    """The parameters with a head that was fitted to their features of the training images."""
+    fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
+    if other := sorted(fresh - {"head/kernel", "head/bias"}):
+        raise ValueError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
+    mesh = make_mesh(config.mesh)
+    data = dataclasses.replace(config.data, preprocess=config.eval_preprocess)
+    batches = make_batches(open_single_label(data), data, model, mesh, config.batch_size)
+    shapes = params["head"]
+    params = {**params, "head": {k: np.zeros(v.shape, v.dtype) for k, v in shapes.items()}}
+    with use_mesh(mesh):
+        placed = put_tree(params, state_shardings(mesh, config.mesh, params))
+        features, labels = make_extractor(model, mesh)(placed, batches)
+    kernel, bias, l2 = probe_head(features, labels, model.num_classes, L2, config.seed)
+    print(f"head: logistic regression on {len(labels)} images, l2 {l2:g}")
+    return {**params, "head": {"kernel": kernel, "bias": bias}}
 
 
 def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,13 +24,13 @@ class PreparedRecords(Sequence):
       data: TFDS's data source of it.
       shards: paths of its files.
       starts: the index of each shard's first example, and the number of all.
-      label_feature: the records' name for the label.
+      label: the records' name for the label, or what derives it from a record.
     """
 
     data: Any
     shards: tuple[str, ...]
     starts: tuple[int, ...]
-    label_feature: str
+    label: str | Callable[[Mapping[str, Any]], int]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -40,7 +40,8 @@ class PreparedRecords(Sequence):
             record = self.data[index]
         except RuntimeError as error:  # of the C++ reader, whose records have checksums
             raise ValueError(f"cannot read it: {error}") from error
-        return {"image": record["image"], "label": record[self.label_feature]}
+        label = self.label(record) if callable(self.label) else record[self.label]
+        return {"image": record["image"], "label": label}
 
     def name(self, index: int) -> str:
         shard = bisect_right(self.starts, index) - 1
@@ -88,13 +89,21 @@ class PreparedRecords(Sequence):
                 )
 
 
-def open_prepared(name: str, data_dir: str | None, known: Sequence[str] = ()) -> Listing:
+def open_prepared(
+    name: str,
+    data_dir: str | None,
+    known: Sequence[str] = (),
+    *,
+    label: Callable[[Mapping[str, Any]], int] | None = None,
+    num_classes: int | None = None,
+) -> Listing:
     """Opens a prepared dataset.
 
     Args:
       name: its name, or the path of the folder that holds its files.
       data_dir: see `sources.open_source`.
       known: other names that could have been meant.
+      label: derives a record's label, one of `num_classes`, for datasets without a label feature.
 
     Raises:
       ValueError: an unknown dataset, or features that aren't those of image classification.
@@ -105,6 +114,8 @@ def open_prepared(name: str, data_dir: str | None, known: Sequence[str] = ()) ->
     builder = _builder(name, data_dir, known)
     features = builder.info.features
     label_feature = next((f for f in LABEL_FEATURES if f in features), None)
+    if label and "image" in features:
+        return Listing("TFDS dataset", _splits(builder, features, label), num_classes)
     if "image" not in features or label_feature is None:
         raise ValueError(
             f"{name} has the features {', '.join(sorted(features))}: "
@@ -119,6 +130,15 @@ def open_prepared(name: str, data_dir: str | None, known: Sequence[str] = ()) ->
             f"{name}'s feature `{label_feature}` is {classes}: expected a ClassLabel or a Sequence "
             "of ClassLabel, which states the number of classes"
         )
+    splits = _splits(builder, features, label_feature)
+    return Listing(
+        "TFDS dataset", splits, classes.num_classes, tuple(classes.names), labels_per_example
+    )
+
+
+def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, PreparedRecords]:
+    import tensorflow_datasets as tfds
+
     # Decoding is ours: parallel, and only of what is used.
     images = [f for f, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {f: tfds.decode.SkipDecoding() for f in images}
@@ -128,10 +148,8 @@ def open_prepared(name: str, data_dir: str | None, known: Sequence[str] = ()) ->
         info = data.dataset_info.splits[split]  # which knows the format that was chosen
         starts = tuple(accumulate(info.shard_lengths, initial=0))
         shards = tuple(map(os.fspath, info.filepaths))
-        splits[split] = PreparedRecords(data, shards, starts, label_feature)
-    return Listing(
-        "TFDS dataset", splits, classes.num_classes, tuple(classes.names), labels_per_example
-    )
+        splits[split] = PreparedRecords(data, shards, starts, label)
+    return splits
 
 
 def _builder(name: str, data_dir: str | None, known: Sequence[str]):

@@ -15,6 +15,7 @@ from vit_jax.data.prepared import METADATA, PreparedRecords, open_prepared
 from vit_jax.data.slices import Slice, parse_split, read_split, record_name
 from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
+from vit_jax.data.vtab import PREFIX, open_vtab
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
@@ -93,6 +94,8 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """All splits of a dataset that isn't drawn by formula; raises as `open_source`."""
     if name == "digits":
         return _digits()
+    if name.startswith(PREFIX):
+        return open_vtab(name, data_dir)
     if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
         return open_path(name)
     return open_prepared(name, data_dir, ("digits", *FORMULAS))

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.config import unknown
@@ -27,6 +28,9 @@ from vit_jax.parallel.mesh import path_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
+
+_LOOPED, _SCANNED = r"(?:Transformer/encoderblock|MixerBlock)_(\d+)/", "Transformer/encoderblock/"
+_AFTER_BLOCKS = "Transformer/encoder_norm|MAPHead_0|pre_logits|pre_head|head|patch_head"
 
 DECAYS = ("constant", "linear", "cosine", "rsqrt", "staircase")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
@@ -103,6 +107,7 @@ class OptimizerConfig:
     weight_decay_convention: str = "multiplied"
     weight_decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))  # factors of weight_decay
     lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
+    layer_decay: float = 1.0  # of the rate, from each block to the one below: see `layer_factors`
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
@@ -120,6 +125,8 @@ class OptimizerConfig:
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay}: expected a number in (0, 1]")
         values = [self.weight_decay, *(v for _, v in self.weight_decay_rules + self.lr_multipliers)]
         if min(values) < 0:
             raise ValueError(f"weight decay or multiplier {min(values)}: expected 0 or more")
@@ -191,6 +198,7 @@ def make_optimizer(
         optax.masked(optax.chain(clip, _direction(config)), trained),
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
+        _decay_layers(config.layer_decay, params),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -225,6 +233,39 @@ def match_rules(rules: Rules, params: Any) -> Any:
             raise ValueError(f"rule {pattern!r} matches no parameter's whole path; nearest: {near}")
         raise ValueError(f"rule {rules[i]} decides nothing: move it before the broader rules")
     return tree.unflatten(rules[i][1] for i in deciding)
+
+
+def layer_factors(decay: float, params: Any) -> Any:
+    """Factors of the learning rate by depth: a tree of numbers, and arrays [L, 1, ...].
+
+    Of L blocks, block l has decay^(L - l), l from 0; what comes before them has decay^(L + 1), what
+    comes after them 1 (Bao et al., arXiv 2106.08254). Scanned blocks, which are one tensor, have an
+    array. ValueError for a model without blocks.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    named = [(path_name(keys), leaf) for keys, leaf in leaves]
+    looped = [int(m[1]) + 1 for name, _ in named if (m := re.match(_LOOPED, name))]
+    scanned = [leaf.shape[0] for name, leaf in named if re.match(_SCANNED, name)]
+    depth = max((*looped, *scanned), default=0)
+    if not depth:
+        raise ValueError("layer_decay: the model has no Transformer or Mixer blocks, leave it at 1")
+
+    def factor(name: str, leaf: jax.Array) -> float | np.ndarray:
+        if match := re.match(_LOOPED, name):
+            return decay ** (depth - int(match[1]))
+        if re.match(_SCANNED, name):
+            rates = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+            return rates.reshape(-1, *[1] * (leaf.ndim - 1))
+        return 1.0 if re.match(_AFTER_BLOCKS, name) else decay ** (depth + 1)
+
+    return tree.unflatten([factor(name, leaf) for name, leaf in named])
+
+
+def _decay_layers(decay: float, params: Any) -> optax.GradientTransformation:
+    if decay == 1:
+        return optax.identity()
+    factors = layer_factors(decay, params)
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
