@@ -18,6 +18,9 @@ R+Ti/16 70.13 %. ImageNet-21k, 300 epochs, then fine-tuned on ImageNet at 384 px
 85.49, S/16 83.73, R50+L/32 85.99, R26+S/32 83.85, Ti/16 78.22, B/32 83.59, S/32 79.58, R+Ti/16
 75.40 %. All: Adam (momentum in bfloat16), 1e-3, batch 4096, 10k steps of warm-up, cosine, clipping
 at 1; sigmoid loss and the head's bias are big_vision's.
+
+Plan, an estimate of the compiler: row `AugReg B/16 v5e:16x16` of experiments.benchmarks.plan; its
+results lie in experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections

@@ -9,6 +9,9 @@ Expected, ImageNet validation at 224 px: 76.5, 78.5, 80.0 % after 90, 150, 300 e
 weight decay 1e-4 that follows the schedule alone, cosine, 10k steps of warm-up, clipping at 1,
 RandAugment (2, 10), mixup 0.2, softmax, global average pooling, fixed 2-D sin-cos positions, a tanh
 layer in the head; as published in big_vision's configs/vit_s16_i1k.py.
+
+Plan, an estimate of the compiler: row `S/16 v5e:4x4` of experiments.benchmarks.plan; its results
+lie in experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections

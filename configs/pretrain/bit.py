@@ -15,6 +15,9 @@ in big_vision's configs/bit_i1k.py. From there too: clipping at 1, and sigmoid b
 Expected: R50x1 76.0 % on ImageNet's validation images (BiT's comparison of norms: GroupNorm and
 weight standardisation, batch 4096); of ImageNet-21k, fine-tuned on ImageNet, R50x1 80.68 and R152x2
 85.15 % (the README of google-research/big_transfer).
+
+Plan, an estimate of the compiler: row `R50x1 v5e:16x16` of experiments.benchmarks.plan; its results
+lie in experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections

@@ -17,6 +17,10 @@ All: Adam (0.9, 0.999), batch 4096, 10k steps of warm-up, linear decay, weight d
 dropout, 224 px. Sigmoid loss and the head's bias as on ImageNet-21k (big_vision). Table 3's R50 +
 ViT-L/32 has a third of ViT-L/32's learning rate, although section 4.1 says that hybrids are trained
 as their ViTs: the table is followed. ResNets pretrained by SGD are in bit.py.
+
+Plans, estimates of the compilers: rows `H/14 v5e:16x16`, which needs --config.model.remat=full, and
+`R50+B/16 v5e:16x16` of experiments.benchmarks.plan; its results lie in
+experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections

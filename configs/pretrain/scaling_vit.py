@@ -13,6 +13,10 @@ Adafactor without its scaling and with momentum in bfloat16, 8e-4, a reciprocal-
 (timescale 10k, warm-up 10k, cooldown 50k steps), weight decay 3 of the head and 0.03 of the body,
 attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipping and the head's
 bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
+
+Plans, estimates of the compilers: rows `g/14 v5e:16x16` (--config.mesh.fsdp=16) and
+`G/14 v5e:16x16` (--config.mesh.fsdp=64), both with --config.model.remat=full, of experiments.benchmarks.plan; its
+results lie in experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections

@@ -25,12 +25,20 @@ ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Which rows to compile: a regex, s
 TABLE = flags.DEFINE_bool("table", False, "Only write the table again.")
 RESULTS = Path(__file__).parent / "results"
 
-PAPER, JFT, SCALING = (f"configs/pretrain/{name}.py" for name in ("paper", "jft", "scaling_vit"))
+PAPER, JFT, SCALING, AUGREG, PLAIN, BIT = (
+    f"configs/pretrain/{name}.py"
+    for name in ("paper", "jft", "scaling_vit", "augreg", "better_plain_vit", "bit")
+)
 MODELS = {
     "B/16": f"{PAPER}:ViT-B/16",
     "L/16": f"{PAPER}:ViT-L/16,dataset=imagenet21k",
     "H/14": f"{JFT}:ViT-H/14",
+    "g/14": f"{SCALING}:ViT-g/14",
     "G/14": f"{SCALING}:ViT-G/14",
+    "S/16": f"{PLAIN}:ViT-S/16",
+    "AugReg B/16": f"{AUGREG}:ViT-B/16",
+    "R50x1": f"{BIT}:R50x1",
+    "R50+B/16": f"{JFT}:R50+ViT-B/16",
 }
 FULL = ("--config.model.remat=full",)
 # Model, topology, how it is run there: what `--search` or the plan of the recipe itself led to.
@@ -39,6 +47,11 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("L/16", "v5e:16x16", ()),
     ("H/14", "v5e:16x16", FULL),
     ("G/14", "v5e:16x16", (*FULL, "--config.mesh.fsdp=64")),
+    ("S/16", "v5e:4x4", ()),
+    ("AugReg B/16", "v5e:16x16", ()),
+    ("R50x1", "v5e:16x16", ()),
+    ("R50+B/16", "v5e:16x16", ()),
+    ("g/14", "v5e:16x16", (*FULL, "--config.mesh.fsdp=16")),
     ("B/16", "v5e:4x4", ("--config.mesh.fsdp=16", "--config.batch_size=1024")),
     ("H/14", "v5e:16x16", (*FULL, "--config.mesh.fsdp=8", "--config.mesh.tensor=2")),
     ("B/16", "v4:8x8x16", ()),
