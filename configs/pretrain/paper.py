@@ -14,8 +14,8 @@ head's bias and the tanh layer are the authors' answers in issues 2, 34 and 89 t
 big_vision's. Hybrids are trained as their ViTs (section 4.1). JFT is in jft.py. How to prepare
 ImageNet-21k: experiments/launch/README.md.
 
-Planned for v5e:16x16 (the compilers' estimates, experiments/benchmarks/results/plan.md,
-libtpu 0.0.42): B/16 4.9 of 15.75 GiB, 51 ms a step, MFU 17 %, 1.3 hours, 340 chip-hours.
+Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; row `B/16 v5e:16x16` of
+experiments.benchmarks.plan): B/16 4.9 of 15.75 GiB, 51 ms a step, MFU 17 %, 340 chip-hours in all.
 """
 
 import ml_collections

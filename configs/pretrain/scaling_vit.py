@@ -15,8 +15,8 @@ attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipp
 bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
 
 Plans, estimates of the compilers: rows `g/14 v5e:16x16` (--config.mesh.fsdp=16) and
-`G/14 v5e:16x16` (--config.mesh.fsdp=64), both with --config.model.remat=full, of experiments.benchmarks.plan; its
-results lie in experiments/benchmarks/results/plan.md.
+`G/14 v5e:16x16` (--config.mesh.fsdp=64), both with --config.model.remat=full, of
+experiments.benchmarks.plan; its results lie in experiments/benchmarks/results/plan.md.
 """
 
 import ml_collections
