@@ -229,3 +229,13 @@ def test_bins_reach_from_0_to_1():
     confidence = jnp.array([0.0, 1 / 15, 1.0])
     bins = calibration.bin_confidences(confidence, jnp.ones(3, bool), jnp.array([True] * 3))
     assert bins[0, 0] == 2 and bins[0, -1] == 1 and bins.shape == (3, 15)
+
+
+def test_classes_that_were_renamed():
+    classification.check_class_names(["ant", "bee"], ["ant", "bee"])
+    classification.check_class_names(["tench", "goldfish"], ["n01440764", "n01443537"])
+    classification.check_class_names([], ["ant", "bee"])
+    with pytest.raises(ValueError, match="0 is 'ant' there and 'bee' here, 1 is 'bee' there"):
+        classification.check_class_names(["ant", "bee"], ["bee", "ant"])
+    with pytest.raises(ValueError, match="1 is 'bee' there and 'wasp' here"):
+        classification.check_class_names(["ant", "bee"], ["ant", "wasp"])

@@ -22,8 +22,13 @@ from jax.sharding import Mesh
 from vit_jax import config as configuration
 from vit_jax.analysis.intervals import accuracy_interval
 from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source
 from vit_jax.evaluation.calibration import fit_temperature
-from vit_jax.evaluation.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.classification import (
+    ClassificationConfig,
+    check_class_names,
+    make_classification,
+)
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
 from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
 from vit_jax.evaluation.knn import KnnConfig, make_knn
@@ -69,14 +74,18 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes 
 flags.mark_flags_as_required(["checkpoint", "dataset"])
 
 
-def make_evaluator(model: Model, mesh: Mesh) -> Callable[[dict], dict[str, float]]:
-    """What the flags ask for: params -> the result."""
+def make_evaluator(
+    model: Model, mesh: Mesh, class_names: list[str]
+) -> Callable[[dict], dict[str, float]]:
+    """What the flags ask for: params -> the result. `class_names`: the checkpoint's, if known."""
     split = SPLIT.value if PROTOCOL.value == "classification" else TRAIN_SPLIT.value
     data = DataConfig(DATASET.value, split, PREPROCESS.value, DATA_DIR.value)
     frozen = {"data": data, "test_split": SPLIT.value, "batch_size": BATCH_SIZE.value}
     penalties = {"l2": numbers("l2", L2.value, float)} if L2.value else {}
     match PROTOCOL.value:
         case "classification":
+            source = open_source(data.dataset, data.split, data.data_dir)
+            check_class_names(class_names, source.class_names or ())
             return make_calibrated(data, model, mesh)
         case "fewshot":
             shots = numbers("shots", SHOTS.value, int)
@@ -133,7 +142,7 @@ def evaluate() -> dict[str, float]:
     model = described_model(description)
     if RANDOM.value:
         params = jax.device_get(jax.jit(model.init)(jax.random.key(SEED.value)))
-    evaluator = make_evaluator(model, mesh)
+    evaluator = make_evaluator(model, mesh, description.get("class_names", []))
     with use_mesh(mesh):
         return evaluator(put_tree(params, state_shardings(mesh, MeshConfig(), params)))
 

@@ -1,7 +1,7 @@
 """Accuracy, loss and calibration over a whole dataset, every example counted exactly once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,21 @@ def make_classification(
         return result
 
     return evaluate
+
+
+def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
+    """ValueError for two lists of classes that share names but don't agree on their numbers.
+
+    Lists that share none are two ways of naming the same classes, such as ImageNet's in words and
+    in WordNet's numbers.
+    """
+    wrong = [(i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b]
+    if wrong and {*there} & {*here}:
+        shown = ", ".join(f"{i} is {a!r} there and {b!r} here" for i, a, b in wrong[:5])
+        raise ValueError(
+            f"the checkpoint's classes and the dataset's don't agree: {shown}. Were classes "
+            "renamed, added or removed since? Name them as they were, or transfer anew"
+        )
 
 
 def present_classes(source: Source) -> np.ndarray:
