@@ -75,7 +75,11 @@ def test_several_processes_equal_one(alone, tmp_path, processes):
     equal_runs(tmp_path / "transfer", alone / "transfer")
     for name in ("classification", "fewshot"):
         ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, alone))
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        intervals = [measured.pop("accuracy_interval", []) for measured in (ours, theirs)]
+        assert intervals[0] == pytest.approx(intervals[1])
+        # Of 599 digits one on a border may fall to its other side by rounding, in either draw.
+        border = 2 / 599 if name == "fewshot" else 1e-5
+        assert ours == pytest.approx(theirs, abs=border)
 
 
 @pytest.mark.slow
