@@ -191,6 +191,17 @@ def test_another_recipe_is_refused(config, finished):
         choose_and_train(more, finished, COMMAND)
 
 
+def test_splits_may_change_until_something_was_trained(config, tmp_path, monkeypatch):
+    """A dev split that is too small can be enlarged in the same workdir."""
+    monkeypatch.setattr(transfer, "run_trials", None)
+    many = dataclasses.replace(config, sweep=SweepConfig((1e-4, 3e-4, 1e-3, 3e-3)))
+    with pytest.raises(ValueError, match="12 images, too few to choose among 4 trials"):
+        choose_and_train(many, tmp_path, COMMAND)
+    larger = dataclasses.replace(many, split=dataclasses.replace(many.split, dev_share=0.3))
+    with pytest.raises(TypeError, match="NoneType"):  # it comes to the trials
+        choose_and_train(larger, tmp_path, COMMAND)
+
+
 def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     """Architecture and image size, but not how it was trained."""
     fields = {"dropout": 0.1, "representation_size": 24, "pool": "gap", "dtype": "float32"}

@@ -186,6 +186,8 @@ def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> Non
     start = time.perf_counter()
     of = (config.data.dataset, config.split, config.data.data_dir, workdir / "data")
     if multihost.is_main():
+        if not (workdir / "trials").exists():  # nothing depends on an earlier start's splits
+            (workdir / "data" / "audit.json").unlink(missing_ok=True)
         settle_splits(*of)
     multihost.barrier("splits")
     splits, audit = settle_splits(*of)

@@ -28,7 +28,7 @@ th,td{padding:.15rem .7rem .15rem 0;text-align:left;vertical-align:top}th{color:
 img{max-width:100%}figure{display:inline-block;margin:.4rem;
 vertical-align:top;text-align:center;font-size:.8rem;max-width:11rem}figcaption{overflow-wrap:
 anywhere}pre{background:#f5f5f5;padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
-.big{font-size:2rem;font-weight:600}.sub{color:#555}.bar{background:#0072B2;height:.7rem;
+.big{font-size:2rem;font-weight:600}.sub{color:#555}.pair{display:inline-block}.bar{background:#0072B2;height:.7rem;
 display:inline-block}ul{padding-left:1.2rem}
 """
 
@@ -107,7 +107,7 @@ def render(report: Report) -> str:
             "<h2>Where it looks</h2>",
             '<p class="sub">Attention rollout: from which patches the output is made, all layers '
             "together.</p>",
-            "".join(f"<div>{pair}</div>" for pair in pairs),
+            "".join(f'<span class="pair">{pair}</span>' for pair in pairs),
         ]
     sections += [
         "<h2>Files</h2>",

@@ -39,6 +39,7 @@ class Listing:
       splits: random-access records {"image": encoded bytes or uint8 pixels, "label": an int or a
         tuple of them}, with `name(index)`, the file, for messages, and `sizes()`, bytes int64 [N].
       num_classes, class_names, labels_per_example: as in `sources.Source`.
+      left_out: files that lie there and are no images by their names, or in no class.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Listing:
     num_classes: int
     class_names: tuple[str, ...] | None = None
     labels_per_example: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def read_folder(root: Path) -> Listing:
         paths = [path for name in names for path in found[split].get(name, ())]
         labels = [label[name] for name in names for _ in found[split].get(name, ())]
         records[split] = ImageFiles(str(root), paths, labels)
-    return Listing("image folder", records, len(names), tuple(names))
+    return Listing("image folder", records, len(names), tuple(names), None, tuple(left_out))
 
 
 def split_in(name: str) -> str | None:

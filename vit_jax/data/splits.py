@@ -184,7 +184,11 @@ def _cut_files(
     if empty := [name for name in given if not sum(counts[name])]:
         raise ValueError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
     splits = Splits(str(table.absolute()), "train", "dev", "test")
-    return splits, dataclasses.replace(audit, counts=counts)
+    findings = list(audit.findings)
+    if left_out := listing.left_out:
+        shown = ", ".join(left_out[:10]) + (", ..." if len(left_out) > 10 else "")
+        findings.append(f"no images by their names, or in no class, {len(left_out)}: {shown}")
+    return splits, dataclasses.replace(audit, counts=counts, findings=findings)
 
 
 def _check_enough(audit: Audit, shares: Mapping[str, float]) -> None:
