@@ -164,6 +164,17 @@ def test_an_init_that_is_gone_is_made_again(tmp_path):
     assert log == ["ViT | 8 | 4 steps | seed 0", "ViT | 8 | 4 steps | seed 0 | digits"]
 
 
+def test_missing_data_is_said_before_anything_is_trained(tmp_path):
+    recipe = merge(TUNING, {"data.dataset": "cifar10", "data.data_dir": str(tmp_path)})
+    grid = dataclasses.replace(GRID, tasks=(*GRID.tasks, Task("cifar", recipe)))
+    said, log = [], []
+    found = work(Study("tiny", (grid,)), store(tmp_path), fake(log), say=said.append)
+    without = [s for s in found if s.state == "no data"]
+    assert {s.run.labels["task"] for s in without} == {"cifar"} and len(without) == 4
+    assert len(log) == 8 and sum("cifar10 is not prepared" in text for text in said) == 1
+    assert said[0].startswith("NO DATA")
+
+
 WORKER = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]

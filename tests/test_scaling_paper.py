@@ -16,7 +16,7 @@ from experiments.scaling.table import Point, average_tasks, points, read_csv
 from vit_jax.analysis.topology import parse_topology
 from vit_jax.config import build
 from vit_jax.models.variants import build_model
-from vit_jax.training.loop import TrainConfig
+from vit_jax.training.recipe import TrainConfig
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 RUNS = {"paper_models": (18, 360), "paper_subsets": (24, 0), "paper_sets": (112, 2240)}

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, study: Study) -> int:
         seconds=60 * options.minutes,
     )  # fmt: skip
     show(found, everything=False)
-    return int(any(s.state in ("failed", "blocked", "changed") for s in found))
+    return int(any(s.state in ("failed", "blocked", "changed", "no data") for s in found))
 
 
 def run_workers(count: int) -> int:

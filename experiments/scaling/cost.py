@@ -29,9 +29,15 @@ class Cost:
 
 
 def estimate(
-    run: Run, topology: Topology, mfu: float | None, price: float | None, compiles: bool = False
+    run: Run,
+    topology: Topology,
+    mfu: float,
+    price: float | None,
+    compiled: dict[str, dict] | None = None,
 ) -> Cost:
     """From the FLOPs of the formula and a stated MFU, or from the compiler's cycles.
+
+    With `compiled` the compiler is asked, and the dict keeps what it said of each program.
 
     Needs no data where the number of images is known; a head whose classes aren't known, of a
     dataset to fine-tune on that isn't prepared here, is left out. Raises ValueError or
@@ -45,8 +51,8 @@ def estimate(
     steps -= run.trunk_steps
     flops = training_flops(model) * batch_size
     fits = None
-    if compiles:
-        planned = _compile(run, topology, mfu, price, classes, examples)
+    if compiled is not None:
+        planned = _compile(run, topology, classes, examples, compiled)
         fits = planned["memory_gib"]["fits"]
         report = planned.get("run")
         if report:
@@ -75,17 +81,26 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
         return 0, 0
 
 
-def _compile(run: Run, topology, mfu, price, classes: int, examples: int) -> dict[str, Any]:
+def _compile(
+    run: Run, topology: Topology, classes: int, examples: int, compiled: dict[str, dict]
+) -> dict[str, Any]:
     """The plan of vit_jax.plan; of fine-tuning too, whose step is the same."""
     from vit_jax.parallel.mesh import make_mesh
     from vit_jax.plan import plan
-    from vit_jax.training.loop import TrainConfig, build_training
+    from vit_jax.training.recipe import TrainConfig, build_training
 
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    fields = {k: v for k, v in run.config.items() if k in names and k not in ("init", "resume")}
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume"}
+    fields = {k: v for k, v in run.config.items() if k in names}
+    fields |= {"seed": 0, "data": {"dataset": run.config["data"]["dataset"]}}
+    fields |= {"classification": {}, "fewshot": {}}
+    fields |= {"steps": None, "epochs": 1.0, "schedule": {"peak": 1.0, "warmup": 0}}
     config = build(TrainConfig, fields)
-    mesh = make_mesh(config.mesh, open_topology(topology))
-    return plan(build_training(config, mesh, classes or 1000, examples), topology, mfu, price)
+    program = f"{config} {classes} {topology}"  # learning rates, seeds and budgets share it
+    if program not in compiled:
+        mesh = make_mesh(config.mesh, open_topology(topology))
+        training = build_training(config, mesh, classes or 1000, max(examples, 1))
+        compiled[program] = plan(training, topology)
+    return compiled[program]
 
 
 def show_cost(study: Study, options: argparse.Namespace) -> None:
@@ -93,10 +108,9 @@ def show_cost(study: Study, options: argparse.Namespace) -> None:
     topology = parse_topology(options.topology, options.num_slices)
     source = "the compiler's cycles" if options.compile else f"an MFU of {options.mfu:.0%}"
     print(f"{study.name} on {topology}, time from {source}; evaluations and input not counted\n")
-    costs = []
-    for run in expand(study):
-        mfu = None if options.compile else options.mfu
-        costs.append(estimate(run, topology, mfu, options.price_per_chip_hour, options.compile))
+    compiled = {} if options.compile else None
+    price = options.price_per_chip_hour
+    costs = [estimate(run, topology, options.mfu, price, compiled) for run in expand(study)]
     lines: dict[str, list[Cost]] = {}
     for cost in costs:  # a line for all points of a sweep, and for all seeds
         labels = cost.run.labels | {"kind": cost.run.kind}

@@ -24,7 +24,10 @@ Train = Callable[[Run, dict, Path], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """A run's: done | failed | changed | running | blocked | waits | interrupted | missing."""
+    """A run's: done | failed | changed | running | blocked | waits | interrupted | missing.
+
+    `work` also knows: no data.
+    """
 
     run: Run
     state: str
@@ -172,8 +175,9 @@ def work(
     for status in statuses(study, store):
         if status.state == "changed":
             say(f"REFUSED, since it was run otherwise: {status.run.key}\n{status.note}")
+    opened: dict[tuple, str] = {}
     while True:
-        found = statuses(study, store)
+        found = [_with_data(s, free or {}, opened, say) for s in statuses(study, store)]
         if only is not None and only not in {s.run.name for s in found}:
             raise ValueError(f"no run {only!r} in study {study.name}: `expand` lists them")
         ready = [s.run for s in found if s.state in ("missing", "interrupted")]
@@ -193,6 +197,34 @@ def work(
             if only is not None or (not ready and not (others and waits)):
                 return found
             time.sleep(poll)
+
+
+def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str], say) -> Status:
+    """The status, or "no data": known before the run, or what it waits for, has cost anything."""
+    from vit_jax.data.sources import open_source
+
+    if status.state not in ("missing", "interrupted", "waits"):
+        return status
+    for key in _datasets(merge(status.run.config, free)):
+        if key not in opened:
+            try:
+                open_source(*key)
+                opened[key] = ""
+            except (ValueError, OSError) as error:
+                opened[key] = str(error)
+                say(f"NO DATA: {error}")
+        if opened[key]:
+            return Status(status.run, "no data", opened[key])
+    return status
+
+
+def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """(name, split, data_dir) of all that a run reads."""
+    evaluators = {**config.get("classification", {}), **config.get("fewshot", {})}.values()
+    for group in (config, *evaluators):
+        data = group["data"]
+        for split in {data.get("split", "train"), group.get("test_split", "")} - {""}:
+            yield data["dataset"], split, data.get("data_dir")
 
 
 def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) -> None:
