@@ -23,20 +23,20 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
     if not found:
         raise ValueError(f"study {study.name} has no finished run: `run` makes them")
     results: dict[str, dict] = {"laws": {}, "crossings": {}}
-    drawn = []
+    drawn, failed = [], {}
     for task, of_task in _tasks(found).items():
         for name, x, unit, of in _law_data(of_task):
             title = f"{task}: {name}"
             cells = sorted(grouped(of, x).items())
             at = np.array([value for value, _ in cells])
             error = np.array([1 - np.mean([p.accuracy for p in c]) / 100 for _, c in cells])
-            if name == "frontier":
+            if unit == "exaFLOPs":
                 kept = frontier(at, error)
                 at, error = at[kept], error[kept]
             try:
                 law = fit_simplest(at, error)
             except ValueError as problem:
-                print(f"{title}: no law: {problem}")
+                failed.setdefault(str(problem), []).append(title)
                 continue
             print(f"{title}, x in {unit}: {law.describe()}")
             results["laws"][title] = {
@@ -51,6 +51,8 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
         for name, text, values in (*_crossings(of_task), *_ratios(of_task)):
             print(f"{task}: {name}: {text}")
             results["crossings"][f"{task}: {name}"] = values
+    for problem, titles in failed.items():
+        print(f"\nno law of {len(titles)}: {problem}\n  " + ", ".join(titles))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fits.json").write_text(json.dumps(results, indent=1) + "\n")
     if drawn:
@@ -116,8 +118,8 @@ def _law_data(found: list[Point]):
     at_largest = [p for p in found if p.examples == largest and np.isfinite(p.exaflops)]
     if at_largest:
         for family, of in grouped(at_largest, lambda p: p.family).items():
-            yield f"{family}s by compute", compute, "exaFLOPs", of
-        yield "frontier", compute, "exaFLOPs", at_largest
+            yield f"frontier of {family}s", compute, "exaFLOPs", of
+        yield "frontier of all", compute, "exaFLOPs", at_largest
     if len({p.examples for p in found}) > 1:
         for model, of in grouped(_one_budget(found), lambda p: p.model).items():
             yield f"{model} by images", lambda p: p.examples, "images", of
@@ -174,7 +176,7 @@ def _ratios(found: list[Point]):
 
 def draw_fits(drawn: list[tuple], folder: Path) -> None:
     """Each law with its points, and its residuals beneath."""
-    shown = drawn[:8]
+    shown = [d for d in drawn if d[0].startswith("average")][:8] or drawn[:8]
     figure, axes = new_figure(2, 5.2, 4.2)
     colours = (*HUES.values(), *OTHERS)
     for colour, (title, unit, at, error, law) in zip(colours, shown, strict=False):

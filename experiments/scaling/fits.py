@@ -14,6 +14,8 @@ from scipy.stats import t as student
 
 LEVEL = 0.95  # of all intervals
 NAMES = ("a", "b", "c", "d")
+B_MIN, B_MAX = 0.01, 5.0  # a fit that comes here is not of a law
+C_MIN = 1e-6
 Interval = tuple[float, float]
 
 
@@ -90,11 +92,15 @@ def fit_law(
     )
     names = NAMES if shift else NAMES[:3]
     intervals = {n: (float(low[i]), float(high[i])) for i, n in enumerate(names)}
+    for name, least, most in (("b", B_MIN, B_MAX), ("c", C_MIN, max(error.min(), values[2]))):
+        intervals[name] = tuple(float(np.clip(end, least, most)) for end in intervals[name])
     return Law(*values, intervals, residuals, _undetermined(intervals, float(error.min()), x))
 
 
 def _undetermined(intervals: dict[str, Interval], best: float, x: np.ndarray) -> tuple[str, ...]:
     notes = []
+    if len(x) < len(intervals) + 2:
+        notes.append(f"{len(x)} points leave next to no residuals to judge a law by")
     low, high = intervals["b"]
     if high > 3 * low:
         notes.append(f"the exponent b lies anywhere in [{low:.2g}, {high:.2g}]")
@@ -121,8 +127,8 @@ def _starts(error: np.ndarray) -> list[np.ndarray]:
 
 def _solve(x: np.ndarray, error: np.ndarray, shift: bool, starts: list) -> np.ndarray:
     """The logarithms of a, b, c, d (a for scaled x) that fit best."""
-    lower = np.array([-12.0, np.log(0.01), np.log(1e-6), np.log(1e-6)])
-    upper = np.array([12.0, np.log(5.0), 0.0, np.log(1e3)])
+    lower = np.array([-12.0, np.log(B_MIN), np.log(C_MIN), np.log(1e-6)])
+    upper = np.array([12.0, np.log(B_MAX), 0.0, np.log(1e3)])
     free = slice(0, 4 if shift else 3)
 
     def whole(theta):
@@ -162,7 +168,7 @@ def _unscaled(theta: np.ndarray, scale: float) -> tuple[float, float, float, flo
 
 def fit_simplest(x: Sequence[float], error: Sequence[float], **kwargs) -> Law:
     """The whole law; where the points are too few for it or leave it open, that with d = 0."""
-    if len(np.unique(x)) > 4:
+    if len(np.unique(x)) > 5:
         law = fit_law(x, error, **kwargs)
         if not law.undetermined:
             return law
