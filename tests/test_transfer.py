@@ -17,6 +17,7 @@ from vit_jax import transfer
 from vit_jax.config import build
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.predict import find_images, predict
 from vit_jax.training import loop
@@ -24,6 +25,7 @@ from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from vit_jax.training.optimizer import ScheduleConfig
 from vit_jax.training.sweep import SweepConfig
 from vit_jax.transfer import TransferConfig, choose_and_train, complete
+from vit_jax.weights import formats
 
 COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -96,6 +98,42 @@ def test_results(finished, folder):
     assert [p.argmax() for _, p in found] == list(logits.argmax(1))
     exported, _ = load_checkpoint(finished / "exported" / "hugging_face")
     np.testing.assert_array_equal(exported["head"]["kernel"], params["head"]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def tested(finished):
+    """The test images as the model takes them, uint8 [N, 16, 16, 3], and its logits."""
+    source = open_source(str(finished / "data" / "splits.csv"), "test")
+    images = [Image.fromarray(decode_image(source[i]["image"])) for i in range(len(source))]
+    resized = [image.resize((16, 16), Image.Resampling.BILINEAR) for image in images]
+    with np.load(finished / "test.npz") as file:
+        return np.stack(resized), file["logits"]
+
+
+def test_transformers_predicts_the_same(finished, tested):
+    """From the exported folder alone (needs torch and transformers)."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    folder = finished / "exported" / "hugging_face"
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    pixels = (tested[0].astype(np.float32) - 127.5) / 127.5
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).logits.numpy()
+    np.testing.assert_allclose(logits, tested[1], atol=1e-4)
+    assert [theirs.config.id2label[i] for i in range(2)] == ["bright", "dark"]
+
+
+def test_onnxruntime_predicts_the_same(finished, tested, tmp_path):
+    """From uint8 pixels (needs vit_jax[onnx])."""
+    pytest.importorskip("jax2onnx")
+    import onnxruntime
+
+    formats.write(tmp_path / "model.onnx", *load_checkpoint(finished), "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(["logits"], {"images": tested[0]})
+    np.testing.assert_allclose(logits, tested[1], atol=1e-4)
 
 
 def test_report(finished, tmp_path):
