@@ -36,9 +36,9 @@ from vit_jax.models.variants import ModelConfig, build_model, described_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import CheckpointConfig, load_checkpoint
+from vit_jax.training.finetune import TransferConfig, choose_and_train, final_recipe, prepare
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
 from vit_jax.training.sweep import SweepConfig, with_values
-from vit_jax.transfer import TransferConfig, choose_and_train, final_recipe, prepare
 
 STROKES = flags.DEFINE_string("strokes", "", "Workdir of configs/pretrain/formula.py.")
 FRACTALS = flags.DEFINE_string("fractals", "", "The same with dataset=fractals.")

@@ -10,9 +10,9 @@ from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.models.variants import build_model
 from vit_jax.training import loop
+from vit_jax.training.finetune import TransferConfig
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.transfer import TransferConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What may stand behind the colon: beside nothing, which also trains for two steps, arguments that

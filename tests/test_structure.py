@@ -16,6 +16,7 @@ FLOORS = [
         *("pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
         "visualize",
     },
+    {"training.finetune"},
     {"training.sweep", "training.memory"},
     {"training.loop", "training.initial", "training.recipe", "evaluation"},
     {"training.step", "training.checkpoint", "training.optimizer", "training.workdir"},

@@ -8,23 +8,23 @@ import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from processes import checkpoint_arrays, command, records, start
 
-from vit_jax import transfer
 from vit_jax.config import build
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.predict import find_images, predict
-from vit_jax.training import loop
+from vit_jax.training import finetune, loop
 from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
+from vit_jax.training.finetune import TransferConfig, choose_and_train, complete
 from vit_jax.training.optimizer import ScheduleConfig
 from vit_jax.training.sweep import SweepConfig
-from vit_jax.transfer import TransferConfig, choose_and_train, complete
 from vit_jax.weights import formats
 
 COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"
@@ -231,7 +231,7 @@ def test_another_recipe_is_refused(config, finished):
 
 def test_splits_may_change_until_something_was_trained(config, tmp_path, monkeypatch):
     """A dev split that is too small can be enlarged in the same workdir."""
-    monkeypatch.setattr(transfer, "run_trials", None)
+    monkeypatch.setattr(finetune, "run_trials", None)
     many = dataclasses.replace(config, sweep=SweepConfig((1e-4, 3e-4, 1e-3, 3e-3)))
     with pytest.raises(ValueError, match="12 images, too few to choose among 4 trials"):
         choose_and_train(many, tmp_path, COMMAND)
@@ -246,8 +246,8 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     model = described_model(
         {"model": {"variant": "ViT-mu/8", **fields}, "num_classes": 5, "image_size": [16, 16]}
     )
-    transfer.load_init.cache_clear()
-    params = model.init(transfer.jax.random.key(0))
+    finetune.load_init.cache_clear()
+    params = model.init(jax.random.key(0))
     save_checkpoint(tmp_path / "up", params, model.description)
     values = {
         "init": str(tmp_path / "up"),
@@ -262,7 +262,7 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     given = {**values, "image_size": 32, "model": {"variant": "ViT-B/16"}}
     assert complete(given) == given
 
-    run = transfer.prepare(
+    run = finetune.prepare(
         dataclasses.replace(
             config,
             sweep=None,
@@ -279,7 +279,7 @@ def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
     """It separates the training images at once, on the features of the checkpoint."""
     data = DataConfig(str(finished / "data" / "splits.csv"), num_threads=1)
     config = dataclasses.replace(config, sweep=None, data=data, init=str(finished), head="probe")
-    run = transfer.prepare(config, str(tmp_path))
+    run = finetune.prepare(config, str(tmp_path))
     source = run.source
     images = np.stack(
         [
@@ -287,7 +287,7 @@ def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
             for i in range(0, len(source), 5)
         ]
     )
-    logits = transfer.jax.jit(run.model.apply)(run.loaded, images).logits
+    logits = jax.jit(run.model.apply)(run.loaded, images).logits
     labels = [source[i]["label"] for i in range(0, len(source), 5)]
     assert np.mean(logits.argmax(1) == np.array(labels)) > 0.9
     with pytest.raises(ValueError, match="head = 'probe' fits the features of a checkpoint"):

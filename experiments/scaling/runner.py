@@ -279,14 +279,13 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """
     import jax
 
-    from vit_jax import transfer
     from vit_jax.analysis.flops import training_flops
     from vit_jax.config import build
-    from vit_jax.training import loop
+    from vit_jax.training import finetune, loop
     from vit_jax.training.metrics import read_metrics
 
     if run.kind == "transfer":
-        prepared = transfer.prepare(build(transfer.TransferConfig, config), str(workdir))
+        prepared = finetune.prepare(build(finetune.TransferConfig, config), str(workdir))
     else:
         prepared = loop.prepare(build(loop.TrainConfig, config), str(workdir))
     last = loop.train(prepared)

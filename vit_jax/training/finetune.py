@@ -1,0 +1,353 @@
+"""Fine-tuning: from a checkpoint and a dataset to a trained, tested, exported classifier."""
+
+import dataclasses
+import json
+import resource
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import softmax
+
+from vit_jax import config as configuration
+from vit_jax.analysis.report_html import MISTAKES, Report, model_card, render
+from vit_jax.data.audit import Audit
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source
+from vit_jax.data.splits import SplitConfig, Splits, settle_splits
+from vit_jax.evaluation.calibration import fit_temperature
+from vit_jax.evaluation.classification import ClassificationConfig
+from vit_jax.evaluation.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
+from vit_jax.evaluation.probe import L2, probe_head
+from vit_jax.models.variants import Model, described_model
+from vit_jax.parallel import multihost
+from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
+from vit_jax.training import loop
+from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.training.clock import Clock
+from vit_jax.training.memory import GIB, device_memory, fit_memory
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.recipe import MAY_CHANGE, TrainConfig, build_training
+from vit_jax.training.sweep import (
+    SweepConfig,
+    Trial,
+    best_trial,
+    check_dev,
+    run_trials,
+    show_trials,
+    trial_name,
+    with_values,
+)
+from vit_jax.training.workdir import compiled_kept, keep_same
+from vit_jax.weights import formats
+from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt, flatten
+
+# Of the checkpoint's model, these are how it was trained and not what it is.
+OF_TRAINING = (
+    *("representation_size", "head_bias", "dropout", "attention_dropout", "stochastic_depth"),
+    *("scan", "remat"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferConfig(TrainConfig):
+    """A recipe that starts from a checkpoint."""
+
+    init: str = ""  # whatever `training.checkpoint.load_checkpoint` reads; empty: random weights
+    reinitialize: tuple[str, ...] = REINITIALIZE  # regexes of tensors to start afresh
+    drop: tuple[str, ...] = DROP  # regexes of the checkpoint's tensors to leave out
+    head: str = "zero"  # what to begin with: zero, or probe: logistic regression on the features
+    eval_preprocess: str = "resize"  # of dev and test images, and of those to be labelled later
+    sweep: SweepConfig | None = None
+    split: SplitConfig = SplitConfig()  # where there is a sweep
+    fit_memory: bool = False  # choose microbatches and remat, where there is a sweep
+    memory_gib: float | None = None  # that a step may take on a device; None: what it says it has
+    export: tuple[str, ...] = ()  # of weights.formats.FORMATS, where there is a sweep
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head not in ("zero", "probe"):
+            raise configuration.unknown("head", self.head, ("zero", "probe"))
+        if self.head == "probe" and not self.init:
+            raise ValueError("head = 'probe' fits the features of a checkpoint: give one, init")
+        for name in self.export:
+            if name not in formats.FORMATS:
+                raise configuration.unknown("export format", name, formats.FORMATS)
+
+
+@cache  # trials start from the same one
+def load_init(path: str) -> tuple[dict, dict]:
+    """The checkpoint to start from."""
+    return load_checkpoint(path)
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields, with what it leaves open taken from the checkpoint it starts from."""
+    if not (values["data"].get("dataset") or values["data"].get("mixture")):
+        raise ValueError("no images: say which, --config.data=FOLDER or the name of a dataset")
+    model = dict(values.get("model", {}))
+    if "variant" in model and "image_size" in values:
+        return values
+    if not values.get("init"):
+        raise ValueError(
+            "no init, and the recipe names no model: give --config.init=CHECKPOINT, or both "
+            "--config.model.variant and --config.image_size to start from random weights"
+        )
+    _, description = load_init(values["init"])
+    if "variant" not in model:
+        kept = {k: v for k, v in description["model"].items() if k not in OF_TRAINING}
+        model = {**kept, **model}
+    height, width = description["image_size"]
+    if "image_size" not in values and height != width:
+        raise ValueError(
+            f"{values['init']} is for images of {height} x {width}: say the side of the square "
+            "ones to train on, --config.image_size"
+        )
+    return {"image_size": height, **values, "model": model}
+
+
+def prepare(config: TransferConfig, workdir: str, clock: Clock | None = None) -> loop.Run:
+    """As `loop.prepare`, with the parameters of `config.init`."""
+    extra = {"preprocess": config.eval_preprocess}
+    if not config.init:
+        return loop.prepare(config, workdir, clock=clock, description=extra)
+
+    def load(model: Model, shapes: dict) -> dict:
+        params, description = load_init(config.init)
+        source = described_model(description)
+        for name in (
+            "mlp",
+            "norm_epsilon",
+            "zero_padded_pool",
+        ):  # which no tensor's name or shape would betray
+            there, here = getattr(source.config, name), getattr(model.config, name)
+            if there != here:
+                raise ValueError(
+                    f"{config.init} was trained with {name} = {there!r}, the recipe's model has "
+                    f"{here!r}: set --config.model.{name}={there}"
+                )
+        adapted, report = adapt(
+            params,
+            shapes,
+            grid=model.grid,
+            source_grid=source.grid,
+            reinitialize=config.reinitialize,
+            drop=config.drop,
+        )
+        print(f"{config.init}:\n{report}")
+        return with_probed_head(config, model, adapted) if config.head == "probe" else adapted
+
+    return loop.prepare(config, workdir, load, clock, extra)
+
+
+def with_probed_head(config: TransferConfig, model: Model, params: dict) -> dict:
+    """The parameters with a head that was fitted to their features of the training images."""
+    fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
+    if other := sorted(fresh - {"head/kernel", "head/bias"}):
+        raise ValueError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
+    mesh = make_mesh(config.mesh)
+    data = dataclasses.replace(config.data, preprocess=config.eval_preprocess)
+    batches = make_batches(open_single_label(data), data, model, mesh, config.batch_size)
+    shapes = params["head"]
+    params = {**params, "head": {k: np.zeros(v.shape, v.dtype) for k, v in shapes.items()}}
+    with use_mesh(mesh):
+        placed = put_tree(params, state_shardings(mesh, config.mesh, params))
+        features, labels = make_extractor(model, mesh)(placed, batches)
+    kernel, bias, l2 = probe_head(features, labels, model.num_classes, L2, config.seed)
+    print(f"head: logistic regression on {len(labels)} images, l2 {l2:g}")
+    return {**params, "head": {"kernel": kernel, "bias": bias}}
+
+
+def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:
+    """From the data to the report: whatever was finished by an earlier start isn't repeated."""
+    start = time.perf_counter()
+    of = (config.data.dataset, config.split, config.data.data_dir, workdir / "data")
+    if multihost.is_main():
+        if not (workdir / "trials").exists():  # nothing depends on an earlier start's splits
+            (workdir / "data" / "audit.json").unlink(missing_ok=True)
+        settle_splits(*of)
+    multihost.barrier("splits")
+    splits, audit = settle_splits(*of)
+    if multihost.is_main():
+        print(f"{config.data.dataset}\n{audit}\n", flush=True)
+    trials = config.sweep.trials()
+    check_dev(sum(audit.counts["dev"]), trials)
+    config = fitted(config, splits, workdir)
+    on_train, on_both = trial_recipe(config, splits), final_recipe(config, splits)
+    keep_same(workdir / "sweep.json", dataclasses.asdict(on_both), may_change=MAY_CHANGE)
+    for values in trials:
+        with_values(on_both, values)  # what can't be is known before the first trial
+
+    results = run_trials(on_train, trials, workdir, train_trial)
+    best = best_trial(results)
+    if multihost.is_main():
+        print(show_trials(results) + f"\nchosen: {trial_name(best.values)}", flush=True)
+    final = with_values(on_both, best.values)
+    if config.early_stopping:
+        final = dataclasses.replace(final, stop=best.step)
+    run = prepare(final, str(workdir))
+    loop.train(run)
+    report(config, run, splits, audit, results, workdir, command, start)
+
+
+def fitted(config: TransferConfig, splits: Splits, workdir: Path) -> TransferConfig:
+    """With the programs of all trials in one place, and with steps that fit the memory."""
+    if config.compilation_cache == "workdir":
+        config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
+    if not config.fit_memory:
+        return config
+    capacity = config.memory_gib * GIB if config.memory_gib else device_memory()
+    source = open_source(splits.dataset, splits.train, config.data.data_dir)
+    mesh = make_mesh(config.mesh)
+    training = build_training(config, mesh, source.num_classes, len(source))
+    with compiled_kept(workdir, config.compilation_cache):
+        accumulation, remat, found = fit_memory(training, capacity)
+    if multihost.is_main():
+        print(found, flush=True)
+    model = dataclasses.replace(config.model, remat=remat)
+    return dataclasses.replace(config, accumulation=accumulation, model=model)
+
+
+def trial_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
+    """Trained on train, evaluated on dev."""
+    data = dataclasses.replace(config.data, dataset=splits.dataset, split=splits.train)
+    dev = dataclasses.replace(data, split=splits.dev, preprocess=config.eval_preprocess)
+    return dataclasses.replace(
+        config,
+        data=data,
+        sweep=None,
+        classification={"dev": ClassificationConfig(dev, config.batch_size)},
+    )
+
+
+def final_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
+    """Trained on train and dev, for as many steps or epochs; nothing is evaluated meanwhile."""
+    split = f"{splits.train}+{splits.dev}"
+    data = dataclasses.replace(config.data, dataset=splits.dataset, split=split)
+    return dataclasses.replace(
+        config, data=data, sweep=None, classification={}, early_stopping=None
+    )
+
+
+def train_trial(config: TransferConfig, folder: Path) -> None:
+    """Trains a trial, and keeps its logits on dev: the temperature is fitted to them."""
+    run = prepare(config, str(folder))
+    loop.train(run)
+    logits_of(run, folder, config.classification["dev"].data, folder / "dev.npz")
+
+
+def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tuple:
+    """(logits, labels) of a split by the run's last checkpoint: what others will load."""
+    params, _ = load_checkpoint(folder)
+    source = open_source(data.dataset, data.split, data.data_dir)
+    with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
+        shardings = state_shardings(run.mesh, run.config.mesh, params)
+        placed = put_tree(params, shardings)
+        return keep_logits(file, run.model, placed, run.mesh, source, data, run.config.batch_size)
+
+
+def report(
+    config: TransferConfig,
+    run: loop.Run,
+    splits: Splits,
+    audit: Audit,
+    results: list[Trial],
+    workdir: Path,
+    command: str,
+    start: float,
+) -> None:
+    """Tests once, and writes results.json, report.html, MODEL_CARD.md and the exports."""
+    chosen = best_trial(results)
+    folder = workdir / "trials" / trial_name(chosen.values)
+    with np.load(folder / "dev.npz") as dev:
+        temperature = fit_temperature(dev["logits"], dev["labels"])
+    data = dataclasses.replace(
+        run.config.data, split=splits.test, preprocess=config.eval_preprocess
+    )
+    logits, labels = logits_of(run, workdir, data, workdir / "test.npz")
+    if not multihost.is_main():
+        return
+    names, scores = audit.class_names, score(logits, labels, temperature)
+    params, description = load_checkpoint(workdir)
+    files = export(config, workdir, params, description)
+    results_file = {
+        **scores,
+        "dev_accuracy": chosen.accuracy,
+        "chosen": chosen.values,
+        "seconds_of_last_start": round(time.perf_counter() - start, 1),
+        "peak_host_memory_gib": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
+        ),
+        "trials": [dataclasses.asdict(trial) for trial in results],
+    }
+    (workdir / "results.json").write_text(json.dumps(results_file, indent=2) + "\n")
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    source = open_source(data.dataset, data.split, data.data_dir)
+    trial_folders = {
+        trial_name(t.values): workdir / "trials" / trial_name(t.values) for t in results
+    }
+    page = Report(
+        title=f"{run.config.model.variant} on {Path(config.data.dataset).name}",
+        command=command,
+        facts={
+            "model": f"{run.config.model.variant}, {run.model.image_size[0]} px",
+            "init": config.init or "random weights",
+            "chosen on dev": f"{trial_name(chosen.values)} ({chosen.accuracy:.1%} there)",
+            "trained": f"{run.steps:,} steps of {run.config.batch_size} images",
+            "software": f"jax {jax.__version__}, {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}",
+        },
+        class_names=names,
+        probabilities=probabilities,
+        labels=labels,
+        scores=scores,
+        data=str(dataclasses.replace(audit, findings=[])),
+        findings=audit.findings,
+        trials=show_trials(results),
+        curves={
+            **{name: read_metrics(path) for name, path in trial_folders.items()},
+            "final": read_metrics(workdir),
+        },
+        mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
+        attention=where_it_looks(run.model, params, source, config.eval_preprocess, 6),
+        files=files,
+    )
+    (workdir / "report.html").write_text(render(page), "utf-8")
+    (workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8")
+    low, high = scores["accuracy_interval"]
+    print(
+        f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images\n"
+        f"{workdir / 'report.html'}",
+        flush=True,
+    )
+
+
+def export(
+    config: TransferConfig, workdir: Path, params: dict, description: dict
+) -> dict[str, str]:
+    """Writes the formats asked for to `exported/`: {path: what it is, or why it isn't there}."""
+    files = {
+        "checkpoints/": "the model: predict --model, evaluate --checkpoint and convert read it",
+        "results.json": "these numbers",
+        "MODEL_CARD.md": "a model card",
+        "data/": "the splits and the audit",
+        "trials/": "records of the sweep",
+        "test.npz": "logits and labels of the test images",
+    }
+    for name in config.export:
+        suffix = {"onnx": ".onnx", "timm": "", "hugging_face": ""}.get(name, ".npz")
+        path = workdir / "exported" / f"{name}{suffix}"
+        shown = str(path.relative_to(workdir))
+        path.parent.mkdir(exist_ok=True)
+        try:
+            if not path.exists():
+                formats.write(path, params, description, name)
+            files[shown] = f"the model as {name}"
+        except ValueError as error:  # that format has no place for this model
+            files[shown] = f"not written: {error}"
+            print(f"{shown} is not written: {error}", flush=True)
+    return files
