@@ -15,6 +15,7 @@ from PIL import Image
 from processes import checkpoint_arrays, command, records, start
 
 from vit_jax.config import build
+from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
@@ -104,8 +105,9 @@ def test_results(finished, folder):
 def tested(finished):
     """The test images as the model takes them, uint8 [N, 16, 16, 3], and its logits."""
     source = open_source(str(finished / "data" / "splits.csv"), "test")
-    images = [Image.fromarray(decode_image(source[i]["image"])) for i in range(len(source))]
-    resized = [image.resize((16, 16), Image.Resampling.BILINEAR) for image in images]
+    resize = parse_preprocess("resize", (16, 16))
+    images = [decode_image(source[i]["image"]) for i in range(len(source))]
+    resized = [resize(image, np.random.default_rng(0)) for image in images]
     with np.load(finished / "test.npz") as file:
         return np.stack(resized), file["logits"]
 

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 import jax
 import numpy as np
 
-from vit_jax.models.transformer import Output
 from vit_jax.models.variants import Model, described_model
 from vit_jax.weights import files
 
@@ -52,7 +51,7 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
             "pip install 'vit_jax[onnx]'"
         ) from error
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-    names = Output._fields if model.num_classes else ("features",)
+    names = ("logits", "features") if model.num_classes else ("features",)
 
     def run(images):
         output = model.apply(params, images)
