@@ -365,3 +365,13 @@ def test_command_errors_are_explained():
     done = scaling("status", "--study=mimi")
     assert done.returncode == 1 and "did you mean 'mini'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_workers_and_the_commands_for_a_cluster(tmp_path):
+    paths = ("--study=mini", f"--folder={tmp_path}", f"--results={tmp_path / 'results.jsonl'}")
+    done = scaling("run", *paths, "--workers", 2, "--minutes=0")
+    assert done.stderr.count("minutes are over") == 2, done.stderr
+    lines = scaling("run", *paths, "--print").stdout.splitlines()
+    assert len(lines) == 225
+    assert lines[0].startswith("python -m experiments.scaling run --study=mini --folder=")
+    assert lines[0].endswith(f"--only={expand(load_study('mini'))[0].name}")

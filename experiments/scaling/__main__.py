@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -96,16 +97,29 @@ def run(options: argparse.Namespace, study: Study) -> int:
 
 
 def run_workers(count: int) -> int:
-    """The same command in `count` processes, which share the study by its claims."""
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--workers", "--retry_failed"))]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments.scaling", *arguments],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(i)},
-        )
-        for i in range(count)
-    ]
-    return max(worker.wait() != 0 for worker in workers)
+    """The same command in `count` processes, which share the study by its claims.
+
+    One that a signal ends, such as for want of memory, is started again; the run over which it died
+    is given up after some deaths.
+    """
+    arguments = [a for a in sys.argv[1:] if a != "--retry_failed"] + ["--workers=1"]
+
+    def start(index: int) -> subprocess.Popen:
+        command = [sys.executable, "-m", "experiments.scaling", *arguments]
+        return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index)})
+
+    workers, codes = {i: start(i) for i in range(count)}, []
+    while workers:
+        for i, worker in list(workers.items()):
+            if (code := worker.poll()) is None:
+                continue
+            if code < 0:
+                print(f"worker {i} died of signal {-code}: another takes its place")
+                workers[i] = start(i)
+            else:
+                codes.append(workers.pop(i).returncode)
+        time.sleep(1)
+    return max(codes)
 
 
 def parse_field(text: str) -> tuple[str, object]:
