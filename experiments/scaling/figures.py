@@ -8,6 +8,7 @@ same axes, otherwise in panels of their own beside them.
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from experiments.scaling.runner import Store
 from experiments.scaling.study import Study
@@ -192,6 +193,7 @@ def bars(axes: Axes, names: list[str], values: list[float], looks: Looks, label:
     bars = axes.barh(names, values, color=colours)
     axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=3)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=label, xlim=(min(values) / 2, max(values) * 2.5))
     axes.grid(axis="y", visible=False)
 

@@ -44,7 +44,7 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
     averaged = average_tasks(found, kind)
     largest = max(p.examples for p in found)
     imagenet = "ImageNet fine-tuned"
-    second = imagenet if imagenet in tuned else tuned[0] if tuned else "upstream"
+    second = imagenet if imagenet in tuned else "upstream"
 
     def at(task: str) -> list[Point]:
         return averaged if task.startswith("average") else [p for p in found if p.task == task]
@@ -238,10 +238,11 @@ def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
 
 
 def _describe(axes: Axes, found: list[Point], x: str, title: str) -> None:
-    seeds = len({p.seed for p in found})
+    counts = [len(of) for of in grouped(found, lambda p: (p.model, p.set, p.budget)).values()]
     axes.set(xlabel=x, ylabel=f"{found[0].task} (%)")
-    note = f"{seeds} seeds: mean, lowest to highest" if seeds > 1 else "1 seed"
-    axes.set_title(f"{title}; {note}", fontsize=9)
+    several = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    band = ", band: lowest to highest" if max(counts) > 1 else ""
+    axes.set_title(f"{title}; seeds: {several}{band}", fontsize=8)
 
 
 def write_tables(found: list[Point], folder: Path) -> list[Path]:
