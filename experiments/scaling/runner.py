@@ -143,7 +143,7 @@ def _status(
         deaths = store.claims.deaths(run.name)
         died = f", {deaths} process(es) died over it" if deaths else ""
         return Status(run, "interrupted", _progress(store, run) + died)
-    return Status(run, "missing")
+    return Status(run, "missing", "done before, but a task needs its checkpoint" if record else "")
 
 
 def _progress(store: Store, run: Run) -> str:

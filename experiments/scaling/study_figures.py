@@ -33,6 +33,8 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
     found = points(study, records)
     if not found:
         raise ValueError(f"study {study.name} has no finished run: `run` makes them")
+    order = list(dict.fromkeys(m.name for grid in study.grids for m in grid.models))
+    found.sort(key=lambda p: (order.index(p.model), p.examples, p.images_seen, p.seed, p.task))
     looks = make_looks(study)
     written = [folder / "points.csv"]
     write_csv(written[0], found)
