@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         command = subparsers.add_parser(name)
         command.add_argument("--study", help="a name in studies/, or a file; :ARG behind", **kwargs)
         command.add_argument("--folder", type=Path, help="of the runs; runs/scaling/STUDY")
-        command.add_argument("--results", type=Path, help="results.jsonl; of studies/: results/")
+        command.add_argument("--results", type=Path, help="results.jsonl; in the folder")
         return command
 
     add("expand", required=True)
@@ -65,9 +65,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def open_store(options: argparse.Namespace, study: Study) -> Store:
-    """The study's folder; results of shipped studies are kept in the repository."""
+    """The study's folder; results that are kept in the repository stay there."""
     folder = options.folder or Path("runs/scaling") / study.name
-    return Store(folder, options.results or RESULTS / study.name / "results.jsonl")
+    kept = RESULTS / study.name / "results.jsonl"
+    return Store(folder, options.results or (kept if kept.exists() else None))
 
 
 def run(options: argparse.Namespace, study: Study) -> int:
