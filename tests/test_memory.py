@@ -46,6 +46,7 @@ def test_microbatches_make_it_fit(training, whole):
     assert memory(compile_step(rebuilt)).peak <= capacity
 
 
+@pytest.mark.slow
 def test_what_cannot_fit(training, whole):
     with pytest.raises(
         ValueError, match=r"no way was found(.|\n)*remat full(.|\n)*a smaller model"

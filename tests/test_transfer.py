@@ -211,6 +211,7 @@ def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, m
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_final_run_too(config, tmp_path):
     config = dataclasses.replace(config, steps=12, early_stopping=1, sweep=SweepConfig(), export=())
     choose_and_train(config, tmp_path, COMMAND)
