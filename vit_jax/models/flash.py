@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 HEAD_DIMS = (32, 64, 128)  # narrower heads are padded with zeros
-MAX_TOKENS = 4096
+MAX_TOKENS = 2048
 MAX_CHUNK = 320  # queries whose scores are in VMEM at once
 _NEVER = -1e30  # a score; minus infinity would make nan of rows that are masked as a whole
 
@@ -153,7 +153,7 @@ def _forward(plan: _Plan, query, key, value, mask):
     call = _Call(plan, query, images, groups)
     inputs = [call.tokens] * 3 + [call.mask] * plan.masked
     scratch = [pltpu.VMEM((plan.chunk, LANES), jnp.float32)] * 2
-    return call(_forward_kernel, inputs, [call.tokens, call.lse], scratch)(
+    return call(_forward_kernel, 2, inputs, [call.tokens, call.lse], scratch)(
         *(query, key, value, mask)[: len(inputs)]
     )
 
@@ -164,7 +164,7 @@ def _backward(plan: _Plan, query, key, value, mask, lse, dy):
     images = plan.images(query.shape[0], groups, 7)
     call = _Call(plan, query, images, groups)
     inputs = [*[call.tokens] * 4, call.lse] + [call.mask] * plan.masked
-    return call(_backward_kernel, inputs, [call.tokens] * 3)(
+    return call(_backward_kernel, 5, inputs, [call.tokens] * 3)(
         *(query, key, value, dy, lse, mask)[: len(inputs)]
     )
 
@@ -201,10 +201,21 @@ class _Call:
         )
         self.mask = (pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)), None)
 
-    def __call__(self, kernel: Callable, inputs: list, outputs: list, scratch=()) -> Callable:
+    def __call__(
+        self, kernel: Callable, products: int, inputs: list, outputs: list, scratch=()
+    ) -> Callable:
+        """The kernel, which makes `products` matrix products of N x N x K for every head."""
+
         def step(*refs):
             for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs))
 
+        plan, shape = self.plan, self.tokens[1].shape
+        scores = shape[0] * plan.heads * plan.tokens**2
+        cost = pl.CostEstimate(
+            flops=2 * products * scores * plan.head_dim,
+            bytes_accessed=math.prod(shape) * plan.itemsize * len(inputs + outputs),
+            transcendentals=scores,
+        )
         return pl.pallas_call(
             step,
             grid=self.grid,
@@ -213,7 +224,8 @@ class _Call:
             out_shape=[shape for _, shape in outputs],
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-            interpret=self.plan.interpret,
+            cost_estimate=cost,
+            interpret=plan.interpret,
             name=kernel.__name__.strip("_").replace("kernel", "attention"),
         )
 
