@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.attention import attention_weights, choose_attention, flash_attention
+from vit_jax.models.dense import Dense
 from vit_jax.models.positions import Positions, position_table, rotate
 from vit_jax.parallel.mesh import constrain_batch
 
@@ -145,9 +146,7 @@ class MultiHeadAttention(nn.Module):
         def project(name, x):  # [B, N, D] -> [B, N, H, K]
             shape = (config.num_heads, config.width // config.num_heads)
             bias = not config.parallel
-            return nn.DenseGeneral(
-                shape, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name
-            )(x)
+            return Dense(shape, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)(x)
 
         query, key, value = project("query", x), project("key", context), project("value", context)
         if config.qk_norm:
@@ -180,9 +179,7 @@ class MultiHeadAttention(nn.Module):
             y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
         else:
             y = flash_attention(query, key, value, way)
-        return nn.DenseGeneral(
-            config.width, axis=(-2, -1), dtype=config.dtype, kernel_init=init, name="out"
-        )(y)
+        return Dense((config.width,), inputs=2, dtype=config.dtype, kernel_init=init, name="out")(y)
 
     def _through_cache(self, name: str, new: jax.Array, index: jax.Array | int) -> jax.Array:
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
@@ -202,8 +199,8 @@ class MlpBlock(nn.Module):
         config = self.config
 
         def dense(features, name):
-            return nn.Dense(
-                features,
+            return Dense(
+                (features,),
                 dtype=config.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=nn.initializers.normal(1e-6),

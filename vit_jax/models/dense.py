@@ -1,0 +1,68 @@
+"""The linear layer, in the form that compilers make the most of: one product of two matrices."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Dense(nn.Module):
+    """[..., *inputs] -> [..., *outputs], of which there may be several axes each, as heads.
+
+    Parameters are those of `nn.DenseGeneral`, kernel [*inputs, *outputs] and bias [*outputs]; but
+    the product's axes are flat, since with a head's 64 features last XLA pads them to 128 lanes or
+    transposes, before and behind every attention.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: int = 1  # how many axes of x
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[x.ndim - self.inputs :]
+        flat = math.prod(shape), math.prod(self.outputs)
+
+        def init_kernel(key):
+            return self.kernel_init(key, flat).reshape(shape + self.outputs)
+
+        def init_bias(key):
+            return self.bias_init(key, flat[1:]).reshape(self.outputs)
+
+        kernel = self.param("kernel", init_kernel).astype(self.dtype).reshape(flat)
+        x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
+        y = x @ kernel
+        if self.use_bias:
+            y = add_bias(y, self.param("bias", init_bias).reshape(flat[1]))
+        return y.reshape(*y.shape[:-1], *self.outputs)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [..., D] + bias [D]. The bias's gradient is a product with ones, summed in float32."""
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_forward(y, bias):
+    return add_bias(y, bias), bias
+
+
+def _add_bias_backward(bias, dy):
+    axes = tuple(range(dy.ndim - 1))
+    ones = jnp.ones((8, *dy.shape[:-1]), dy.dtype)  # of one row XLA would make a sum again
+    sums = jax.lax.dot_general(
+        ones,
+        dy,
+        ((tuple(a + 1 for a in axes), axes), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return dy, sums[0].astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
