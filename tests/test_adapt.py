@@ -11,6 +11,7 @@ from scipy import ndimage
 from vit_jax.models.transformer import stack_layers, unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import (
+    DROP,
     adapt,
     flatten,
     resize_patch_kernel,
@@ -348,7 +349,7 @@ def test_another_pooling_is_asked_for_as_the_error_says():
     token, map_ = make(pool="token"), make(pool="map")
     with pytest.raises(ValueError) as error:
         between(token, map_)
-    drop, afresh = ("pre_logits/.*", "cls"), ("head/.*", "MAPHead_0/.*")
+    drop, afresh = (*DROP, "cls"), ("head/.*", "MAPHead_0/.*")
     assert f"If only the checkpoint is to have cls: drop={drop}." in str(error.value)
     assert f"MAPHead_0/.*: reinitialize={afresh}." in str(error.value)
     adapted, report = between(token, map_, drop=drop, reinitialize=afresh)

@@ -290,8 +290,8 @@ def test_without_classes_there_is_no_head(variant):
     shapes = [flatten(jax.eval_shape(m.init, jax.random.key(0))) for m in (model, headless)]
     assert shapes[0].keys() - shapes[1].keys() == {"head/kernel", "head/bias"}
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-    logits, features = jax.eval_shape(headless.apply, unflatten(shapes[1]), images)
-    assert logits.shape == features.shape
+    found = jax.eval_shape(headless.apply, unflatten(shapes[1]), images)
+    assert found.logits.shape == found.features.shape
 
 
 def test_layer_scale_scales_each_branch():

@@ -50,7 +50,7 @@ def evaluate(monkeypatch, model, params, images, labels, most=None, **options):
     """What `make_classification` says of these images on a mesh of eight devices."""
     records = [{"image": i, "label": y} for i, y in zip(images, labels, strict=True)]
     source = Source(records, CLASSES, labels_per_example=most)
-    monkeypatch.setattr(classification, "open_source", lambda *_: source)
+    monkeypatch.setattr(classification, "open_data", lambda *_: source)
     mesh = make_mesh(MeshConfig())
     config = ClassificationConfig(DataConfig("mine"), batch_size=16, **options)
     with use_mesh(mesh):
@@ -200,7 +200,7 @@ def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
 
 def test_several_labels_are_refused(monkeypatch):
     source = Source([{"image": None, "label": [0]}], 2, labels_per_example=3)
-    monkeypatch.setattr(features, "open_source", lambda *_: source)
+    monkeypatch.setattr(features, "open_data", lambda *_: source)
     with pytest.raises(ValueError, match="this protocol takes one"):
         features.open_single_label(DataConfig("mine"))
 

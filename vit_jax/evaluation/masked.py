@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.sources import open_source
+from vit_jax.data.pipeline import open_data
 from vit_jax.evaluation.classification import ClassificationConfig
 from vit_jax.evaluation.features import make_batches
 from vit_jax.models.variants import Model
@@ -23,7 +23,7 @@ def make_masked(
     Labels are not looked at. What is corrupted depends on an image's index alone, so one
     evaluation's numbers compare with another's.
     """
-    source = open_source(config.data.dataset, config.data.split, config.data.data_dir)
+    source = open_data(config.data)
     batches = make_batches(source, config.data, model, mesh, config.batch_size)
 
     def count(params, batch):
