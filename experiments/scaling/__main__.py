@@ -161,15 +161,21 @@ def main(arguments: list[str]) -> int:
 
             show_cost(study, options)
         elif options.command == "figures":
-            from experiments.scaling.figures import draw_all
+            from experiments.scaling.figures import PAPER, draw_paper
+            from experiments.scaling.study_figures import draw_study
 
-            draw_all(study, open_store(options, study) if study else None, options.output)
+            if study:
+                store = open_store(options, study)
+                written = draw_study(study, store, options.output or store.results.parent)
+            else:
+                written = draw_paper(options.output or PAPER / "figures")
+            print("\n".join(map(str, written)))
         else:
-            from experiments.scaling import figures
+            from experiments.scaling.figures import PAPER
             from experiments.scaling.findings import show_fits
 
             store = open_store(options, study) if study else None
-            folder = store.results.parent if store else figures.PAPER / "figures"
+            folder = store.results.parent if store else PAPER / "figures"
             show_fits(study, store, options.output or folder)
     return 0
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from experiments.scaling.runner import Store
-from experiments.scaling.study import Study
 from experiments.scaling.style import (
     HUES,
     MARKERS,
@@ -231,14 +229,3 @@ def write_markdown(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def draw_all(study: Study | None, store: Store | None, output: Path | None) -> None:
-    """Draws, and says where."""
-    if study is None:
-        written = draw_paper(output or PAPER / "figures")
-    else:
-        from experiments.scaling.study_figures import draw_study
-
-        written = draw_study(study, store, output or store.results.parent)
-    print("\n".join(map(str, written)))
