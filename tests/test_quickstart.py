@@ -29,7 +29,7 @@ def test_quickstart(tmp_path):
         assert row["accuracy on 599 held-out digits"] in done.stdout
         assert 0 <= float(row["pretrained"]) <= 100 and 0 <= float(row["random weights"]) <= 100
     # Closed form, so always the same: 1, 5, 10 and 25 shots of raw pixels.
-    assert [row["raw pixels"] for row in table] == ["52.9", "81.4", "87.3", "90.6", ""]
+    assert [row["raw pixels"] for row in table] == ["52.9", "81.4", "87.2", "90.2", ""]
     for name in ("pretraining", "transfer", "fewshot"):
         assert f"{folder / name}.png" in done.stdout
         assert (folder / f"{name}.png").stat().st_size > 10_000
