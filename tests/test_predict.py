@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from processes import command
 
+from vit_jax.evaluation.labelling import find_images, predict
 from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.predict import find_images, predict
 from vit_jax.training.checkpoint import save_checkpoint
 
 NAMES = ["ant", "bee, wasp", "cat"]

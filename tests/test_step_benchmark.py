@@ -1,6 +1,6 @@
 """What the step's benchmark reads from a kernel's schedule."""
 
-from experiments.benchmarks.step import kernel_bundles
+from experiments.benchmarks.bundles import kernel_bundles
 
 LISTING = """
      0   :  { %s1 = smov 0 }

@@ -19,8 +19,8 @@ from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
+from vit_jax.evaluation.labelling import find_images, predict
 from vit_jax.models.variants import ModelConfig, described_model
-from vit_jax.predict import find_images, predict
 from vit_jax.training import finetune, loop
 from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from vit_jax.training.finetune import TransferConfig, choose_and_train, complete
