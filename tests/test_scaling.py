@@ -220,6 +220,21 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path):
     assert set(states(STUDY, where).values()) == {"done"}
 
 
+def test_what_another_ended_before_the_claim_is_not_made_again(tmp_path, monkeypatch):
+    where, log = store(tmp_path), []
+    take = where.claims.take
+
+    def late(name, progress):  # another process makes it between the look and the claim
+        if not log:
+            monkeypatch.setattr(where.claims, "take", take)
+            work(STUDY, store(tmp_path), fake(log), only=name, say=quiet)
+        return take(name, progress)
+
+    monkeypatch.setattr(where.claims, "take", late)
+    work(STUDY, where, fake(log), say=quiet)
+    assert log == [run.key for run in expand(STUDY)]
+
+
 def test_claims_have_one_winner(tmp_path):
     claims = [Claims(tmp_path, lease=2.0) for _ in range(8)]
     barrier = threading.Barrier(8)

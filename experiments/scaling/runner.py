@@ -189,7 +189,10 @@ def work(
             held = store.claims.take(run.name, f"{store.checkpoint(run.name)}")
             if held:
                 with held:
-                    _make(run, store, train, free or {}, say)
+                    # Another process may have ended it between the look at it and the claim.
+                    now = {s.run.name: s.state for s in statuses(study, store)}[run.name]
+                    if now not in ("done", "failed"):
+                        _make(run, store, train, free or {}, say)
                 break
         else:
             others = any(s.state == "running" for s in found)
