@@ -56,7 +56,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingSet:
-    """A set, or a subset, of `examples` images."""
+    """A set, or a subset, of `examples` images; with 0, tasks start from random weights."""
 
     name: str
     examples: int
@@ -216,10 +216,15 @@ def _expand_grid(grid: Grid) -> Iterator[Run]:
             ]
         else:
             runs = list(_branches(grid.cooldown, labels, recipe, budgets))
+        if not subset.examples:
+            labels |= {"budget": ""}
+            for task in grid.tasks:
+                yield from _transfers(labels, None, task, model)
+            continue
         yield from runs
         for run in runs:
             for task in grid.tasks if run.kind == "pretrain" else ():
-                yield from _transfers(run, task, model, seed)
+                yield from _transfers(run.labels, run.name, task, model)
 
 
 def _branches(
@@ -259,15 +264,18 @@ def _branches(
         )
 
 
-def _transfers(run: Run, task: Task, model: Model, seed: int) -> Iterator[Run]:
+def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> Iterator[Run]:
     architecture = {k: v for k, v in model.fields.items() if k.startswith("model.")}
     dropped = ("model.head_bias", "model.representation_size")  # of the pretraining head alone
-    architecture = {k: v for k, v in architecture.items() if k not in dropped}
-    base = merge(task.recipe, {**architecture, "seed": seed, "init": f"@{run.name}"})
+    fields = {k: v for k, v in architecture.items() if k not in dropped}
+    fields["seed"] = labels["seed"]
+    if init:
+        fields["init"] = f"@{init}"
+    base = merge(task.recipe, fields)
     for choice in task.sweep:
-        labels = {**run.labels, "task": task.name, "task_sweep": choice.name}
-        fields = {**task.models(model), **choice.fields}
-        yield Run("transfer", labels, merge(base, fields), init=run.name)
+        own = {**task.models(model), **choice.fields}
+        names = {**labels, "task": task.name, "task_sweep": choice.name}
+        yield Run("transfer", names, merge(base, own), init=init)
 
 
 def is_free(name: str) -> bool:

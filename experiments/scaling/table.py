@@ -54,34 +54,39 @@ def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
     found = []
     for _, record, evaluation in chosen.values():
         for metric, value in evaluation.items():
-            if task := _task(metric):
+            if task := _task(metric, record["config"]):
                 noise = _noise(metric, value, evaluation)
                 found.append(_point(record, record["labels"], task, value, noise))
     found += _transfers(study, done, upstream)
     return found
 
 
-def _task(metric: str) -> str | None:
+def _task(metric: str, config: dict[str, Any]) -> str | None:
     if match := re.fullmatch(r"(\w+)/(\d+)shot", metric):
         return f"{match[1]} {match[2]}-shot"
-    return "upstream" if metric == "validation/accuracy" else None
+    # Of a run without labels it is the share of patches: nothing to compare the others with.
+    supervised = config.get("loss.name") != "masked_patches"
+    return "upstream" if metric == "validation/accuracy" and supervised else None
 
 
 def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Iterable[Point]:
-    best: dict[tuple[str, str], tuple[float, dict, float]] = {}
+    best: dict[tuple, tuple[float, dict, dict]] = {}
     for record in done:
         init = record["config"].get("init", "@")[1:]
-        if record["kind"] != "transfer" or init not in upstream:
+        if record["kind"] != "transfer" or (init and init not in upstream):
             continue
         last = record["evaluations"][-1]
-        cell = init, record["labels"]["task"]
+        start = init or (record["labels"]["model"], record["labels"]["seed"])
+        cell = start, record["labels"]["task"]
         score = last.get(study.task_select, 0.0)
         if cell not in best or score > best[cell][0]:
             best[cell] = score, record, last
-    for (init, task), (_, record, last) in best.items():
+    for (start, task), (_, record, last) in best.items():
         value = last["test/accuracy"]
         noise = _noise("test/accuracy", value, last)
-        yield _point(upstream[init], record["labels"], f"{task} fine-tuned", value, noise)
+        # Without pretraining nothing was spent for it.
+        pretraining = upstream.get(start) or {**record, "steps": 0}
+        yield _point(pretraining, record["labels"], f"{task} fine-tuned", value, noise)
 
 
 def _noise(metric: str, value: float, evaluation: dict[str, float]) -> float:

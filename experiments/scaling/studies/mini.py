@@ -42,7 +42,11 @@ MODELS = (
         "model.width": 48, "model.depth": 2, "model.mlp_dim": 96, "model.num_heads": 3,
     }),
 )  # fmt: skip
-# A model with another objective, such as loss.name = masked_patches, is another line here.
+# Without labels, as configs/pretrain/masked.py; a class token would learn nothing from patches.
+MASKED = Model("ViT-S/4 masked", "ViT", {
+    **MODELS[1].fields, "model.representation_size": None, "model.pool": "gap",
+    "loss.name": "masked_patches",
+})  # fmt: skip
 FASHION = {"dataset": "fashion"}
 
 
@@ -90,6 +94,9 @@ TASKS = (
 )
 
 
+NOTHING = PretrainingSet("no pretraining", 0, {})
+
+
 def subset(examples: int) -> PretrainingSet:
     return PretrainingSet(f"strokes {examples:,}", examples, {"data.split": f"train[:{examples}]"})
 
@@ -110,6 +117,9 @@ def get_study(_: str | None = None) -> Study:
         cooldown=0.2,
     )
     transfer = dataclasses.replace(data, tasks=TASKS)
+    masked = dataclasses.replace(transfer, models=(MASKED,), sets=sets[-1:], seeds=(0, 1, 2))
+    scratch = dataclasses.replace(transfer, sets=(NOTHING,), seeds=(0, 1, 2))
+    short = dataclasses.replace(compute, budgets=compute.budgets[:2])
     return Study(
         "mini",
         (
@@ -119,7 +129,12 @@ def get_study(_: str | None = None) -> Study:
             dataclasses.replace(transfer, sets=sets[:1]),
             dataclasses.replace(data, seeds=(1,)),
             dataclasses.replace(data, seeds=(2,)),
+            masked,
+            dataclasses.replace(scratch, models=MODELS[1:2]),
             dataclasses.replace(transfer, sets=sets[-1:], seeds=(1, 2)),
+            dataclasses.replace(transfer, sets=sets[:1], seeds=(1, 2)),
+            dataclasses.replace(short, seeds=(1, 2)),
+            scratch,
             dataclasses.replace(transfer, seeds=(0, 1, 2)),
             dataclasses.replace(compute, seeds=(1, 2)),
         ),
