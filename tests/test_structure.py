@@ -27,6 +27,7 @@ FLOORS = [
         "training.augmentation",
         "training.clock",
         "training.early_stopping",
+        "training.fields",
         "training.masked",
         "training.metrics",
         "training.profile",

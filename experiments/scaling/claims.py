@@ -34,7 +34,7 @@ class Claims:
     def __init__(self, folder: Path, lease: float = LEASE):
         self.folder, self.lease = folder, lease
         folder.mkdir(parents=True, exist_ok=True)
-        self._clock = folder / f".clock-{socket.gethostname()}-{os.getpid()}"
+        self._clock = folder / ".clock"
 
     def newest(self, name: str) -> Claim | None:
         """The claim that holds, or the last one that did."""
@@ -90,9 +90,6 @@ class Claims:
         self._clock.touch()
         return self._clock.stat().st_mtime
 
-    def close(self) -> None:
-        self._clock.unlink(missing_ok=True)
-
 
 class Held:
     """A claim that this process holds; beats in the background until it is left."""
@@ -114,12 +111,18 @@ class Held:
     def _beat(self) -> None:
         number = int(self._path.suffix[1:])
         while not self._over.wait(self._claims.lease / 6):
-            if self._claims.newest(self._name).number != number:
+            try:
+                newest = self._claims.newest(self._name).number
+                if newest == number:
+                    os.utime(self._path)
+            except OSError as error:  # of a network's file system; the next beat may come through
+                print(f"no sign of life for {self._name}: {error}", file=sys.stderr)
+                continue
+            if newest != number:
                 # This process stood still for longer than the lease. Another now writes into the
                 # run's workdir, so it must not write one byte more: as if it had been killed.
                 print(f"lost the claim on {self._name}: this process slept", file=sys.stderr)
                 os._exit(1)
-            os.utime(self._path)
 
 
 def write_atomically(path: Path, text: str) -> None:

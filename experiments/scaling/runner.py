@@ -6,6 +6,7 @@ share the folder, may `work` on one study at a time and be killed at any moment.
 and fits need is in the records, which are also collected into one `results.jsonl`.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.claims import LEASE, Claims, write_atomically
-from experiments.scaling.study import FREE, Run, Study, differences, expand, flatten, is_free, merge
+from experiments.scaling.study import Run, Study, differences, expand, flatten, merge
+from vit_jax.training.fields import OF_THE_MACHINE, covered
 
 DEATHS = 3  # a run over which so many processes died is taken for their murderer
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -51,12 +53,17 @@ class Store:
         found = folder.iterdir() if folder.is_dir() else ()
         return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
+    def is_kept(self, record: Mapping[str, Any]) -> bool:
+        """Whether the last checkpoint of a run that is done is there, for others to start from."""
+        return self.checkpoint(record["name"]) >= record.get("steps", 1)
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Every run that ended, by name. A record of the folder outweighs a collected one."""
         found = {record["name"]: record for record in read_results(self.results)}
         for path in sorted((self.folder / "records").glob("*.json")):
-            record = json.loads(path.read_text())
-            found[record["name"]] = record
+            with contextlib.suppress(FileNotFoundError):  # another process retries what failed
+                record = json.loads(path.read_text())
+                found[record["name"]] = record
         return found
 
     def record(self, run: Run, values: Mapping[str, Any]) -> None:
@@ -73,27 +80,33 @@ class Store:
         self.collect()
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """Writes all records into one file, and returns them."""
-        records = self.records()
-        lines = [json.dumps(record) + "\n" for record in records.values()]
-        write_atomically(self.results, "".join(lines))
-        return records
+        """Writes the records of what is done into one file, and returns all records.
+
+        Others may do so at the same time: who wrote last may have read first. So everyone looks
+        again afterwards, and whoever sees more than he wrote writes again.
+        """
+        while True:
+            records = self.records()
+            done = [record for record in records.values() if record["status"] == "done"]
+            write_atomically(self.results, "".join(json.dumps(r) + "\n" for r in done))
+            if self.records().keys() == records.keys():
+                return records
 
     def forget_failed(self) -> list[str]:
         """Removes the records of runs that failed, so that they are tried again."""
-        failed = [r["name"] for r in self.records().values() if r["status"] == "failed"]
-        for name in failed:
-            (self.folder / "records" / f"{name}.json").unlink(missing_ok=True)
-            for claim in self.claims.folder.glob(f"{name}.[0-9]*"):
-                claim.unlink()
-        kept = [r for r in read_results(self.results) if r["name"] not in failed]
-        if self.results.exists():
-            write_atomically(self.results, "".join(json.dumps(r) + "\n" for r in kept))
-        return failed
+        forgotten = []
+        for record in self.records().values():
+            held = record["status"] == "failed" and self.claims.take(record["name"])
+            if held:  # else another process is at it
+                with held:  # a claim that is given back ends the count of deaths
+                    path = self.folder / "records" / f"{record['name']}.json"
+                    path.unlink(missing_ok=True)
+                forgotten.append(record["name"])
+        return forgotten
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a `results.jsonl`; none if there is no such file."""
+    """The records of a `results.jsonl`, of runs that are done; none if there is no such file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -106,7 +119,7 @@ def statuses(study: Study, store: Store) -> list[Status]:
     by_key = {record["key"]: record for record in records.values()}
     # A run that is done is made again when somebody needs its checkpoint, which is gone.
     needed = {run.init for run in runs if run.init and run.name not in records}
-    needed = {name for name in needed if not store.checkpoint(name)}
+    needed = {name for name in needed if name in records and not store.is_kept(records[name])}
     found: dict[str, Status] = {}
     for run in runs:
         found[run.name] = _status(run, store, records, by_key, found, run.name in needed)
@@ -148,9 +161,9 @@ def _status(
 
 def _progress(store: Store, run: Run) -> str:
     path = store.workdir(run.name) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    step = json.loads(lines[-2 if len(lines) > 1 else -1])["step"] if lines else 0
-    return f"at step {step}"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # its process may be writing the last line
+    return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
 
 
 def work(
@@ -268,10 +281,10 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
 def check_free(fields: Mapping[str, Any]) -> None:
     """ValueError for fields that would make another run."""
     for name in fields:
-        if not is_free(name):
+        if not covered(name, OF_THE_MACHINE):
             raise ValueError(
                 f"{name} defines what a run is: set it in the study file. A machine may set "
-                f"{', '.join(FREE)}"
+                f"{', '.join(OF_THE_MACHINE)}"
             )
 
 
@@ -299,7 +312,7 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
             evaluations.setdefault(record["step"], {"step": record["step"]}).update(scores)
     shapes = jax.tree.leaves(prepared.shapes.params)
     result = {
-        "steps": prepared.steps,
+        "steps": last["step"],
         "batch_size": prepared.config.batch_size,
         "flops_per_image": training_flops(prepared.model),
         "parameters": sum(leaf.size for leaf in shapes),

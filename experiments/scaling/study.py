@@ -17,28 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import unknown
+from vit_jax.training.fields import OF_THE_MACHINE, covered
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("ViT", "ResNet", "hybrid")
 Fields = Mapping[str, Any]  # dotted names of a recipe's fields, and their values
-
-# Fields that change where and how fast a run is computed, and none of its numbers: they don't
-# define it, and every machine may set them for itself.
-FREE = (
-    "accumulation",
-    "checkpoint",
-    "compilation_cache",
-    "data.cache_gib",
-    "data.data_dir",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "log_every",
-    "mesh",
-    "model.attention",
-    "model.remat",
-    "profile_steps",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +122,8 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The config without what may differ from machine to machine."""
-        return {name: value for name, value in flatten(self.config).items() if not is_free(name)}
+        fields = flatten(self.config).items()
+        return {name: value for name, value in fields if not covered(name, OF_THE_MACHINE)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,11 +260,6 @@ def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> It
         own = {**task.models(model), **choice.fields}
         names = {**labels, "task": task.name, "task_sweep": choice.name}
         yield Run("transfer", names, merge(base, own), init=init)
-
-
-def is_free(name: str) -> bool:
-    """Whether a field changes none of a run's numbers."""
-    return any(name == field or name.startswith(field + ".") for field in FREE)
 
 
 def merge(recipe: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.clock import Clock
+from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.metrics import read_metrics
-from vit_jax.training.recipe import MAY_CHANGE, TrainConfig, build_training
+from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.sweep import (
     SweepConfig,
     Trial,

@@ -43,10 +43,11 @@ from vit_jax.parallel.multihost import (
 from vit_jax.training.checkpoint import Checkpoints, find_checkpoint
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
+from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.initial import first_state
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
-from vit_jax.training.recipe import MAY_CHANGE, TrainConfig, Training, build_training
+from vit_jax.training.recipe import TrainConfig, Training, build_training
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir
 

@@ -36,27 +36,6 @@ from vit_jax.training.optimizer import (
 from vit_jax.training.profile import parse_window
 from vit_jax.training.step import LossConfig, TrainState, make_train_step, start_state
 
-# A restart may set these otherwise: they change a run's speed or what is seen of it, nothing else.
-MAY_CHANGE = (
-    "accumulation",
-    "checkpoint",
-    "classification",
-    "compilation_cache",
-    "data.cache_gib",
-    "data.data_dir",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "data.skip_broken",
-    "eval_every",
-    "fewshot",
-    "log_every",
-    "mesh",
-    "model.attention",
-    "model.remat",
-    "profile_steps",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.parallel.multihost import is_main
 from vit_jax.training.checkpoint import saved_steps
+from vit_jax.training.fields import covered
 
 
 def open_workdir(
@@ -63,7 +64,7 @@ def _check_same(file: Path, config: dict, may_change: tuple[str, ...], when: str
         for name, before, now in _differences(
             json.loads(file.read_text()), json.loads(json.dumps(config))
         )
-        if not any(name == field or name.startswith(field + ".") for field in may_change)
+        if not covered(name, may_change)
     ]
     if changed:
         raise ValueError(
