@@ -7,8 +7,10 @@ same axes, otherwise in panels of their own beside them.
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.scaling.style import (
     HUES,
@@ -31,6 +33,8 @@ CROWDED = {
     "ViT-L/16*": ((4, -16), "left"),
     "R50+ViT-B/16": ((7, -4), "left"),
 }
+VTAB = {"VTAB": 19, "Natural": 7, "Specialized": 4, "Structured": 8}
+SCALED = ("All", "Depth", "Patch size", "Width MLP", "Width")
 IMAGES = {"9M": 9e6, "30M": 30e6, "90M": 90e6, "300M": 300e6}
 
 
@@ -46,23 +50,44 @@ def _short(name: str) -> str:
 LOOKS = Looks()
 
 
-def figure_2() -> tuple:
-    """VTAB by groups of tasks: (figure, nothing of a study)."""
+def figure_2_panel(axes: Axes, group: str = "VTAB", named: bool = True) -> None:
+    """VTAB's tasks of one group, or all."""
     rows = paper("fig2_vtab")
-    groups = {"VTAB": 19, "Natural": 7, "Specialized": 4, "Structured": 8}
     colours = [LOOKS.colour("ViT-H/14"), LOOKS.colour("R152x4"), OTHERS[1], OTHERS[0]]
-    figure, axes = new_figure(4, 2.3, 3.4)
-    for panel, (group, tasks) in zip(axes, groups.items(), strict=True):
-        values = [float(row[group]) for row in rows]
-        bars = panel.bar(range(len(rows)), values, color=colours)
-        panel.bar_label(bars, fmt="%.1f", fontsize=8)
-        panel.set(ylim=(5 * (min(values) // 5) - 5, max(values) + 2), xticks=[])
-        panel.set_title(f"{group} ({tasks} tasks)", fontsize=10)
-        panel.grid(axis="x", visible=False)
-    axes[0].set_ylabel("accuracy (%)")
-    names = [row["model"] for row in rows]
-    figure.legend(bars, names, loc="outside lower center", ncols=4)
+    names = [row["model"] for row in rows] if named else []
+    columns(axes, names, np.array([float(row[group]) for row in rows]), colours)
+    axes.set_title(f"{group} ({VTAB[group]} tasks)", fontsize=10)
+    axes.set_ylabel("accuracy (%)" if not named else f"{group}, {VTAB[group]} tasks (%)")
+
+
+def figure_2() -> Figure:
+    """VTAB by groups of tasks."""
+    figure, axes = new_figure(len(VTAB), 2.3, 3.4)
+    for panel, group in zip(axes, VTAB, strict=True):
+        figure_2_panel(panel, group, named=False)
+        panel.label_outer()
+    names = [row["model"] for row in paper("fig2_vtab")]
+    figure.legend(axes[0].containers[0], names, loc="outside lower center", ncols=4)
     return figure
+
+
+def columns(
+    axes: Axes,
+    names: list[str],
+    values: np.ndarray,
+    colours: list,
+    errors: np.ndarray | None = None,
+) -> None:
+    """Upright bars [N] from not far below the lowest, with errors [2, N] below and above."""
+    bars = axes.bar(range(len(values)), values, color=colours, yerr=errors, ecolor="0.25")
+    axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    below, above = (0, 0) if errors is None else errors
+    low, high = np.min(values - below), np.max(values + above)
+    low = 5 * (low // 5) - 5
+    axes.set(ylim=(low, high + 0.08 * (high - low)), xticks=[])
+    if names:
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    axes.grid(axis="x", visible=False)
 
 
 def figure_3_panel(axes: Axes) -> None:
@@ -123,16 +148,27 @@ def figure_5_panel(axes: Axes, column: str, title: str, limits: tuple[float, flo
 
 def figure_8_panel(axes: Axes, metric: str, title: str, base: float) -> None:
     """Depth, width, patch and MLP of a base model, one scaled at a time."""
-    markers = dict(zip(("All", "Depth", "Patch size", "Width MLP", "Width"), "oDs^v", strict=True))
-    colours = dict(zip(markers, ("#000000", *(HUES.values()), OTHERS[0]), strict=True))
-    for axis, rows in _by(paper("fig8"), "axis").items():
-        found = [(float(r["relative_compute"]), 100 * float(r["accuracy"]))
-                 for r in rows if r["metric"] == metric]  # fmt: skip
-        found = sorted({*found, (1.0, base)})
+    lines = {
+        axis: [
+            (float(r["relative_compute"]), 100 * float(r["accuracy"]))
+            for r in rows
+            if r["metric"] == metric
+        ]
+        for axis, rows in _by(paper("fig8"), "axis").items()
+    }
+    scaled(axes, lines, base, f"{title} (%)")
+
+
+def scaled(axes: Axes, lines: dict[str, list[tuple[float, float]]], base: float, y: str) -> None:
+    """(compute relative to a base model, accuracy) by what was scaled; the base is in each line."""
+    markers = dict(zip(SCALED, "oDs^v", strict=True))
+    colours = dict(zip(SCALED, ("#000000", *HUES.values(), OTHERS[0]), strict=True))
+    for axis in [axis for axis in SCALED if lines.get(axis)]:
         style = {"color": colours[axis], "marker": markers[axis], "markeredgecolor": "white"}
-        axes.plot(*zip(*found, strict=True), **style, label=axis)
-    axes.set_xscale("log")
-    axes.set(xlabel="relative compute", ylabel=f"{title} (%)")
+        axes.plot(*zip(*sorted({*lines[axis], (1.0, base)}), strict=True), **style, label=axis)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set(xlabel="relative compute", ylabel=y)
     axes.legend(title="scaled", loc="lower right")
 
 
@@ -159,24 +195,30 @@ def figure_12_panel(axes: Axes) -> None:
     bars(axes, names, values, LOOKS, "inference, images / s / TPUv3 core, 224 px")
 
 
-def figure_13_panels(left: Axes, right: Axes) -> None:
-    """Axial models: 5-shot accuracy against compute and against speed."""
-    for panel, column, label, limits in (
-        (left, "exaflops", "pretraining compute (exaFLOPs)", (30, 1200)),
-        (right, "img_per_sec_per_core", "inference, images / s / TPUv3 core", (40, 9000)),
-    ):
-        for row in paper("fig13"):
-            axial = row["model"].startswith("Axial")
-            colour = HUES[row["family"]]
-            at = float(row[column]), float(row["imagenet_5shot"])
-            panel.scatter(
-                *at, s=60, marker=MARKERS[row["family"]], edgecolors=colour, linewidths=1.5,
-                facecolors="none" if axial else colour,
-            )  # fmt: skip
-            panel.annotate(row["model"], at, (6, 4), textcoords="offset points", fontsize=7)
-        panel.set_xscale("log")
-        panel.set(xlabel=label, ylabel="ImageNet 5-shot (%)", xlim=limits)
-    left.set_title("filled: full attention; hollow: axial", fontsize=8)
+FIGURE_13 = (
+    {"column": "exaflops", "label": "pretraining compute (exaFLOPs)", "limits": (30, 1200)},
+    {
+        "column": "img_per_sec_per_core",
+        "label": "inference, images / s / TPUv3 core",
+        "limits": (40, 9000),
+    },
+)
+
+
+def figure_13_panel(panel: Axes, column: str, label: str, limits: tuple[float, float]) -> None:
+    """Axial models: 5-shot accuracy against compute or against speed."""
+    for row in paper("fig13"):
+        axial = row["model"].startswith("Axial")
+        colour = HUES[row["family"]]
+        at = float(row[column]), float(row["imagenet_5shot"])
+        panel.scatter(
+            *at, s=60, marker=MARKERS[row["family"]], edgecolors=colour, linewidths=1.5,
+            facecolors="none" if axial else colour,
+        )  # fmt: skip
+        panel.annotate(row["model"], at, (6, 4), textcoords="offset points", fontsize=7)
+    panel.set_xscale("log")
+    panel.set(xlabel=label, ylabel="ImageNet 5-shot (%)", xlim=limits)
+    panel.set_title("filled: full attention; hollow: axial", fontsize=8)
 
 
 def _by(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:
@@ -215,7 +257,8 @@ def draw_paper(folder: Path) -> list[Path]:
     figure_12_panel(axes[0])
     written += save(figure, folder, "figure_12")
     figure, panels = new_figure(2)
-    figure_13_panels(*panels)
+    for panel, about in zip(panels, FIGURE_13, strict=True):
+        figure_13_panel(panel, **about)
     written += save(figure, folder, "figure_13")
     for name in ("table5", "table6"):
         written.append(write_markdown(folder / f"{name}.md", paper(name)))

@@ -20,6 +20,7 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
     Without a study, of the paper's own numbers. Raises ValueError when there is nothing to fit.
     """
     found = points(study, store.records()) if study else paper_points()
+    found = [point for point in found if point.examples]  # no law begins at no pretraining
     if not found:
         raise ValueError(f"study {study.name} has no finished run: `run` makes them")
     results: dict[str, dict] = {"laws": {}, "crossings": {}}

@@ -157,6 +157,8 @@ class Study:
     # last evaluation of the only sweep point. It stands for "early stopping" in section 4.3.
     select: str | None = None
     task_select: str = "validation/accuracy"  # the same for a task's sweep
+    # Tasks and few-shot sets by group, as VTAB's in Figure 2.
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     about: str = ""
 
 

@@ -1,31 +1,40 @@
 """A study's own results in the forms of the paper's figures, over the paper's or beside them."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.scaling import figures
+from experiments.scaling import study_panels as panels
 from experiments.scaling.runner import Store
+from experiments.scaling.shapes import pooled_models, scaled_models
 from experiments.scaling.study import FAMILIES, Study
-from experiments.scaling.style import (
-    HUES,
-    ORDER,
-    Looks,
-    compact,
-    family_legend,
-    label_ends,
-    new_figure,
-    save,
-)
+from experiments.scaling.style import ORDER, Looks, new_figure, save
 from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points, write_csv
 
 Panel = Callable[[Axes], None]
+IMAGENET = "ImageNet fine-tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """One of the paper's figures for a study. Without `own` panels, `lacks` says what it lacks."""
+
+    original: list[Panel]
+    own: list[Panel]
+    lacks: str
+    same_axes: bool = False  # the paper measured the same: its points lie faded beneath
+    size: tuple[float, float] = (4.2, 3.7)  # of a panel, in inches
 
 
 def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
-    """Figures and tables of what is done; a figure without points is left out, and said so.
+    """Figures and tables of what is done; a figure that has no points says why.
 
     Raises ValueError if nothing is done.
     """
@@ -35,74 +44,134 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
         raise ValueError(f"study {study.name} has no finished run: `run` makes them")
     order = list(dict.fromkeys(m.name for grid in study.grids for m in grid.models))
     found.sort(key=lambda p: (order.index(p.model), p.examples, p.images_seen, p.seed, p.task))
-    looks = make_looks(study)
     written = [folder / "points.csv"]
     write_csv(written[0], found)
     written += write_tables(found, folder)
-    few = [t for t in sorted({p.task for p in found}) if t.endswith("-shot")]
-    shots = max(map(kind_of, few), key=lambda s: int(s.split("-")[0]), default=None)
-    tuned = [t for t in sorted({p.task for p in found}) if t.endswith("fine-tuned")]
-    kind = shots or (tuned and "fine-tuned") or "upstream"
-    averaged = average_tasks(found, kind)
-    largest = max(p.examples for p in found)
-    imagenet = "ImageNet fine-tuned"
-    second = imagenet if imagenet in tuned else "upstream"
-
-    def at(task: str) -> list[Point]:
-        return averaged if task.startswith("average") else [p for p in found if p.task == task]
-
-    drawings: dict[str, list[Panel]] = {
-        "figure_3": [lambda a, t=t: by_set(a, at(t), looks) for t in tuned],
-        "figure_4": [
-            lambda a, t=t: by_size(a, at(t), looks)
-            for t in (f"average {kind}", *[t for t in few if kind_of(t) == kind][:2])
-        ],
-        "figure_5": [
-            lambda a, t=t: by_compute(a, [p for p in at(t) if p.examples == largest], looks)
-            for t in (f"average {kind}", second)
-        ],
-        "figure_9": [
-            lambda a, n=n: while_training(a, records, study, looks, n)
-            for n in sorted({min(p.examples for p in found), largest})
-        ],
-        "figure_12": [lambda a: by_speed(a, found, looks)],
-    }  # fmt: skip
-    originals: dict[str, list[Panel]] = {
-        "figure_3": [figures.figure_3_panel],
-        "figure_4": [figures.figure_4_panel],
-        "figure_5": [
-            lambda a: figures.figure_5_panel(a, "avg5_computed", "average of 5 tasks", (88, 97)),
-            lambda a: figures.figure_5_panel(a, "ImageNet", "ImageNet top-1", (75, 90)),
-        ],
-        "figure_9": [figures.figure_9_panel],
-        "figure_12": [figures.figure_12_panel],
-    }
-    same_axes = {
-        "figure_3": imagenet in tuned and {p.set for p in found} <= set(figures.SETS),
-        "figure_4": few == ["ImageNet 5-shot"],
-        "figure_5": imagenet in tuned and kind == "fine-tuned",
-    }
-    for name, all_panels in drawings.items():
-        panels = [panel for panel in all_panels if _has_points(panel)]
-        if not panels:
-            print(f"{name}: no points yet")
-        elif same_axes.get(name):
-            figure, axes = new_figure(len(originals[name]), 5.2, 4.2)
-            for original, panel, ax in zip(originals[name], panels, axes, strict=False):
-                original(ax)
-                fade(ax)
-                panel(ax)
-                low, high = ax.get_ylim()
-                ax.set_ylim(min(low, ax.dataLim.y0 - 1), max(high, ax.dataLim.y1 + 1))
-            written += save(figure, folder, f"{study.name}_{name}")
+    for name, drawing in drawings(study, found, records).items():
+        shown = [panel for panel in drawing.own if _has_points(panel)]
+        if shown:
+            written += save(_draw(drawing, shown), folder, f"{study.name}_{name}")
         else:
-            figure, axes = new_figure(1 + len(panels), 4.0, 3.7)
-            originals[name][0](axes[0])
-            axes[0].set_title("the paper", fontsize=10)
-            for panel, ax in zip(panels, axes[1:], strict=True):
-                panel(ax)
-            written += save(figure, folder, f"{study.name}_{name}")
+            print(f"{name}: not drawn, {drawing.lacks}")
     return written
+
+
+def _draw(drawing: Drawing, shown: list[Panel]) -> Figure:
+    if drawing.same_axes:
+        figure, axes = new_figure(len(drawing.original), 5.2, 4.2)
+        for original, panel, ax in zip(drawing.original, shown, axes, strict=False):
+            original(ax)
+            fade(ax)
+            panel(ax)
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, ax.dataLim.y0 - 1), max(high, ax.dataLim.y1 + 1))
+        return figure
+    figure, axes = new_figure(bool(drawing.original) + len(shown), *drawing.size)
+    for original in drawing.original[:1]:
+        original(axes[0])
+        axes[0].set_title("the paper", fontsize=10)
+    for panel, ax in zip(shown, axes[bool(drawing.original) :], strict=True):
+        panel(ax)
+    return figure
+
+
+def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict[str, Drawing]:
+    """The figures by name, each with the paper's panels and the study's."""
+    looks = make_looks(study)
+    tasks = sorted({p.task for p in found})
+    few = [t for t in tasks if t.endswith("-shot")]
+    shots = max(map(kind_of, few), key=lambda s: int(s.split("-")[0]), default=None)
+    tuned = [t for t in tasks if t.endswith("fine-tuned")]
+    kind = shots or (tuned and "fine-tuned") or "upstream"
+    average = f"average {kind}"
+    both = [average, *[t for t in few if kind_of(t) == kind][:2]]
+    everything = found + average_tasks(found, kind)
+    largest = max(p.examples for p in found)
+    smallest = min(p.examples for p in found if p.examples)
+    names = list(dict.fromkeys(p.model for p in found))
+    second = IMAGENET if IMAGENET in tuned else "upstream"
+    base, scaled = scaled_models(study)
+
+    def at(task: str, examples: int | None = None) -> list[Point]:
+        some = [p for p in everything if p.task == task]
+        return some if examples is None else [p for p in some if p.examples == examples]
+
+    def training(models: list[str]) -> list[Panel]:
+        sizes = sorted({smallest, largest})
+        return [
+            partial(panels.while_training, records=records, looks=looks, examples=n, models=models)
+            for n in sizes
+        ]
+
+    best = "fine-tuned" if tuned else kind
+    of_best = [p for p in found if kind_of(p.task) == best and p.examples == largest]
+    every = {"all": sum(study.groups.values(), ()), **study.groups} if study.groups else {}
+    return {
+        "figure_2": Drawing(
+            [figures.figure_2_panel],
+            [
+                partial(panels.by_group, found=of_best, looks=looks, tasks=some, name=name)
+                for name, some in every.items()
+            ],
+            "the study has no groups of tasks, or no results on them",
+        ),
+        "figure_3": Drawing(
+            [figures.figure_3_panel],
+            [partial(panels.by_set, found=at(t), looks=looks) for t in tuned],
+            "nothing is fine-tuned yet",
+            same_axes=IMAGENET in tuned and {p.set for p in found} <= set(figures.SETS),
+        ),
+        "figure_4": Drawing(
+            [figures.figure_4_panel],
+            [partial(panels.by_size, found=at(t), looks=looks) for t in both],
+            "there are no two sizes of the pretraining set yet",
+            same_axes=few == ["ImageNet 5-shot"],
+        ),
+        "figure_5": Drawing(
+            [
+                partial(figures.figure_5_panel, **about)
+                for about in (
+                    {"column": "avg5_computed", "title": "average of 5 tasks", "limits": (88, 97)},
+                    {"column": "ImageNet", "title": "ImageNet top-1", "limits": (75, 90)},
+                )
+            ],
+            [
+                partial(panels.by_compute, found=at(t, largest), looks=looks)
+                for t in (average, second)
+            ],
+            "nothing is evaluated yet",
+            same_axes=IMAGENET in tuned and kind == "fine-tuned",
+            size=(5.2, 4.2),
+        ),
+        "figure_8": Drawing(
+            [partial(figures.figure_8_panel, metric="Avg5", title="average 5-shot", base=68.2)],
+            [
+                partial(panels.by_shape, found=at(t, largest), base=base, scaled=scaled, task=t)
+                for t in both
+            ],
+            "no two ViTs of the study differ in depth, width, MLP or patch alone",
+        ),
+        "figure_9": Drawing(
+            [figures.figure_9_panel],
+            training(pooled_models(study)),
+            "no two models of the study differ in model.pool alone, or none has several "
+            "evaluations",
+        ),
+        "figure_12": Drawing(
+            [figures.figure_12_panel],
+            [partial(panels.by_speed, found=found, looks=looks)],
+            "",
+        ),
+        "figure_13": Drawing(
+            [partial(figures.figure_13_panel, **figures.FIGURE_13[0])],
+            [
+                partial(panels.against, found=at(average, largest), looks=looks, speed=speed)
+                for speed in (False, True)
+            ],
+            "nothing is evaluated yet",
+        ),
+        "training": Drawing([], training(names), "nothing is evaluated several times"),
+    }
 
 
 def make_looks(study: Study) -> Looks:
@@ -117,7 +186,7 @@ def _has_points(panel: Panel) -> bool:
     figure, axes = new_figure(1)
     panel(axes[0])
     drawn = axes[0].has_data()
-    figure.clear()
+    plt.close(figure)
     return drawn
 
 
@@ -129,122 +198,6 @@ def fade(axes: Axes) -> None:
         text.remove()
     if axes.get_legend():
         axes.get_legend().remove()
-
-
-def spread(of: list[Point]) -> tuple[float, float, float]:
-    """Mean, lowest and highest of the seeds."""
-    values = [p.accuracy for p in of]
-    return float(np.mean(values)), min(values), max(values)
-
-
-def _curves(
-    axes: Axes, found: list[Point], looks: Looks, x: Callable[[Point], float]
-) -> list[tuple]:
-    """A line a model, over its seeds' means, in a band from the lowest to the highest seed."""
-    ends = []
-    for model, of_model in grouped(found, lambda p: p.model).items():
-        cells = sorted(grouped(of_model, x).items())
-        means, lows, highs = np.array([spread(c) for _, c in cells]).T
-        at = [value for value, _ in cells]
-        axes.plot(at, means, **looks.style(model))
-        axes.fill_between(at, lows, highs, color=looks.colour(model), alpha=0.18, lw=0)
-        ends.append((model, at[-1], means[-1], looks.colour(model)))
-    return ends
-
-
-def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 4: accuracy against the size of the pretraining set, at the budget most common."""
-    if not found:
-        return
-    budgets = grouped(found, lambda p: p.budget)
-    sizes = {budget: len({p.examples for p in of}) for budget, of in budgets.items()}
-    of = budgets[max(sizes, key=sizes.get)]
-    ends = _curves(axes, of, looks, lambda p: p.examples)
-    axes.set_xscale("log")
-    ticks = sorted({p.examples for p in of})
-    axes.set_xticks(ticks, [compact(n) for n in ticks])
-    axes.minorticks_off()
-    _describe(axes, of, "images for pretraining", of[0].budget)
-    label_ends(axes, ends)
-
-
-def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 5: accuracy against compute; a model's budgets are joined."""
-    if not found:
-        return
-    ends = _curves(axes, found, looks, lambda p: p.exaflops)
-    axes.set_xscale("log")
-    _describe(axes, found, "pretraining compute (exaFLOPs)", found[0].set)
-    label_ends(axes, ends)
-    family_legend(axes, [f for f in HUES if any(p.family == f for p in found)], loc="lower right")
-
-
-def longest(found: list[Point]) -> str:
-    """The largest budget."""
-    return max(found, key=lambda p: p.images_seen).budget
-
-
-def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 3: accuracy against the pretraining set, as categories."""
-    if not found:
-        return
-    by_size = sorted(found, key=lambda p: p.examples)
-    sets = list(dict.fromkeys(p.set for p in by_size))
-    if set(sets) <= set(figures.SETS):
-        sets = list(figures.SETS)
-    cells = grouped(found, lambda p: (p.model, p.set)).values()
-    of = [p for cell in cells for p in cell if p.budget == longest(cell)]
-    ends = _curves(axes, of, looks, lambda p: sets.index(p.set))
-    axes.set_xticks(range(len(sets)), sets)
-    _describe(axes, of, "pretraining set", "longest budget")
-    label_ends(axes, ends)
-
-
-def while_training(
-    axes: Axes, records: dict[str, dict], study: Study, looks: Looks, examples: int
-) -> None:
-    """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining."""
-    curves: dict[str, list[dict[int, float]]] = {}
-    for record in records.values():
-        if record["status"] != "done" or record["kind"] != "pretrain":
-            continue
-        labels, evaluations = record["labels"], record["evaluations"]
-        if labels["examples"] != examples or len(evaluations) < 2:
-            continue
-        metrics = sorted(k for k in evaluations[0] if k.endswith("shot"))
-        most = max(metrics, key=lambda k: int(k.split("/")[1].removesuffix("shot")), default=None)
-        metrics = [k for k in metrics if most and k.split("/")[1] == most.split("/")[1]]
-        if metrics:
-            curve = {e["step"]: 100 * float(np.mean([e[k] for k in metrics])) for e in evaluations}
-            curves.setdefault(labels["model"], []).append(curve)
-    ends = []
-    for model, seeds in curves.items():
-        steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
-        means = [float(np.mean([curve[s] for curve in seeds])) for s in steps]
-        axes.plot(steps, means, **looks.style(model))
-        ends.append((model, steps[-1], means[-1], looks.colour(model)))
-    if ends:
-        axes.set(xlabel="steps of pretraining", ylabel="average few-shot (%)")
-        axes.set_title(f"{study.name}: {examples:,} images", fontsize=10)
-        label_ends(axes, ends)
-
-
-def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 12: images a second in training, the fastest run of each model."""
-    speeds = {
-        model: max(p.img_per_sec for p in of)
-        for model, of in grouped(found, lambda p: p.model).items()
-    }
-    names = sorted(speeds, key=speeds.get)
-    figures.bars(axes, names, [speeds[n] for n in names], looks, "training, images / s here")
-
-
-def _describe(axes: Axes, found: list[Point], x: str, title: str) -> None:
-    counts = [len(of) for of in grouped(found, lambda p: (p.model, p.set, p.budget)).values()]
-    axes.set(xlabel=x, ylabel=f"{found[0].task} (%)")
-    several = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
-    band = ", band: lowest to highest" if max(counts) > 1 else ""
-    axes.set_title(f"{title}; seeds: {several}{band}", fontsize=8)
 
 
 def write_tables(found: list[Point], folder: Path) -> list[Path]:

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 HUES = {"ViT": "#0072B2", "ResNet": "#D55E00", "hybrid": "#009E73"}
 MARKERS = {"ViT": "o", "ResNet": "s", "hybrid": "D"}
@@ -95,19 +97,40 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
-    """Names right of the ends of lines (name, x, y, colour), pushed up where they would meet."""
-    placed: list[tuple[float, float]] = []
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        column, row = axes.transData.transform((x, y)) * 72 / axes.figure.dpi  # in points
-        up = row
-        for other_column, other_row in sorted(placed):
-            if abs(column - other_column) < 45 and abs(up - other_row) < 10:
-                up = other_row + 10
-        placed.append((column, up))
+    """Names right of the ends of lines (name, x, y, colour), pushed apart where they would meet."""
+    ends = sorted(ends, key=lambda end: end[2])
+    at = [axes.transData.transform(end[1:3]) * 72 / axes.figure.dpi for end in ends]  # in points
+    rows = [row for _, row in at]
+
+    def neighbours(i: int) -> list[int]:
+        return [j for j, (column, _) in enumerate(at) if i != j and abs(column - at[i][0]) < 60]
+
+    for i in range(len(ends)):
+        for j in sorted(neighbours(i)):
+            if j < i and rows[i] - rows[j] < 10:
+                rows[i] = rows[j] + 10
+    top = axes.transAxes.transform((0, 1))[1] * 72 / axes.figure.dpi - 3
+    for i in reversed(range(len(ends))):  # back down, if that led out of the panel
+        rows[i] = min([rows[i], top, *(rows[j] - 10 for j in neighbours(i) if j > i)])
+    for (name, x, y, colour), (_, row), moved in zip(ends, at, rows, strict=True):
         axes.annotate(
-            name, (x, y), (9, up - row), textcoords="offset points", va="center", fontsize=8,
+            name, (x, y), (9, moved - row), textcoords="offset points", va="center", fontsize=8,
             color=np.array(colour) * 0.85, annotation_clip=False,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic x with labels enough within one decade, and not too many over several."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    steps = (1, 2, 5) if high < 30 * low else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    if low >= 1:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    else:
+        axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(99, 99)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def compact(number: int) -> str:

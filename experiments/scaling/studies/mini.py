@@ -118,6 +118,8 @@ def get_study(_: str | None = None) -> Study:
     )
     transfer = dataclasses.replace(data, tasks=TASKS)
     masked = dataclasses.replace(transfer, models=(MASKED,), sets=sets[-1:], seeds=(0, 1, 2))
+    long = {"schedule.cooldown": 2 * STEPS // 5, "eval_every": STEPS // 2}
+    longer = dataclasses.replace(masked, recipe=merge(RECIPE, long), budgets=(Budget(2 * STEPS),))
     scratch = dataclasses.replace(transfer, sets=(NOTHING,), seeds=(0, 1, 2))
     short = dataclasses.replace(compute, budgets=compute.budgets[:2])
     return Study(
@@ -130,14 +132,16 @@ def get_study(_: str | None = None) -> Study:
             dataclasses.replace(data, seeds=(1,)),
             dataclasses.replace(data, seeds=(2,)),
             masked,
-            dataclasses.replace(scratch, models=MODELS[1:2]),
+            dataclasses.replace(scratch, models=(MODELS[1], MASKED)),
             dataclasses.replace(transfer, sets=sets[-1:], seeds=(1, 2)),
             dataclasses.replace(transfer, sets=sets[:1], seeds=(1, 2)),
             dataclasses.replace(short, seeds=(1, 2)),
             scratch,
+            longer,
             dataclasses.replace(transfer, seeds=(0, 1, 2)),
             dataclasses.replace(compute, seeds=(1, 2)),
         ),
         select="validation/accuracy",
+        groups={"characters": ("digits",), "clothes": ("fashion",)},
         about=__doc__,
     )

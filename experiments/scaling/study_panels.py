@@ -1,0 +1,190 @@
+"""The panels of a study's figures: its points in the forms of the paper's."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.scaling import figures
+from experiments.scaling.style import HUES, Looks, compact, family_legend, label_ends, log_axis
+from experiments.scaling.table import Point, average_tasks, grouped, kind_of
+
+
+def _line(axes: Axes, model: str, x: list, values: list, looks: Looks) -> tuple:
+    """The seeds' means of `values` (at each x, of each seed), in a band from lowest to highest."""
+    means = [float(np.mean(v)) for v in values]
+    lows, highs = [min(v) for v in values], [max(v) for v in values]
+    axes.plot(x, means, **looks.style(model))
+    axes.fill_between(x, lows, highs, color=looks.colour(model), alpha=0.22, lw=0)
+    if len(x) == 1:  # where no band can be seen
+        axes.vlines(x, lows, highs, color=looks.colour(model), lw=1.6)
+    return model, x[-1], means[-1], looks.colour(model)
+
+
+def _curves(
+    axes: Axes, found: list[Point], looks: Looks, x: Callable[[Point], float]
+) -> list[tuple]:
+    """A line a model."""
+    ends = []
+    for model, of_model in grouped(found, lambda p: p.model).items():
+        cells = sorted(grouped(of_model, x).items())
+        values = [[p.accuracy for p in cell] for _, cell in cells]
+        ends.append(_line(axes, model, [at for at, _ in cells], values, looks))
+    return ends
+
+
+def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
+    """Figure 4: accuracy against the size of the pretraining set, at the budget most common."""
+    budgets = grouped([p for p in found if p.examples], lambda p: p.budget)
+    sizes = {budget: len({p.examples for p in of}) for budget, of in budgets.items()}
+    if max(sizes.values(), default=0) < 2:
+        return
+    of = budgets[max(sizes, key=sizes.get)]
+    ends = _curves(axes, of, looks, lambda p: p.examples)
+    axes.set_xscale("log")
+    ticks = sorted({p.examples for p in of})
+    axes.set_xticks(ticks, [compact(n) for n in ticks])
+    axes.minorticks_off()
+    _describe(axes, of, "images for pretraining", of[0].budget)
+    label_ends(axes, ends)
+
+
+def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
+    """Figure 5: accuracy against compute; a model's budgets are joined."""
+    if not found:
+        return
+    ends = _curves(axes, found, looks, lambda p: p.exaflops)
+    log_axis(axes)
+    _describe(axes, found, "pretraining compute (exaFLOPs)", found[0].set)
+    label_ends(axes, ends)
+    family_legend(axes, [f for f in HUES if any(p.family == f for p in found)], loc="best")
+
+
+def longest(found: list[Point]) -> str:
+    """The largest budget."""
+    return max(found, key=lambda p: p.images_seen).budget
+
+
+def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
+    """Figure 3: accuracy against the pretraining set, as categories."""
+    if not found:
+        return
+    by_size = sorted(found, key=lambda p: p.examples)
+    sets = list(dict.fromkeys(p.set for p in by_size))
+    if set(sets) <= set(figures.SETS):
+        sets = list(figures.SETS)
+    cells = grouped(found, lambda p: (p.model, p.set)).values()
+    of = [p for cell in cells for p in cell if p.budget == longest(cell)]
+    ends = _curves(axes, of, looks, lambda p: sets.index(p.set))
+    axes.set_xticks(range(len(sets)), sets)
+    _describe(axes, of, "pretraining set", "longest budget")
+    label_ends(axes, ends)
+
+
+def while_training(
+    axes: Axes, records: dict[str, dict], looks: Looks, examples: int, models: list[str]
+) -> None:
+    """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining."""
+    curves: dict[str, list[dict[int, float]]] = {}
+    for record in records.values():
+        if record["status"] != "done" or record["kind"] != "pretrain":
+            continue
+        labels, evaluations = record["labels"], record["evaluations"]
+        if labels["examples"] != examples or len(evaluations) < 2:
+            continue
+        metrics = sorted(k for k in evaluations[0] if k.endswith("shot"))
+        most = max(metrics, key=lambda k: int(k.split("/")[1].removesuffix("shot")), default=None)
+        metrics = [k for k in metrics if most and k.split("/")[1] == most.split("/")[1]]
+        if metrics:
+            curve = {e["step"]: 100 * float(np.mean([e[k] for k in metrics])) for e in evaluations}
+            curves.setdefault(labels["model"], []).append(curve)
+    ends = []
+    for model in [m for m in models if m in curves]:
+        steps = sorted(set.intersection(*map(set, curves[model])))
+        values = np.array([[curve[s] for s in steps] for curve in curves[model]])
+        ends.append(_line(axes, model, steps, values.T, looks))
+    if ends:
+        axes.set(xlabel="steps of pretraining", ylabel="average few-shot (%)")
+        counts = [len(curves[name]) for name, *_ in ends]
+        axes.set_title(f"{examples:,} images; {_seeds(counts)}", fontsize=8)
+        label_ends(axes, ends)
+
+
+def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
+    """Figure 12: images a second in training."""
+    speeds = speed_of(found)
+    names = sorted(speeds, key=speeds.get)
+    figures.bars(axes, names, [speeds[n] for n in names], looks, "training, images / s here")
+
+
+def speed_of(found: list[Point]) -> dict[str, float]:
+    """Images a second in training, of the fastest run of each model."""
+    models = grouped(found, lambda p: p.model)
+    return {model: max(p.img_per_sec for p in of) for model, of in models.items()}
+
+
+def by_group(
+    axes: Axes, found: list[Point], looks: Looks, tasks: tuple[str, ...], name: str
+) -> None:
+    """Figure 2: a bar a model, the mean over the tasks of a group, at the longest budget."""
+    found = [p for p in found if p.task.rpartition(" ")[0] in tasks]
+    if not found:
+        return
+    models = grouped(average_tasks(found, kind_of(found[0].task)), lambda p: p.model)
+    values = [[p.accuracy for p in of if p.budget == longest(of)] for of in models.values()]
+    means = np.array([np.mean(v) for v in values])
+    ends = np.array([(min(v), max(v)) for v in values]).T
+    colours = [looks.colour(model) for model in models]
+    figures.columns(axes, list(models), means, colours, np.abs(ends - means))
+    axes.set(ylabel=f"{kind_of(found[0].task)} (%)")
+    counts = [len(v) for v in values]
+    axes.set_title(f"{name}: {', '.join(tasks)}; {_seeds(counts)}", fontsize=8)
+
+
+def by_shape(axes: Axes, found: list[Point], base: str, scaled: dict[str, str], task: str) -> None:
+    """Figure 8: accuracy against the compute an image, relative to the base model's."""
+    models = grouped(found, lambda p: p.model)
+    if base not in models:
+        return
+    budgets = [b for b in {p.budget for p in models[base]}]
+    budget = max(budgets, key=lambda b: sum(p.budget == b for p in found))
+
+    def at(model: str) -> tuple[float, float]:
+        of = [p for p in models[model] if p.budget == budget]
+        return of[0].exaflops / of[0].images_seen, float(np.mean([p.accuracy for p in of]))
+
+    unit, accuracy = at(base)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for model, axis in scaled.items():
+        if any(p.budget == budget for p in models.get(model, ())):
+            flops, value = at(model)
+            lines.setdefault(axis, []).append((flops / unit, value))
+    if lines:
+        figures.scaled(axes, lines, accuracy, f"{task} (%)")
+        axes.set_title(f"{base} and what is scaled from it; {budget}", fontsize=8)
+
+
+def against(axes: Axes, found: list[Point], looks: Looks, speed: bool) -> None:
+    """Figure 13: accuracy at the longest budget against compute, or against speed."""
+    speeds, ends, shown = speed_of(found), [], []
+    for model, of in grouped(found, lambda p: p.model).items():
+        cell = [p for p in of if p.budget == longest(of)]
+        x = speeds[model] if speed else cell[0].exaflops
+        ends.append(_line(axes, model, [x], [[p.accuracy for p in cell]], looks))
+        shown += cell
+    if ends:
+        log_axis(axes)
+        x = "training, images / s here" if speed else "pretraining compute (exaFLOPs)"
+        _describe(axes, shown, x, "longest budgets")
+        label_ends(axes, ends)
+
+
+def _seeds(counts: list[int]) -> str:
+    several = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return f"seeds: {several}" + (", band: lowest to highest" if max(counts) > 1 else "")
+
+
+def _describe(axes: Axes, found: list[Point], x: str, title: str) -> None:
+    counts = [len(of) for of in grouped(found, lambda p: (p.model, p.set, p.budget)).values()]
+    axes.set(xlabel=x, ylabel=f"{found[0].task} (%)")
+    axes.set_title(f"{title}; {_seeds(counts)}", fontsize=8)
