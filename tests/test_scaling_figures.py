@@ -1,0 +1,132 @@
+"""A study's own figures: which models they compare, and what stands in them."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from experiments.scaling import study_panels
+from experiments.scaling.runner import Store
+from experiments.scaling.shapes import pooled_models, scaled_models
+from experiments.scaling.study import expand, flatten, load_study
+from experiments.scaling.study_figures import draw_study, drawings, make_looks
+from experiments.scaling.style import label_ends, new_figure
+from experiments.scaling.table import points
+
+# Made up: the depth 1 model has half of the base's accuracy at a third of its compute.
+VALUES = {"ViT-S/4": (3e6, 0.8), "depth 1": (1e6, 0.4), "ViT-S/4 GAP": (3e6, 0.6)}
+
+
+def records(study, models):
+    """Of runs that weren't made, two evaluations each."""
+    found = {}
+    for run in expand(study):
+        if run.labels["model"] not in models or run.kind == "trunk":
+            continue
+        flops, accuracy = VALUES[run.labels["model"]]
+        values = {"validation/accuracy": accuracy, "validation/examples": 100}
+        values |= {"digits/10shot": accuracy, "fashion/10shot": accuracy / 2}
+        values |= {"test/accuracy": accuracy, "test/examples": 100}
+        found[run.name] = {
+            "name": run.name,
+            "key": run.key,
+            "kind": run.kind,
+            "labels": dict(run.labels),
+            "config": flatten(run.config),
+            "status": "done",
+            "steps": 100,
+            "batch_size": 64,
+            "flops_per_image": flops,
+            "parameters": 10,
+            "img_per_sec": 1e9 / flops,
+            "evaluations": [{"step": step, **values} for step in (50, 100)],
+        }
+    return found
+
+
+@pytest.fixture
+def axes():
+    figure, (panel,) = new_figure(1)
+    yield panel
+    plt.close(figure)
+
+
+def test_models_that_differ_in_one_thing():
+    base, scaled = scaled_models(load_study("shapes"))
+    assert base == "ViT-S/4"
+    assert scaled["depth 1"] == scaled["depth 6"] == "Depth"
+    assert (scaled["patch 8"], scaled["MLP 768"]) == ("Patch size", "Width MLP")
+    assert (scaled["width 48"], scaled["all x 1/2"]) == ("Width", "All")
+    assert "ViT-S/4 GAP" not in scaled and base not in scaled
+    pooled = pooled_models(load_study("shapes"))
+    assert pooled == ["ViT-S/4", "ViT-S/4 GAP", "ViT-S/4 GAP, lr 1e-3"]
+    # Two sizes that differ in everything, and a model that differs in its objective as well.
+    assert scaled_models(load_study("mini")) == ("", {})
+    assert pooled_models(load_study("mini")) == []
+
+
+def test_figures_8_and_9_show_what_was_measured(axes):
+    study = load_study("shapes")
+    made = records(study, VALUES)
+    found = points(study, made)
+    some = drawings(study, found, made)
+    some["figure_8"].own[1](axes)
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1 / 3, 40], [1, 80]])
+    axes.clear()
+    some["figure_9"].own[0](axes)
+    curves = [line.get_xydata().tolist() for line in axes.lines]
+    np.testing.assert_allclose(
+        curves, [[[50, 60], [100, 60]], [[50, 45], [100, 45]]]
+    )  # of both sets
+
+
+def test_figures_2_and_13_show_what_was_measured(axes):
+    study = load_study("mini")
+    made = records(study, {"ViT-S/4"})
+    found = [p for p in points(study, made) if p.examples == 50_000]
+    looks = make_looks(study)
+    tuned = [
+        dataclasses.replace(p, accuracy=p.accuracy + p.seed)
+        for p in found
+        if p.task.endswith("fine-tuned")
+    ]
+    study_panels.by_group(axes, tuned, looks, ("digits", "fashion"), "all")
+    (bar,) = axes.patches
+    assert bar.get_height() == 81.0 and "seeds: 3" in axes.get_title()
+    axes.clear()
+    study_panels.against(axes, [p for p in found if p.task == "digits 10-shot"], looks, speed=True)
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1e9 / 3e6, 80]])
+
+
+def test_a_figure_that_a_study_cannot_have_says_why(tmp_path, monkeypatch, capsys):
+    study = load_study("mini")
+    store = Store(tmp_path)
+    monkeypatch.setattr(store, "collect", lambda: records(study, {"ViT-S/4"}))
+    monkeypatch.setattr("experiments.scaling.study_figures.save", lambda *a: [a[-1]])
+    written = draw_study(study, store, tmp_path)
+    assert [name for name in written if isinstance(name, str) and "figure" in name] == [
+        f"mini_figure_{n}" for n in (2, 3, 4, 5, 12, 13)
+    ]
+    plt.close("all")
+    said = capsys.readouterr().out
+    assert "figure_8: not drawn, no two ViTs of the study differ in depth" in said
+    assert "figure_9: not drawn, no two models of the study differ in model.pool" in said
+
+
+def test_without_pretraining_there_is_a_point_that_cost_nothing():
+    study = load_study("mini")
+    found = points(study, records(study, {"ViT-S/4"}))
+    (point,) = [p for p in found if (p.examples, p.seed, p.task) == (0, 1, "digits fine-tuned")]
+    assert (point.exaflops, point.accuracy, point.set) == (0.0, 80.0, "no pretraining")
+
+
+def test_labels_stay_apart_and_in_the_panel(axes):
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    label_ends(axes, [(f"m{i}", 1.0, 0.99 - 0.01 * i, (0, 0, 0)) for i in range(5)])
+    rows = [
+        axes.transData.transform(t.xy)[1] * 72 / axes.figure.dpi + t.xyann[1] for t in axes.texts
+    ]
+    assert np.diff(sorted(rows)).min() > 9.9
+    assert max(rows) <= axes.transAxes.transform((0, 1))[1] * 72 / axes.figure.dpi
