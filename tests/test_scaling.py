@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.scaling import runner
+from experiments.scaling.__main__ import show
 from experiments.scaling.claims import Claims
 from experiments.scaling.runner import Store, statuses, work
 from experiments.scaling.study import (
@@ -414,10 +415,23 @@ def test_a_branch_is_what_a_run_from_the_beginning_would_be(tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
-def test_command_errors_are_explained():
+def test_command_errors_are_explained(tmp_path):
     done = scaling("status", "--study=mimi")
     assert done.returncode == 1 and "did you mean 'mini'" in done.stderr
     assert "Traceback" not in done.stderr
+    (tmp_path / "results.jsonl").write_text('{"name": "a", "ke\n')
+    with pytest.raises(ValueError, match="line 1: expected a run's record in JSON, found"):
+        store(tmp_path).records()
+
+
+def test_a_long_note_is_shown_once(capsys):
+    runs = expand(STUDY)
+    show([runner.Status(run, "no data", "one\nand more") for run in runs[:2]], everything=False)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "    and more",
+        f"no data     {runs[1].key}: as above",
+        "2 runs: 2 no data",
+    ]
 
 
 def test_workers_and_the_commands_for_a_cluster(tmp_path):

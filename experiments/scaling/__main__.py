@@ -136,10 +136,13 @@ def parse_field(text: str) -> tuple[str, object]:
 
 def show(found: list, everything: bool) -> None:
     """Counts, and what there is to say of those that aren't done."""
+    shown = set()
     for status in found:
         if everything or status.state != "done":
-            note = status.note.replace("\n", "\n    ")
+            note = "as above" if status.note in shown else status.note.replace("\n", "\n    ")
             print(f"{status.state:11} {status.run.key}" + (f": {note}" if note else ""))
+            if "\n" in note or len(note) > 100:
+                shown.add(status.note)
     counts = Counter(status.state for status in found)
     print(f"{len(found)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
 

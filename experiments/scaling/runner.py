@@ -109,7 +109,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """The records of a `results.jsonl`, of runs that are done; none if there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a run's record in JSON, found {line[:40]!r}. "
+                "Delete the line: the run is recorded in the study's folder too, or made again"
+            ) from error
+    return records
 
 
 def statuses(study: Study, store: Store) -> list[Status]:
@@ -227,8 +236,9 @@ def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str]
                 open_source(*key)
                 opened[key] = ""
             except (ValueError, OSError) as error:
+                if str(error) not in opened.values():
+                    say(f"NO DATA: {error}")
                 opened[key] = str(error)
-                say(f"NO DATA: {error}")
         if opened[key]:
             return Status(status.run, "no data", opened[key])
     return status
