@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.scaling.style import (
+    HALO,
     HUES,
     MARKERS,
     ORDER,
@@ -57,7 +58,7 @@ def figure_2_panel(axes: Axes, group: str = "VTAB", named: bool = True) -> None:
     names = [row["model"] for row in rows] if named else []
     columns(axes, names, np.array([float(row[group]) for row in rows]), colours)
     axes.set_title(f"{group} ({VTAB[group]} tasks)", fontsize=10)
-    axes.set_ylabel("accuracy (%)" if not named else f"{group}, {VTAB[group]} tasks (%)")
+    axes.set_ylabel(f"{group}, {VTAB[group]} tasks (%)" if named else "")
 
 
 def figure_2() -> Figure:
@@ -65,8 +66,8 @@ def figure_2() -> Figure:
     figure, axes = new_figure(len(VTAB), 2.3, 3.4)
     for panel, group in zip(axes, VTAB, strict=True):
         figure_2_panel(panel, group, named=False)
-        panel.label_outer()
     names = [row["model"] for row in paper("fig2_vtab")]
+    axes[0].set_ylabel("accuracy (%)")
     figure.legend(axes[0].containers[0], names, loc="outside lower center", ncols=4)
     return figure
 
@@ -141,7 +142,14 @@ def figure_5_panel(axes: Axes, column: str, title: str, limits: tuple[float, flo
         usual = ((-5, 6), "right") if "+" in name else ((5, -11), "left")
         shift, align = CROWDED.get(name, usual)
         axes.annotate(
-            name, at, shift, textcoords="offset points", ha=align, fontsize=7, color="0.3"
+            name,
+            at,
+            shift,
+            textcoords="offset points",
+            ha=align,
+            fontsize=7,
+            color="0.3",
+            path_effects=HALO,
         )
     family_legend(axes, HUES, loc="lower right", title="* 14 epochs, others 7", title_fontsize=7)
 

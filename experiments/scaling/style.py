@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 HUES = {"ViT": "#0072B2", "ResNet": "#D55E00", "hybrid": "#009E73"}
+HALO = [withStroke(linewidth=2, foreground="white")]  # of text that may cross a line
 MARKERS = {"ViT": "o", "ResNet": "s", "hybrid": "D"}
 # The paper's models, from small to large; a study adds its own behind.
 ORDER = {
@@ -116,7 +117,7 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
         axes.annotate(
             name, (x, y), (9, moved - row), textcoords="offset points", va="center", fontsize=8,
             color=np.array(colour) * 0.85, annotation_clip=False,
-            path_effects=[withStroke(linewidth=2, foreground="white")],
+            path_effects=HALO,
         )  # fmt: skip
 
 
