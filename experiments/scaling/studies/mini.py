@@ -139,7 +139,6 @@ def get_study(_: str | None = None) -> Study:
             scratch,
             longer,
             dataclasses.replace(transfer, seeds=(0, 1, 2)),
-            dataclasses.replace(compute, seeds=(1, 2)),
         ),
         select="validation/accuracy",
         groups={"characters": ("digits",), "clothes": ("fashion",)},

@@ -4,8 +4,10 @@ python -m experiments.scaling run --study=shapes
 
 Around ViT-S/4 of `mini`, on its 50,000 images and few-shot tasks: depth, width, the MLP's width and
 the patch are scaled one at a time, then all but the patch together; and the class token is compared
-with global average pooling, at two learning rates as in the paper. Two cores take half an hour.
+with global average pooling, at two learning rates as in the paper.
 """
+
+import dataclasses
 
 from experiments.scaling.study import Budget, Grid, Model, Study, load_study, merge
 
@@ -25,10 +27,12 @@ def patch(side: int) -> Model:
     return Model(f"patch {side}", "ViT", BASE | {"model.variant": f"ViT-nano/{side}"})
 
 
-MODELS = (
+POOLED = (
     vit("ViT-S/4"),
     Model("ViT-S/4 GAP", "ViT", BASE | GAP),
     Model("ViT-S/4 GAP, lr 1e-3", "ViT", BASE | GAP | {"schedule.peak": 1e-3}),
+)
+SCALED = (
     vit("depth 1", depth=1),
     vit("depth 6", depth=6),
     vit("width 48", width=48),
@@ -39,15 +43,13 @@ MODELS = (
     patch(2),
     vit("all x 1/2", depth=2, width=48, mlp_dim=96),
     vit("all x 4/3", depth=4, width=132, mlp_dim=256),
-    vit("depth 2", depth=2),
-    vit("MLP 384", mlp_dim=384),
 )
 
 
 def get_study(_: str | None = None) -> Study:
     (data, *_) = load_study("mini").grids
-    fall = {"schedule.cooldown": STEPS // 5, "eval_every": STEPS // 8}
-    grid = Grid(
-        merge(data.recipe, fall), models=MODELS, sets=data.sets[-1:], budgets=(Budget(STEPS),)
-    )
-    return Study("shapes", (grid,), select="validation/accuracy", about=__doc__)
+    recipe = merge(data.recipe, {"schedule.cooldown": STEPS // 5, "eval_every": STEPS // 8})
+    pooled = Grid(recipe, models=POOLED, sets=data.sets[-1:], budgets=(Budget(STEPS),))
+    at_the_end = merge(recipe, {"eval_every": None})
+    scaled = dataclasses.replace(pooled, recipe=at_the_end, models=SCALED)
+    return Study("shapes", (pooled, scaled), select="validation/accuracy", about=__doc__)
