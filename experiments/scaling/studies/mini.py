@@ -138,7 +138,6 @@ def get_study(_: str | None = None) -> Study:
             dataclasses.replace(short, seeds=(1, 2)),
             scratch,
             longer,
-            dataclasses.replace(transfer, seeds=(0, 1, 2)),
         ),
         select="validation/accuracy",
         groups={"characters": ("digits",), "clothes": ("fashion",)},
