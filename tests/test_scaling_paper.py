@@ -19,7 +19,13 @@ from vit_jax.models.variants import build_model
 from vit_jax.training.recipe import TrainConfig
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
-RUNS = {"paper_models": (18, 360), "paper_subsets": (24, 0), "paper_sets": (112, 2240)}
+RUNS = {
+    "paper_models": (18, 360),
+    "paper_subsets": (24, 0),
+    "paper_sets": (112, 2240),
+    "mini": (45 + 15 + 20 + 6, 60 + 36 + 12),
+    "shapes": (13, 0),
+}
 
 
 @pytest.mark.parametrize(("name", "counts"), RUNS.items())

@@ -4,7 +4,8 @@ python -m experiments.scaling run --study=mini
 
 Pretraining on `strokes/100`, embedded random characters, at 16 px; subsets of 500, 5,000 and 50,000
 images, two decades. Two ViTs, two ResNets and a hybrid over a decade of compute an image. Few-shot
-on scikit-learn's digits and on Fashion-MNIST, and fine-tuning on both. Fashion-MNIST is Debian's
+on scikit-learn's digits and on Fashion-MNIST, and fine-tuning on both, also from random weights and
+from a ViT that was pretrained without labels. Fashion-MNIST is Debian's
 package dataset-fashion-mnist, prepared once, in its own order, with
 
 python -m vit_jax.prepare --input=/usr/share/datasets/fashion-mnist --output=DATA --name=fashion \
@@ -12,7 +13,8 @@ python -m vit_jax.prepare --input=/usr/share/datasets/fashion-mnist --output=DAT
 
 and found through TFDS_DATA_DIR=DATA.
 
-The order is that of importance: it may be stopped anywhere, and what there is be drawn.
+The order is that of importance: it may be stopped anywhere, and what there is be drawn. Three seeds
+of all but the longest budget with labels.
 """
 
 import dataclasses
