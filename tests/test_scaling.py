@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.scaling import runner
-from experiments.scaling.__main__ import show
+from experiments.scaling.__main__ import main, show
 from experiments.scaling.claims import Claims
 from experiments.scaling.runner import Store, statuses, work
 from experiments.scaling.study import (
@@ -398,6 +398,19 @@ def test_a_real_study_from_the_command_line(tmp_path):
     assert (tmp_path / "figures" / "one_figure_5.png").stat().st_size > 10_000
     table = (tmp_path / "figures" / "table6.csv").read_text().splitlines()
     assert table[0].startswith("name,set,budget,exaFLOPs") and len(table) == 2
+
+
+def test_one_run_of_a_cluster_that_is_not_made_is_no_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    paths, _ = real_study(tmp_path / "one")
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "0")  # which the command would set for this process
+    first, tuning = expand(load_study(paths[0].removeprefix("--study=")))
+    assert main(["run", *paths, f"--only={tuning.name}"]) == 1
+    assert f"waits       {tuning.key}: for {first.key}" in capsys.readouterr().out
+    for run in (first, tuning):
+        store(tmp_path / "one").record(run, {"status": "done", "steps": 4})
+    assert main(["run", *paths, f"--only={tuning.name}"]) == 0
 
 
 @pytest.mark.slow

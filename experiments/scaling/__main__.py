@@ -72,7 +72,7 @@ def open_store(options: argparse.Namespace, study: Study) -> Store:
 
 
 def run(options: argparse.Namespace, study: Study) -> int:
-    """1 if anything failed or was refused."""
+    """1 if anything failed or was refused; with --only, if that run isn't done."""
     store = open_store(options, study)
     # Programs are compiled once for the study. Not shared between hosts: a CPU's may not run there.
     compiled = (store.folder / "compiled" / platform.node()).absolute()
@@ -93,6 +93,10 @@ def run(options: argparse.Namespace, study: Study) -> int:
         only=options.only,
         seconds=60 * options.minutes,
     )  # fmt: skip
+    if options.only:
+        found = [status for status in found if status.run.name == options.only]
+        show(found, everything=True)
+        return int(found[0].state != "done")
     show(found, everything=False)
     return int(any(s.state in ("failed", "blocked", "changed", "no data") for s in found))
 
