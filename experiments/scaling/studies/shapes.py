@@ -36,13 +36,13 @@ SCALED = (
     vit("depth 1", depth=1),
     vit("depth 6", depth=6),
     vit("width 48", width=48),
-    vit("width 192", width=192),
     vit("MLP 48", mlp_dim=48),
-    vit("MLP 768", mlp_dim=768),
     patch(8),
-    patch(2),
     vit("all x 1/2", depth=2, width=48, mlp_dim=96),
+    vit("MLP 768", mlp_dim=768),
     vit("all x 4/3", depth=4, width=132, mlp_dim=256),
+    vit("width 192", width=192),
+    patch(2),
 )
 
 
