@@ -32,6 +32,13 @@ def plain(query, key, value, mask=None):
     return jnp.einsum("bhnm,bmhk->bnhk", weights, value)
 
 
+def kernel(query, key, value, biases=None, mask=None):
+    """In Pallas' interpreter, where what lies past the tokens is nan."""
+    flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
+    y = flash.flash_attention(*flat, biases, mask, head_dim=query.shape[-1], interpret=True)
+    return y.reshape(query.shape)
+
+
 def value_and_gradients(function, qkv):
     """Of a sum that weighs every output differently."""
 
@@ -66,16 +73,20 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
 def test_the_kernel_equals_plain_attention(
     monkeypatch, tokens, heads, head_dim, images, masked, chunk
 ):
-    """In Pallas' interpreter, where what lies past the tokens is nan."""
+    """And so do the gradients of what it adds to queries, keys and values, one for each image."""
     monkeypatch.setattr(flash, "MAX_CHUNK", chunk)
-    qkv = inputs(tokens, heads, head_dim, images)
-    mask = None
-    if masked:
-        mask = jnp.asarray(np.random.default_rng(1).random((images, tokens)) < 0.7)
-    expected = value_and_gradients(lambda *x: plain(*x, mask), qkv)
-    found = value_and_gradients(lambda *x: flash.flash_attention(*x, mask, interpret=True), qkv)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    random = np.random.default_rng(1)
+    mask = jnp.asarray(random.random((images, tokens)) < 0.7) if masked else None
+    biases = jnp.asarray(random.normal(size=(3, images, 1, heads * head_dim)), jnp.float32)
+
+    def add(x, bias):
+        return x + bias.reshape(images, 1, heads, head_dim)
+
+    both = *inputs(tokens, heads, head_dim, images), *biases
+    expected = value_and_gradients(lambda *x: plain(*map(add, x[:3], x[3:]), mask), both)
+    found = value_and_gradients(lambda *x: kernel(*x[:3], x[3:], mask), both)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 
 def test_large_scores_neither_overflow_nor_vanish():
@@ -83,9 +94,7 @@ def test_large_scores_neither_overflow_nor_vanish():
     query, key, value = inputs(9, heads=2, head_dim=64)
     signs = jnp.array([1.0, -1.0])[:, None, None, None]  # of the two images
     large = 300.0 * signs * jnp.abs(query), jnp.abs(key), value
-    found, grads = value_and_gradients(
-        lambda *x: flash.flash_attention(*x, interpret=True), jnp.stack(large)
-    )
+    found, grads = value_and_gradients(kernel, jnp.stack(large))
     np.testing.assert_allclose(found, plain(*large), atol=1e-3)
     assert np.isfinite(grads).all()
 
@@ -133,8 +142,7 @@ def abstract_device(kind):
 )
 def test_the_rule(monkeypatch, wanted, on, dtype, head_dim, plain, chosen):
     monkeypatch.setattr(attention, "platform", lambda: on)
-    query = jax.ShapeDtypeStruct((1, 5, 2, head_dim), dtype)
-    assert choose_attention(wanted, query, plain=plain) == chosen
+    assert choose_attention(wanted, 5, head_dim, dtype, plain=plain) == chosen
 
 
 def test_the_platform_is_that_of_the_mesh():

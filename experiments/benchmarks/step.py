@@ -73,16 +73,18 @@ KINDS = (
 
 
 KERNELS = """
-import sys
+import functools, sys
 import jax, jax.numpy as jnp
 from vit_jax.analysis.topology import open_topology, parse_topology
 from vit_jax.models.flash import flash_attention
 from vit_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, use_mesh
-shape = tuple(map(int, sys.argv[2:]))
+batch, tokens, heads, head_dim = map(int, sys.argv[2:])
 mesh = make_mesh(MeshConfig(), open_topology(parse_topology(sys.argv[1]))[:1])
+shape = batch, tokens, heads * head_dim
 x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_sharding(mesh))
+kernel = functools.partial(flash_attention, head_dim=head_dim)
 with use_mesh(mesh):
-    both = jax.jit(lambda q, k, v, dy: jax.vjp(flash_attention, q, k, v)[1](dy))
+    both = jax.jit(lambda q, k, v, dy: jax.vjp(kernel, q, k, v)[1](dy))
     both.lower(x, x, x, x).compile()
 """
 

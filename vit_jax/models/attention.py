@@ -23,14 +23,16 @@ ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
 _FASTEST = {"tpu": "pallas", "gpu": "cudnn"}
 
 
-def choose_attention(wanted: str, query: jax.Array, *, plain: bool) -> str:
+def choose_attention(
+    wanted: str, tokens: int, head_dim: int, dtype: jax.typing.DTypeLike, *, plain: bool
+) -> str:
     """What computes it: "xla", "pallas" or "cudnn". `plain`: whether only the plain way will do."""
-    if plain or query.shape[1] > flash.MAX_TOKENS:
+    if plain or tokens > flash.MAX_TOKENS:
         return "xla"
     if wanted != "auto":
         return wanted
     fastest = _FASTEST.get(platform(), "xla")
-    fits = query.dtype == jnp.bfloat16 and not misfit(fastest, query.shape[-1], query.dtype)
+    fits = dtype == jnp.bfloat16 and not misfit(fastest, head_dim, dtype)
     return fastest if fits else "xla"
 
 
@@ -71,9 +73,28 @@ def flash_attention(
 ) -> jax.Array:
     """Attention among N tokens, [B, N, H, K] thrice -> [B, N, H, K], without weights in memory."""
     if implementation == "pallas":
-        kernel = functools.partial(flash.flash_attention, interpret=platform() != "tpu")
-        return map_images_and_heads(kernel)(query, key, value)
+        batch, tokens, heads, _ = query.shape
+        flat = (x.reshape(batch, tokens, -1) for x in (query, key, value))
+        return pallas_attention(*flat, heads=heads).reshape(query.shape)
     return even_attention(query, key, value, implementation)
+
+
+def pallas_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array, heads: int
+) -> jax.Array:
+    """Our kernel on every device: [B, N, H K] thrice -> [B, N, H K].
+
+    `biases`, none or three [H K], are yet to be added to query, key and value.
+    """
+    batch, _, features = query.shape
+    kernel = functools.partial(
+        flash.flash_attention, head_dim=features // heads, interpret=platform() != "tpu"
+    )
+    # One for each image, whose gradients XLA adds up.
+    biases = tuple(jnp.broadcast_to(b.astype(jnp.float32), (batch, 1, features)) for b in biases)
+    return map_images_and_heads(lambda q, k, v, *b: kernel(q, k, v, b or None), heads)(
+        query, key, value, *biases
+    )
 
 
 def even_attention(

@@ -24,8 +24,15 @@ class Dense(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        y, bias = self.product(x)
+        if bias is not None:
+            y = add_bias(y, bias)
+        return y.reshape(*y.shape[:-1], *self.outputs)
+
+    @nn.compact
+    def product(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The layer without its bias, and the bias, both flat: [..., outputs], [outputs]."""
         shape = x.shape[x.ndim - self.inputs :]
         flat = math.prod(shape), math.prod(self.outputs)
 
@@ -36,11 +43,9 @@ class Dense(nn.Module):
             return self.bias_init(key, flat[1:]).reshape(self.outputs)
 
         kernel = self.param("kernel", init_kernel).astype(self.dtype).reshape(flat)
+        bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
-        y = x @ kernel
-        if self.use_bias:
-            y = add_bias(y, self.param("bias", init_bias).reshape(flat[1]))
-        return y.reshape(*y.shape[:-1], *self.outputs)
+        return x @ kernel, bias
 
 
 @jax.custom_vjp

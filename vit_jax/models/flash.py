@@ -17,7 +17,7 @@ Letters in shapes: B images, N tokens, M the same as keys, H heads, K head's wid
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -105,24 +105,29 @@ def flash_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    biases: Sequence[jax.Array] | None = None,
     mask: jax.Array | None = None,
     *,
+    head_dim: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v: [B, N, H, K] thrice -> [B, N, H, K].
+    """softmax(q k / sqrt(K)) v: [B, N, H K] thrice -> [B, N, H K].
 
-    `mask` [B, N] is False for tokens that nothing attends to. `interpret` runs the kernel without a
-    TPU, slowly. Sums are in float32, as is the softmax; the matrix units get the arguments' dtype.
+    `biases`, float32 [B, 1, H K] thrice, are added to query, key and value first: their gradients
+    are sums over tokens, which the kernel has at hand. `mask` [B, N] is False for tokens that
+    nothing attends to. `interpret` runs the kernel without a TPU, slowly. Sums are in float32, as
+    is the softmax; the matrix units get the arguments' dtype.
     """
-    batch, tokens, heads, head_dim = query.shape
+    batch, tokens, features = query.shape
+    heads = features // head_dim
     width = next(n for n in HEAD_DIMS if n >= head_dim)
-    packed = LANES // width
-    more = (0, -heads % packed), (0, width - head_dim)
+    more = (0, -heads % (LANES // width)), (0, width - head_dim)
 
-    def pack(x):  # [B, N, H, K] -> [B, N, whole groups of 128 lanes]
-        if more != ((0, 0), (0, 0)):
-            x = jnp.pad(x, ((0, 0), (0, 0), *more))
-        return x.reshape(batch, tokens, -1)
+    def pack(x):  # [B, ..., H K] -> [B, ..., whole groups of 128 lanes]
+        if more == ((0, 0), (0, 0)):
+            return x
+        x = x.reshape(*x.shape[:2], heads, head_dim)
+        return jnp.pad(x, ((0, 0), (0, 0), *more)).reshape(*x.shape[:2], -1)
 
     plan = _Plan(
         tokens=tokens,
@@ -133,17 +138,39 @@ def flash_attention(
         masked=mask is not None,
         interpret=interpret,
     )
+    if biases is None:
+        biases = [jnp.zeros((batch, 1, features), jnp.float32)] * 3
     if mask is not None:
         mask = jnp.where(mask, 0.0, _NEVER).astype(jnp.float32)[:, None]
         rest = ((0, 0), (0, 0), (0, plan.rows - tokens))
         mask = jnp.pad(mask, rest, constant_values=_NEVER)
-    y = _attention(plan, pack(query), pack(key), pack(value), mask)
-    return y.reshape(batch, tokens, plan.heads, width)[:, :, :heads, :head_dim]
+    y = _attention(plan, *map(pack, (query, key, value)), tuple(map(pack, biases)), mask)
+    if y.shape == query.shape:
+        return y
+    y = y.reshape(batch, tokens, plan.heads, width)[:, :, :heads, :head_dim]
+    return y.reshape(query.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, mask):
-    return _forward(plan, query, key, value, mask)[0]
+def _attention(plan, query, key, value, biases, mask):
+    return _attention_forward(plan, query, key, value, biases, mask)[0]
+
+
+def _attention_forward(plan, query, key, value, biases, mask):
+    # Outside the kernel: XLA adds while it multiplies.
+    qkv = [x + b.astype(x.dtype) for x, b in zip((query, key, value), biases, strict=True)]
+    y, lse = _forward(plan, *qkv, mask)
+    return y, (*qkv, mask, lse)
+
+
+def _attention_backward(plan, residuals, dy):
+    mask = residuals[3]
+    *grads, d_query, d_key, d_value = _backward(plan, *residuals, dy)
+    biases = d_query, d_key, d_value
+    return *grads, biases, None if mask is None else jnp.zeros_like(mask)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(plan: _Plan, query, key, value, mask):
@@ -159,28 +186,14 @@ def _forward(plan: _Plan, query, key, value, mask):
 
 
 def _backward(plan: _Plan, query, key, value, mask, lse, dy):
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, and their sums over tokens, [B, 1, H K]."""
     groups = plan.at_once(2)
     images = plan.images(query.shape[0], groups, 7)
     call = _Call(plan, query, images, groups)
     inputs = [*[call.tokens] * 4, call.lse] + [call.mask] * plan.masked
-    return call(_backward_kernel, 5, inputs, [call.tokens] * 3)(
+    return call(_backward_kernel, 5, inputs, [call.tokens] * 3 + [call.sums] * 3)(
         *(query, key, value, dy, lse, mask)[: len(inputs)]
     )
-
-
-def _attention_forward(plan, query, key, value, mask):
-    y, lse = _forward(plan, query, key, value, mask)
-    return y, (query, key, value, mask, lse)
-
-
-def _attention_backward(plan, residuals, dy):
-    query, key, value, mask, lse = residuals
-    grads = _backward(plan, query, key, value, mask, lse, dy)
-    return *grads, None if mask is None else jnp.zeros_like(mask)
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
 
 
 class _Call:
@@ -199,7 +212,14 @@ class _Call:
             pl.BlockSpec((images, heads, plan.chunks, plan.chunk), lambda i, g: (i, g, 0, 0)),
             jax.ShapeDtypeStruct(lse, jnp.float32),
         )
-        self.mask = (pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)), None)
+        self.sums = (
+            pl.BlockSpec((images, 1, groups * LANES), lambda i, g: (i, 0, g)),
+            jax.ShapeDtypeStruct((batch, 1, query.shape[2]), jnp.float32),
+        )
+        self.mask = (
+            pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)),
+            jax.ShapeDtypeStruct((batch, 1, plan.rows), jnp.float32),
+        )
 
     def __call__(
         self, kernel: Callable, products: int, inputs: list, outputs: list, scratch=()
@@ -213,7 +233,7 @@ class _Call:
         scores = shape[0] * plan.heads * plan.tokens**2
         cost = pl.CostEstimate(
             flops=2 * products * scores * plan.head_dim,
-            bytes_accessed=math.prod(shape) * plan.itemsize * len(inputs + outputs),
+            bytes_accessed=sum(s.size * s.dtype.itemsize for _, s in inputs + outputs),
             transcendentals=scores,
         )
         return pl.pallas_call(
@@ -297,7 +317,7 @@ def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest)
 
 
 def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_ref, lse_ref, *rest):
-    *mask_ref, dq_ref, dk_ref, dv_ref = rest
+    *mask_ref, dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = rest
     if plan.masked:
         row = jnp.broadcast_to(mask_ref[0][image], (LANES, plan.rows))
         attended = row.T[:, :1] == 0  # [M, 1]
@@ -331,17 +351,21 @@ def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_re
                 dq.append(_multiply(d_scores, k, (0, 0)))
             dq = plan.select(dq) * plan.scale
             dq_ref[image, queries, lanes] = dq.astype(dq_ref.dtype)
-            return plan.select(dk), plan.select(dv)
+            return dq.sum(axis=0, keepdims=True), plan.select(dk), plan.select(dv)
 
         if plan.chunks == 1:
-            dk, dv = chunk(0)
+            dq_sum, dk, dv = chunk(0)
         else:
             zeros = jnp.zeros((plan.rows, LANES), jnp.float32)
-            dk, dv = jax.lax.fori_loop(
+            dq_sum, dk, dv = jax.lax.fori_loop(
                 0,
                 plan.chunks,
                 lambda c, sums, chunk=chunk: jax.tree.map(jnp.add, sums, chunk(c)),
-                (zeros, zeros),
+                (zeros[:1], zeros, zeros),
             )
-        dk_ref[image, :, lanes] = (dk * plan.scale).astype(dk_ref.dtype)
+        dk *= plan.scale
+        dq_sum_ref[image, :, lanes] = dq_sum
+        dk_sum_ref[image, :, lanes] = dk.sum(axis=0, keepdims=True)
+        dv_sum_ref[image, :, lanes] = dv.sum(axis=0, keepdims=True)
+        dk_ref[image, :, lanes] = dk.astype(dk_ref.dtype)
         dv_ref[image, :, lanes] = dv.astype(dv_ref.dtype)

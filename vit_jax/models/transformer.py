@@ -15,7 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.attention import attention_weights, choose_attention, flash_attention
+from vit_jax.models.attention import (
+    attention_weights,
+    choose_attention,
+    flash_attention,
+    pallas_attention,
+)
 from vit_jax.models.dense import Dense
 from vit_jax.models.positions import Positions, position_table, rotate
 from vit_jax.parallel.mesh import constrain_batch
@@ -141,22 +146,13 @@ class MultiHeadAttention(nn.Module):
         index: jax.Array | int = 0,
     ) -> jax.Array:
         config = self.config
-        init = nn.initializers.xavier_uniform()
-
-        def project(name, x):  # [B, N, D] -> [B, N, H, K]
-            shape = (config.num_heads, config.width // config.num_heads)
-            bias = not config.parallel
-            return Dense(shape, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)(x)
-
-        query, key, value = project("query", x), project("key", context), project("value", context)
-        if config.qk_norm:
-            query = layer_norm(config, "query_norm", use_bias=False)(query)
-            key = layer_norm(config, "key_norm", use_bias=False)(key)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        if self.cache_length:
-            key = self._through_cache("cached_key", key, index)
-            value = self._through_cache("cached_value", value, index)
+        heads, head_dim = config.num_heads, config.width // config.num_heads
+        options = {"dtype": config.dtype, "kernel_init": nn.initializers.xavier_uniform()}
+        query, key, value = (  # [B, N, D] -> [B, N, H, K]
+            Dense((heads, head_dim), use_bias=not config.parallel, name=name, **options)
+            for name in ("query", "key", "value")
+        )
+        out = Dense((config.width,), inputs=2, name="out", **options)
 
         plain = (  # the weights themselves are needed, or it is more than self-attention
             self.is_mutable_collection("intermediates")
@@ -165,21 +161,33 @@ class MultiHeadAttention(nn.Module):
             or not (offsets is None and mask is None and self.cache_length is None)
             or self.is_initializing()
         )
-        way = choose_attention(config.attention, query, plain=plain)
-        if way == "xla":
-            bias = None
-            if offsets is not None:
-                offsets = offsets.astype(query.dtype) * query.shape[-1] ** -0.5
-                bias = jnp.einsum(
-                    "bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32
-                )
-            weights = attention_weights(query, key, bias=bias, mask=mask)
-            self.sow("intermediates", "attention", weights)
-            weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
-            y = jnp.einsum("bhnm,bmhk->bnhk", weights, value)
-        else:
-            y = flash_attention(query, key, value, way)
-        return Dense((config.width,), inputs=2, dtype=config.dtype, kernel_init=init, name="out")(y)
+        way = choose_attention(config.attention, x.shape[1], head_dim, config.dtype, plain=plain)
+        if way == "pallas" and not config.qk_norm and angles is None:
+            flat, biases = zip(*(layer.product(x) for layer in (query, key, value)), strict=True)
+            biases = () if config.parallel else biases
+            y = pallas_attention(*flat, *biases, heads=heads)
+            return out(y.reshape(*y.shape[:2], heads, head_dim))
+
+        query, key, value = query(x), key(context), value(context)
+        if config.qk_norm:
+            query = layer_norm(config, "query_norm", use_bias=False)(query)
+            key = layer_norm(config, "key_norm", use_bias=False)(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if self.cache_length:
+            key = self._through_cache("cached_key", key, index)
+            value = self._through_cache("cached_value", value, index)
+        if way != "xla":
+            return out(flash_attention(query, key, value, way))
+
+        bias = None
+        if offsets is not None:
+            offsets = offsets.astype(query.dtype) * head_dim**-0.5
+            bias = jnp.einsum("bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32)
+        weights = attention_weights(query, key, bias=bias, mask=mask)
+        self.sow("intermediates", "attention", weights)
+        weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
+        return out(jnp.einsum("bhnm,bmhk->bnhk", weights, value))
 
     def _through_cache(self, name: str, new: jax.Array, index: jax.Array | int) -> jax.Array:
         shape = (new.shape[0], self.cache_length, *new.shape[2:])

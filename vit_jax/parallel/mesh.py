@@ -137,8 +137,8 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def map_images_and_heads(function: Callable) -> Callable:
-    """Inside jit, under `use_mesh`: `function` of arrays [B, N, H, K], on each device's part alone.
+def map_images_and_heads(function: Callable, heads: int) -> Callable:
+    """Inside jit, under `use_mesh`: `function` of [B, ..., H K], on each device's part alone.
 
     For what XLA can't split by itself. Images lie along the batch's axes and heads along `tensor`;
     where those don't divide them, every device computes all.
@@ -148,10 +148,9 @@ def map_images_and_heads(function: Callable) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
-        batch, _, heads, _ = arrays[0].shape
         spec = PartitionSpec(
-            BATCH_AXES if batch % batch_parts(mesh) == 0 else None,
-            None,
+            BATCH_AXES if arrays[0].shape[0] % batch_parts(mesh) == 0 else None,
+            *[None] * (arrays[0].ndim - 2),
             "tensor" if heads % mesh.shape["tensor"] == 0 else None,
         )
         split = jax.shard_map(
