@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import restart
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
 
@@ -43,7 +44,9 @@ def whole_files():
         file = io.BytesIO()
         picture.save(file, name, **options)
         files.append(file.getvalue())
-    return files
+    file = io.BytesIO()
+    image.save(file, "JPEG", restart_marker_blocks=2)
+    return [*files, restart.add_index(file.getvalue())]
 
 
 def mutate(file, rng):

@@ -30,6 +30,9 @@ flags.DEFINE_integer("shards", None, "Files a split, by default one for each 128
 flags.DEFINE_bool("shuffle", True, "Write in the order of a hash of the files' names.")
 flags.DEFINE_integer("max_broken", 0, "Leave out up to so many broken images.")
 flags.DEFINE_integer("max_overlap", 0, "Keep up to so many images that are in two splits.")
+flags.DEFINE_bool(
+    "restart_markers", False, "Let training crops skip most of a JPEG (lossless; needs jpegtran)."
+)
 flags.DEFINE_integer("threads", None, "Threads that check images, by default one a core.")
 flags.DEFINE_string("verify", None, "Only check this prepared dataset against its manifest.")
 
@@ -66,6 +69,7 @@ def _write(source: Path, output: Path) -> None:
         shuffle=args.shuffle,
         max_broken=args.max_broken,
         max_overlap=args.max_overlap,
+        restart_markers=args.restart_markers,
         threads=args.threads,
     )
     folder = write_dataset(listing, output, name, args.version, config)

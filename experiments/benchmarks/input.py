@@ -3,10 +3,12 @@ r"""How fast JPEGs become training crops: each stage, the whole pipeline, tf.dat
 python -m experiments.benchmarks.input --output=experiments/benchmarks/results/input.json
 
 The JPEGs are made here: 500 x 375 parts of real photographs (scikit-learn's, and scikit-image's
-where it is installed), at the quality that gives about 60 KB. All stages are timed in turns in one
-process. `cpu` is images per second of processor time, which other work on the machine changes
+where it is installed), at the quality that gives about 60 KB; where jpegtran is installed, once
+more with restart markers, as `prepare --restart_markers` writes them. All stages are timed in turns
+in one process. `cpu` is images per second of processor time, which other work on the machine changes
 little; `wall` is images per second with all cores busy. tf.data runs where TensorFlow is
-importable: sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip.
+importable: sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip. Both decoders use
+libjpeg's accurate transform and interpolate chroma.
 """
 
 import importlib.metadata
@@ -17,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
+from vit_jax.data import restart
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
 from vit_jax.data.pipeline import DataConfig, train_batches
@@ -40,6 +44,7 @@ OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
 
 SIZE, BATCH = (224, 224), 64
 CROP = "inception_crop|flip"
+MARKED = ", restart markers"
 CORES = os.cpu_count()
 PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "jax", "tensorflow")
 
@@ -138,11 +143,13 @@ def raw(jpegs: list[bytes], threads: int) -> Iterator[int]:
             pending.append(pool.submit(work, step))
 
 
-def ours(jpegs: list[bytes], threads: int, workers: int, put: bool) -> Iterator[int]:
+def ours(
+    jpegs: list[bytes], threads: int, workers: int = 0, put: bool = False, preprocess: str = CROP
+) -> Iterator[int]:
     """The pipeline, to the host's memory or (put) to the device's."""
     source = Source([{"image": jpeg, "label": 0} for jpeg in jpegs], 1)
     data = DataConfig(
-        "given", preprocess=CROP, num_threads=threads, num_workers=workers, prefetch=1
+        "given", preprocess=preprocess, num_threads=threads, num_workers=workers, prefetch=1
     )
     batches = train_batches(source, data, batch_size=BATCH, image_size=SIZE, seed=0)
     try:
@@ -208,39 +215,51 @@ def quality(jpegs: list[bytes], size: tuple[int, int]) -> dict[str, float]:
 def main(_) -> None:
     """Prints and writes the results."""
     jpegs = make_jpegs(96, WIDTH.value, KILOBYTES.value)
-    pipelines = {
-        f"decoder alone, {CORES} threads": lambda: raw(jpegs, CORES),
-        f"pipeline, {CORES} threads": lambda: ours(jpegs, CORES, 0, put=False),
-        f"pipeline, {CORES} threads, to the device": lambda: ours(jpegs, CORES, 0, put=True),
-        f"pipeline, {CORES} processes": lambda: ours(jpegs, 1, CORES, put=False),
-    }
+    kinds = {"": jpegs}
+    if shutil.which("jpegtran"):
+        kinds[MARKED] = [restart.rewrite(jpeg) for jpeg in jpegs]
+    pipelines, parts = {}, {}
+    for kind, files in kinds.items():
+        pipelines |= {
+            f"decoder alone{kind}": lambda files=files: raw(files, CORES),
+            f"pipeline{kind}": lambda files=files: ours(files, CORES),
+            f"pipeline{kind}, to the device": lambda files=files: ours(files, CORES, put=True),
+            f"pipeline{kind}, {CORES} processes": lambda files=files: ours(files, 1, CORES),
+            f"pipeline{kind}, RandAugment": lambda files=files: ours(
+                files, CORES, preprocess=f"{CROP}|randaugment(2, 15)"
+            ),
+        }
+        parts |= {f"{name}{kind}": (files, stage) for name, stage in stages(files).items()}
     if importlib.util.find_spec("tensorflow"):
         pipelines["tf.data"] = lambda: tensorflows(jpegs)
-    times = {name: [] for name in stages(jpegs)}
+    times = {name: [] for name in parts}
     rates = {name: [] for name in pipelines}
     for round_ in range(ROUNDS.value):
-        for name, stage in stages(jpegs).items():
-            start = time.process_time()
-            for i, jpeg in enumerate(jpegs):
+        for name, (files, stage) in parts.items():
+            start = time.thread_time()
+            for i, jpeg in enumerate(files):
                 stage(jpeg, i + round_ * len(jpegs))
-            times[name].append((time.process_time() - start) / len(jpegs))
+            times[name].append((time.thread_time() - start) / len(jpegs))
         for name, start in pipelines.items():
             rates[name].append(measure(start, IMAGES.value))
 
     kilobytes = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
     pixels = open_image(jpegs[0]).shape[:2]
     print(f"{len(jpegs)} JPEGs of {pixels} pixels, {kilobytes:.1f} KB; crops of {SIZE}\n")
-    print(f"{'stage, one core':42s} {'ms':>7s} {'img/s/core':>11s}")
+    growth = sum(map(len, kinds.get(MARKED, jpegs))) / sum(map(len, jpegs))
+    print(f"with restart markers {growth:.4f} times as large\n" if MARKED in kinds else "")
+    print(f"{'stage, one core':57s} {'ms':>7s} {'img/s/core':>11s}")
     for name, seconds in times.items():
-        print(f"{name:42s} {np.median(seconds) * 1e3:7.3f} {1 / np.median(seconds):11,.0f}")
-    print(f"\n{'whole':42s} {'img/s/core':>11s} {'img/s':>7s}   (processor time; clock)")
+        print(f"{name:57s} {np.median(seconds) * 1e3:7.3f} {1 / np.median(seconds):11,.0f}")
+    print(f"\n{f'whole, {CORES} cores':57s} {'img/s/core':>11s} {'img/s':>7s}   (processor; clock)")
     for name, found in rates.items():
         cpu, wall = np.median(found, axis=0)
-        print(f"{name:42s} {cpu:11,.0f} {wall:7,.0f}")
-    first = next(iter(rates))
+        print(f"{name:57s} {cpu:11,.0f} {wall:7,.0f}")
     ratios = {}
-    for name, base in itertools.product(rates, (first, "tf.data")):
-        if base in rates and base != name:
+    for name in rates:
+        for base in (f"decoder alone{MARKED if MARKED in name else ''}", "tf.data"):
+            if base not in rates or base == name:
+                continue
             paired = np.array(rates[name]) / np.array(rates[base])
             ratios[f"{name} / {base}"] = dict(
                 zip(("cpu", "wall"), np.median(paired, axis=0).tolist(), strict=True)
@@ -261,7 +280,7 @@ def main(_) -> None:
             "hardware": {"cpu": _cpu_name(), "cores": CORES, "python": platform.python_version()},
             "load_average": os.getloadavg(),
             "versions": versions,
-            "jpeg": {"pixels": pixels, "kilobytes": kilobytes},
+            "jpeg": {"pixels": pixels, "kilobytes": kilobytes, "growth with markers": growth},
             "stage_milliseconds": {n: float(np.median(s) * 1e3) for n, s in times.items()},
             "images_per_second": {
                 name: [{"cpu": cpu, "wall": wall} for cpu, wall in found]

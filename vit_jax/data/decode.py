@@ -1,8 +1,8 @@
 """Bytes -> pixels.
 
 `decode_image` reads whatever there is (Pillow). `open_image` leaves an ordinary JPEG undecoded, so
-that a random crop can decode less than the whole (libjpeg-turbo through simplejpeg). Both give the
-same pixels.
+that a random crop can decode less than the whole (libjpeg-turbo through simplejpeg; least with the
+markers of `restart`). Both give the same pixels.
 """
 
 import functools
@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
+
+from vit_jax.data import restart
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -59,12 +61,15 @@ class Jpeg:
             for side, least in zip((bottom - top, right - left), at_least, strict=True)
         ):
             scale *= 2
-        data = self.data
-        # Chroma is interpolated from the rows below; below these, nothing matters.
-        enough = bottom + 4 * scale
-        if self.height_at is not None and enough < height:
-            height, data = enough, bytearray(data)
-            struct.pack_into(">H", data, self.height_at, height)
+        data, x, y = self.data, 0, 0
+        if self.height_at is not None:
+            # Chroma is interpolated from the rows below; below these, nothing matters.
+            enough = bottom + 4 * scale
+            if part := restart.cut(data, self.height_at - 5, box, margin=scale):
+                data, (x, y), (height, width) = part
+            elif enough < height:
+                height, data = enough, bytearray(data)
+                struct.pack_into(">H", data, self.height_at, height)
         least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         try:
             # Not strict: what follows the lowered height is one of the things it would mind.
@@ -72,8 +77,9 @@ class Jpeg:
                 data, min_height=least[0], min_width=least[1], strict=False
             )
         except ValueError:  # a kind that simplejpeg doesn't know, or broken: let Pillow say
-            pixels, scale = decode_image(self.data), 1
-        return pixels[top // scale : -(-bottom // scale), left // scale : -(-right // scale)]
+            pixels, scale, x, y = decode_image(self.data), 1, 0, 0
+        rows = slice((top - y) // scale, -(-(bottom - y) // scale))
+        return pixels[rows, (left - x) // scale : -(-(right - x) // scale)]
 
 
 def open_image(data: bytes | np.ndarray) -> Jpeg | np.ndarray:

@@ -25,6 +25,7 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from vit_jax.data import restart
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import Listing
 from vit_jax.data.idx import Pixels
@@ -45,6 +46,8 @@ class WriteConfig:
         random sample; otherwise as they are listed.
       max_broken: images that cannot be read or decoded are left out, up to so many.
       max_overlap: images that are in two splits, byte for byte, are kept, up to so many.
+      restart_markers: whether JPEGs get markers that let a crop skip what it doesn't need: see
+        `restart.rewrite`. Their pixels stay the same.
       threads: that read and check images; by default as many as there are cores.
     """
 
@@ -52,6 +55,7 @@ class WriteConfig:
     shuffle: bool = True
     max_broken: int = 0
     max_overlap: int = 0
+    restart_markers: bool = False
     threads: int | None = None
 
 
@@ -60,8 +64,9 @@ def write_dataset(
 ) -> Path:
     """Writes a dataset into DATA_DIR/NAME/VERSION, or goes on where a run before was killed.
 
-    Each image is decoded once to see whether it is whole, and written as it came; pixels are
-    written as PNG. Features are `image`, `label` (or `labels`, a sequence) and `file_name`.
+    Each image is decoded once to see whether it is whole, and written as it came, or with restart
+    markers; pixels are written as PNG. Features are `image`, `label` (or `labels`, a sequence) and
+    `file_name`.
 
     Args:
       listing: what to write.
@@ -75,7 +80,8 @@ def write_dataset(
 
     Raises:
       ValueError: more broken images, or images in two splits, than allowed, some of them named; a
-        dataset of this name that was made, or begun, from another input or with other options.
+        dataset of this name that was made, or begun, from another input or with other options;
+        restart markers without jpegtran.
       OSError: too little room, or another process is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -85,6 +91,9 @@ def write_dataset(
     features = _features(listing)
     version = version or _default_version(name, features)
     plan = make_plan(listing, name, config.shards, config.shuffle)
+    if config.restart_markers:
+        restart.jpegtran()
+        plan.record["restart_markers"] = True
     final, folder = data_dir / name / version, data_dir / name / f"incomplete.{version}"
     if final.exists():
         made = read_manifest(final)["plan"]
@@ -188,14 +197,17 @@ def _write_shards(
     label = "labels" if "labels" in features else "label"
 
     def load(item: tuple[str, int]) -> tuple[bytes, bytes] | str:
-        """The record and the hash of its image, or why it is broken."""
+        """The record and the hash of its image as it came, or why it is broken."""
         records, index = listing.splits[item[0]], int(item[1])
         try:
             record = records[index]
-            decode_image(record["image"])
+            pixels = decode_image(record["image"])
         except ValueError as error:
             return str(error)
         image = record["image"] if isinstance(record["image"], bytes) else _png(record["image"])
+        digest = hashlib.blake2b(image, digest_size=8).digest()
+        if config.restart_markers:
+            image = _with_markers(image, pixels)
         example = {
             "image": io.BytesIO(image),
             label: record["label"],
@@ -203,7 +215,6 @@ def _write_shards(
         }
         # Deterministic: the order of a protocol buffer's map otherwise changes with each process.
         proto = serializer.get_tf_example(features.encode_example(example))
-        digest = hashlib.blake2b(image, digest_size=8).digest()
         return proto.SerializeToString(deterministic=True), digest
 
     items = (
@@ -301,6 +312,12 @@ def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
                 yield running.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_markers(image: bytes, pixels: np.ndarray) -> bytes:
+    """The image with restart markers; as it is where that can't be done, or changes its pixels."""
+    marked = restart.rewrite(image)
+    return marked if marked and np.array_equal(decode_image(marked), pixels) else image
 
 
 def _png(pixels: np.ndarray) -> bytes:
