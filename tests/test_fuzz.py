@@ -110,7 +110,7 @@ def test_some_broken_files():
 
 @pytest.mark.slow
 def test_ten_thousand_broken_files():
-    """Of 20,000 readings 4,808 gave an image (Pillow 13.0.0, simplejpeg 1.9.0), in 14 s."""
+    """Of 20,000 readings 5,062 gave an image (Pillow 13.0.0, simplejpeg 1.9.0), in 14 s."""
     outcomes = check(10_000, seed=1)
     print(outcomes)
     assert min(outcomes.values()) > 3000

@@ -242,6 +242,19 @@ def test_endless_source_is_read_lazily():
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], expected % 251)
 
 
+def test_names_are_looked_up_for_messages_alone():
+    """A prepared dataset reads the record once more to know its file's name."""
+
+    class Named(list):
+        def name(self, index):
+            raise AssertionError(f"the name of {index}")
+
+    source = Source(Named(source_of(8).records), 10)
+    assert len(train(source, 2)) == 2
+    with pytest.raises(AssertionError, match="the name of"):
+        train(source, 1, image_size=(5, 5), preprocess="flip")
+
+
 def test_multi_label_is_padded_with_minus_one():
     image = np.zeros((4, 4), np.uint8)
     labels = ([2, 0], [], [1], np.array([0, 1, 2]))

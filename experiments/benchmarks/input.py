@@ -5,10 +5,10 @@ python -m experiments.benchmarks.input --output=experiments/benchmarks/results/i
 The JPEGs are made here: 500 x 375 parts of real photographs (scikit-learn's, and scikit-image's
 where it is installed), at the quality that gives about 60 KB; where jpegtran is installed, once
 more with restart markers, as `prepare --restart_markers` writes them. All stages are timed in turns
-in one process. `cpu` is images per second of processor time, which other work on the machine changes
-little; `wall` is images per second with all cores busy. tf.data runs where TensorFlow is
-importable: sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip. Both decoders use
-libjpeg's accurate transform and interpolate chroma.
+in one process. `cpu` is images per second of processor time, which other work on the machine
+changes little; `wall` is images per second with all cores busy. tf.data runs where TensorFlow is
+importable, on the JPEGs without markers: sample_distorted_bounding_box, decode_and_crop_jpeg,
+resize, flip. Both decoders use libjpeg's accurate transform and interpolate chroma.
 """
 
 import importlib.metadata
@@ -256,11 +256,11 @@ def main(_) -> None:
         cpu, wall = np.median(found, axis=0)
         print(f"{name:57s} {cpu:11,.0f} {wall:7,.0f}")
     ratios = {}
-    for name in rates:
+    for name, found in rates.items():
         for base in (f"decoder alone{MARKED if MARKED in name else ''}", "tf.data"):
             if base not in rates or base == name:
                 continue
-            paired = np.array(rates[name]) / np.array(rates[base])
+            paired = np.array(found) / np.array(rates[base])
             ratios[f"{name} / {base}"] = dict(
                 zip(("cpu", "wall"), np.median(paired, axis=0).tolist(), strict=True)
             )

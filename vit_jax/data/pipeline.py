@@ -262,7 +262,13 @@ def _batch_reader(
                 if seed is None:
                     continue
                 pixels, labels = another(int(index), int(position))
-            image[row] = _fitting(pixels, image_size, source.describe(int(index)))
+            if pixels.shape != (*image_size, 3):
+                raise ValueError(
+                    f"{source.describe(int(index))}: preprocessing gives an image of "
+                    f"{pixels.shape[0]} x {pixels.shape[1]}, expected {image_size[0]} x "
+                    f"{image_size[1]}: add `resize` or a crop"
+                )
+            image[row] = pixels
             label[row, : len(labels)] = labels
         batch = {"image": image, "label": label[:, 0] if single_label else label}
         return batch | ({"skipped": skipped} if data.skip_broken else {})
@@ -290,15 +296,6 @@ class _Cache:
             if self._left > 0:
                 self._kept[index] = record
         return record
-
-
-def _fitting(image: np.ndarray, image_size: tuple[int, int], which: str) -> np.ndarray:
-    if image.shape != (*image_size, 3):
-        raise ValueError(
-            f"{which}: preprocessing gives an image of {image.shape[0]} x {image.shape[1]}, "
-            f"expected {image_size[0]} x {image_size[1]}: add `resize` or a crop"
-        )
-    return image
 
 
 def _valid_labels(label, source: Source) -> np.ndarray:
