@@ -2,12 +2,14 @@
 
 python -m experiments.transfer_comparison --strokes=runs/strokes --fractals=runs/fractals
 
-Real images: scikit-learn's digits as a folder of PNG files, and a folder of patches cut out of
-photographs (`--photographs`; by default those of scikit-learn and, if it is installed,
-scikit-image), left two thirds for training and the rest for testing. For each start (strokes,
-fractals, random weights) the learning rate is chosen on dev with one seed; then as many final runs
-as seeds. Frozen features get few-shot least squares and a linear probe. Whatever was finished is
-not repeated. Writes a table, mean and 95% interval over the seeds (Student's t).
+Real images: scikit-learn's digits as a folder of PNG files; Fashion-MNIST's IDX files (`--fashion`;
+Debian's package dataset-fashion-mnist puts them there), 1,200 of them to learn from and 2,000 to
+test on; and a folder of patches cut out of photographs (`--photographs`; by default those of
+scikit-learn and, if it is installed, scikit-image), left two thirds for training and the rest for
+testing. For each start (strokes, fractals, random weights) the learning rate is chosen on dev with
+one seed; then as many final runs as seeds. Frozen features get few-shot least squares and a linear
+probe. Whatever was finished is not repeated. Writes a table, mean and 95% interval over the seeds
+(Student's t).
 """
 
 import csv
@@ -27,7 +29,7 @@ from scipy import stats
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.data.splits import Splits
+from vit_jax.data.splits import SplitConfig, Splits
 from vit_jax.evaluation.classification import ClassificationConfig
 from vit_jax.evaluation.features import extract_split
 from vit_jax.evaluation.fewshot import draw_shots, least_squares
@@ -43,10 +45,11 @@ from vit_jax.training.sweep import SweepConfig, with_values
 STROKES = flags.DEFINE_string("strokes", "", "Workdir of configs/pretrain/formula.py.")
 FRACTALS = flags.DEFINE_string("fractals", "", "The same with dataset=fractals.")
 PHOTOGRAPHS = flags.DEFINE_list("photographs", None, "Image files to cut patches out of.")
+FASHION = flags.DEFINE_string("fashion", "/usr/share/datasets/fashion-mnist", "IDX files.")
 FOLDER = flags.DEFINE_string("folder", "runs/comparison", "Where everything goes.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "How many final runs.")
 STEPS = flags.DEFINE_integer("steps", 150, "Of fine-tuning.")
-DATASETS = flags.DEFINE_list("datasets", ["digits", "photographs"], "Which.")
+DATASETS = flags.DEFINE_list("datasets", ["digits", "fashion", "photographs"], "Which.")
 OUTPUT = flags.DEFINE_string("output", None, "CSV file for the table.")
 
 SIDE, PATCHES = 32, 60
@@ -100,14 +103,38 @@ def make_photographs(folder: Path) -> None:
 
 
 MAKERS = {"digits": make_digits, "photographs": make_photographs}
+PARTS = {  # where they aren't train, of which dev is cut, and test
+    "fashion": SplitConfig(train="train[:1080]", dev="train[1080:1200]", test="test[:2000]")
+}
 
 
-def recipe(images: Path, init: str) -> TransferConfig:
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A dataset's name for `open_source`, and its parts."""
+
+    dataset: str
+    parts: SplitConfig
+
+    @property
+    def learned_from(self) -> str:
+        """Train and dev: what final runs and frozen features' classifiers see."""
+        return "+".join(filter(None, (self.parts.train, self.parts.dev)))
+
+
+def find_images(name: str, folder: Path) -> Images:
+    """Images of a dataset, made if they have to be."""
+    if name in MAKERS and not folder.exists():
+        MAKERS[name](folder)
+    dataset = str(folder.absolute()) if name in MAKERS else FASHION.value
+    return Images(dataset, PARTS.get(name, SplitConfig()))
+
+
+def recipe(images: Images, init: str) -> TransferConfig:
     """AdamW at three learning rates."""
     variant = ModelConfig("ViT-nano/8", dtype="float32")
     return TransferConfig(
         model=variant,
-        data=DataConfig(str(images.absolute()), preprocess="resize|affine", num_threads=1),
+        data=DataConfig(images.dataset, preprocess="resize|affine", num_threads=1),
         image_size=SIDE,
         batch_size=64,
         schedule=ScheduleConfig(1e-3, warmup=STEPS.value // 10),
@@ -117,10 +144,11 @@ def recipe(images: Path, init: str) -> TransferConfig:
         checkpoint=CheckpointConfig(every=1000, keep_last=1),
         init=init,
         sweep=SweepConfig((1e-3, 3e-3, 1e-2)),
+        split=images.parts,
     )
 
 
-def fine_tune(images: Path, start: str, init: str, folder: Path) -> list[float]:
+def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float]:
     """Test accuracy of each seed: the first is that of the sweep's own final run."""
     config = recipe(images, init)
     first = folder / f"{start}_sweep"
@@ -129,7 +157,7 @@ def fine_tune(images: Path, start: str, init: str, folder: Path) -> list[float]:
     results = json.loads((first / "results.json").read_text())
     kept = json.loads((first / "data" / "audit.json").read_text())
     final = with_values(final_recipe(config, Splits(**kept["splits"])), results["chosen"])
-    test = dataclasses.replace(final.data, split="test", preprocess="resize")
+    test = dataclasses.replace(final.data, split=images.parts.test, preprocess="resize")
     shared = str((first / "compiled").absolute())
     accuracies = [results["accuracy"]]
     for seed in range(1, SEEDS.value):
@@ -144,7 +172,7 @@ def fine_tune(images: Path, start: str, init: str, folder: Path) -> list[float]:
     return accuracies
 
 
-def frozen(images: Path, init: str) -> dict[str, list[float]]:
+def frozen(images: Images, init: str) -> dict[str, list[float]]:
     """Few-shot and linear probe on the features of a checkpoint, or of random weights."""
     if init:
         params, description = load_checkpoint(init)
@@ -152,8 +180,9 @@ def frozen(images: Path, init: str) -> dict[str, list[float]]:
     else:
         model = build_model(ModelConfig("ViT-nano/8", dtype="float32"), 10, (SIDE, SIDE))
         params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
-    data = DataConfig(str(images.absolute()), num_threads=1)
-    sources = {split: open_source(data.dataset, split) for split in ("train", "test")}
+    data = DataConfig(images.dataset, num_threads=1)
+    parts = {"train": images.learned_from, "test": images.parts.test}
+    sources = {name: open_source(data.dataset, part) for name, part in parts.items()}
     extract = extract_split(sources, data, model, make_mesh(MeshConfig()), 64)
     (x, y), (test, test_y) = extract(params, "train"), extract(params, "test")
     fewshot, linear = [], []
@@ -173,9 +202,7 @@ def main(_) -> None:
     began, rows = time.perf_counter(), []
     for dataset in DATASETS.value:
         folder = Path(FOLDER.value) / dataset
-        images = folder / "images"
-        if not images.exists():
-            MAKERS[dataset](images)
+        images = find_images(dataset, folder / "images")
         for start, init in (
             ("strokes", STROKES.value),
             ("fractals", FRACTALS.value),

@@ -131,6 +131,7 @@ def test_input_is_waited_for_only_while_devices_idle(
         log_every=50,
         batch_size=8,
         flops_per_image=1,
+        devices=8,
     )
     monkeypatch.setattr(metrics, "_finished_at", lambda values: finished)
     monkeypatch.setattr(metrics.time, "perf_counter", iter([asked, arrived]).__next__)
@@ -152,6 +153,7 @@ def test_replaced_examples_are_counted_between_records(tmp_path):
         log_every=2,
         batch_size=8,
         flops_per_image=1,
+        devices=8,
     )
     with recorder:
         for step, skipped in enumerate((1, 4, 0, 0, 2, 0), 1):

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig
+from vit_jax.parallel.lanes import ALONE
+from vit_jax.parallel.mesh import MeshConfig
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.optimizer import ScheduleConfig
 from vit_jax.training.recipe import TrainConfig
@@ -15,6 +18,7 @@ from vit_jax.training.sweep import (
     Trial,
     best_trial,
     check_dev,
+    devices_of_a_trial,
     run_trials,
     show_trials,
     trial_name,
@@ -46,7 +50,8 @@ def test_finished_trials_are_not_repeated(tmp_path):
     trials, ran = SweepConfig((0.1, 0.2, 0.3)).trials(), []
     accuracy = {0.1: 0.5, 0.2: 0.7, 0.3: 0.7}
 
-    def run(config, folder):
+    def run(config, folder, lane):
+        assert lane is ALONE
         ran.append(config.schedule.peak)
         if ran == [0.1, 0.2]:
             raise KeyboardInterrupt
@@ -75,7 +80,7 @@ def test_the_best_step_where_it_stops_early(tmp_path):
         CONFIG, early_stopping=2, eval_every=1, classification={"dev": None}
     )
 
-    def run(config, folder):
+    def run(config, folder, lane):
         folder.mkdir(parents=True)
         lines = [
             {"step": step, "dev/accuracy": a, "dev/loss": 1.0, "dev/examples": 10}
@@ -97,6 +102,39 @@ def test_a_dev_split_too_small_for_the_grid():
         check_dev(11, trials)
     check_dev(12, trials)
     check_dev(0, trials[:1])
+
+
+@pytest.mark.parametrize(
+    ("trials", "mesh", "batch_size", "expected"),
+    [
+        (8, {}, 8, 1),
+        (6, {}, 8, 1),  # a quarter is idle
+        (4, {}, 8, 2),
+        (5, {}, 8, 4),  # in three rounds of two
+        (1, {}, 8, 8),
+        (8, {"fsdp": 2}, 8, 2),
+        (8, {"fsdp": 2, "tensor": 2}, 8, 4),
+        (2, {"tensor": 4}, 8, 4),
+        (4, {}, 9, 8),  # no two devices share nine images; `make_mesh` refuses them later
+        (8, {"data": 8}, 8, 8),
+    ],
+)
+def test_devices_are_kept_busy(trials, mesh, batch_size, expected):
+    """Of the eight that there are."""
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**mesh), batch_size=batch_size)
+    assert devices_of_a_trial(config, SweepConfig(), trials) == expected
+    assert devices_of_a_trial(config, SweepConfig(devices=3), trials) == 3
+
+
+def test_devices_that_cannot_be(monkeypatch):
+    with pytest.raises(ValueError, match=r"sweep\.devices = 0: expected at least 1"):
+        SweepConfig(devices=0)
+    with pytest.raises(ValueError, match=r"sweep\.devices = 9: there are 8"):
+        devices_of_a_trial(CONFIG, SweepConfig(devices=9), 2)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert devices_of_a_trial(CONFIG, SweepConfig(), 8) == 8
+    with pytest.raises(ValueError, match="several processes run one after another"):
+        devices_of_a_trial(CONFIG, SweepConfig(devices=1), 8)
 
 
 def test_interval_is_in_the_table():

@@ -12,20 +12,23 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import checkpoint_arrays, command, records, start
+from processes import checkpoint_arrays, cluster, command, equal_runs, finish, records, start
 
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
+from vit_jax.data.splits import Splits
 from vit_jax.evaluation.labelling import find_images, predict
 from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.parallel.lanes import make_lanes
+from vit_jax.parallel.multihost import PREEMPTED
 from vit_jax.training import finetune, loop
 from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from vit_jax.training.finetune import TransferConfig, choose_and_train, complete
 from vit_jax.training.optimizer import ScheduleConfig
-from vit_jax.training.sweep import SweepConfig
+from vit_jax.training.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.weights import formats
 
 COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"
@@ -211,6 +214,26 @@ def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, m
     assert results[0] == results[1]
 
 
+def test_trials_side_by_side_equal_one_after_another(config, finished, tmp_path):
+    """To the bit, each on one device of its own."""
+    kept = json.loads((finished / "data" / "audit.json").read_text())
+    config = dataclasses.replace(config, steps=2, eval_every=None)
+    recipe = finetune.trial_recipe(config, Splits(**kept["splits"]))
+    trials = config.sweep.trials()
+    first, *others = make_lanes(1)
+    one_by_one, together = (
+        run_trials(recipe, trials, tmp_path / str(len(lanes)), finetune.train_trial, lanes)
+        for lanes in ([first], others[:2])
+    )
+    assert together == one_by_one
+    for name in map(trial_name, trials):
+        expected, found = (tmp_path / str(n) / "trials" / name for n in (1, 2))
+        assert records(found) == records(expected)
+        with np.load(expected / "dev.npz") as there, np.load(found / "dev.npz") as here:
+            np.testing.assert_array_equal(here["logits"], there["logits"])
+    assert one_by_one[0].loss != one_by_one[1].loss
+
+
 @pytest.mark.slow
 def test_early_stopping_ends_the_final_run_too(config, tmp_path):
     config = dataclasses.replace(config, steps=12, early_stopping=1, sweep=SweepConfig(), export=())
@@ -329,8 +352,12 @@ def test_command_explains_bad_input(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment(folder, tmp_path):
-    """The whole command, killed at random over and over, ends as one that never was."""
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_at_any_moment(folder, tmp_path, devices):
+    """The whole command, killed at random over and over, ends as one that never was.
+
+    On two devices its trials run side by side.
+    """
     arguments = (
         "transfer",
         "--config=configs/transfer/folder.py:adamw,steps=40,batch=16",
@@ -342,20 +369,59 @@ def test_sigkill_at_any_moment(folder, tmp_path):
         "--config.sweep.learning_rates=(1e-3,3e-3)",
         "--config.export=()",
     )
-    code, _, err = command(*arguments, f"--workdir={tmp_path / 'whole'}")
-    assert code == 0, err
-    rng, kills = random.Random(0), 0
+
+    def begin(name):
+        workdir = f"--workdir={tmp_path / name}"
+        return start(*arguments, workdir, JAX_NUM_CPU_DEVICES=str(devices))
+
+    out, err = begin("whole").communicate()
+    assert "test accuracy" in out, err
+    assert ("trials go side by side, 2 at a time" in out) == (devices == 2)
+    rng, killed = random.Random(devices), []
     while True:
-        process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
-        try:
-            process.communicate(timeout=rng.uniform(4, 30))
+        process, lines = begin("killed"), rng.randint(1, 30)
+        for _ in zip(process.stderr, range(lines), strict=False):
+            pass  # of about 60 that a whole run writes
+        time.sleep(rng.uniform(0, 0.5))
+        killed.append(rng.choice((signal.SIGKILL, signal.SIGTERM)))
+        process.send_signal(killed[-1])
+        _, err = process.communicate()
+        if process.returncode == 0:
             break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            time.sleep(0.1)
-    assert process.returncode == 0 and kills
+        assert process.returncode in (PREEMPTED, *(-number for number in killed)), err
+    assert {*killed} == {signal.SIGKILL, signal.SIGTERM}
     expected, found = (checkpoint_arrays(tmp_path / name) for name in ("whole", "killed"))
+    assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(array, found[name], err_msg=name)
+    for name in ("trials/schedule.peak=0.001", "trials/schedule.peak=0.003", "."):
+        assert records(tmp_path / "killed" / name) == records(tmp_path / "whole" / name)
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed")]
+    assert results[0]["trials"] == results[1]["trials"]
+
+
+@pytest.mark.slow
+def test_two_processes(folder, tmp_path):
+    """Trials one after another, each over both: as in one process with as many devices."""
+    arguments = (
+        "transfer",
+        "--config=configs/transfer/folder.py:adamw,steps=4,batch=16",
+        f"--config.data={folder}",
+        "--config.model.variant=ViT-mu/8",
+        "--config.model.dtype=float32",
+        "--config.image_size=16",
+        "--config.sweep.learning_rates=(1e-3,3e-3)",
+        "--config.export=()",
+    )
+    one = start(
+        *arguments,
+        f"--workdir={tmp_path / 'one'}",
+        "--config.sweep.devices=2",
+        JAX_NUM_CPU_DEVICES="2",
+    )
+    _, err = one.communicate()
+    assert one.returncode == 0, err
+    codes, errors = finish(cluster(2, 1, lambda i: (*arguments, f"--workdir={tmp_path / 'two'}")))
+    assert codes == [0, 0], errors
+    equal_runs(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two" / "report.html").exists()

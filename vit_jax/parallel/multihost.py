@@ -220,22 +220,26 @@ class Preemption:
     """Notices SIGTERM, sent to any process, and lets all stop at the same step."""
 
     def __enter__(self) -> "Preemption":
-        self._told = False
+        self.told = False
         self._previous = None
         # Among several processes jax's own coordination listens for the signal.
         alone = not jax.distributed.is_initialized()
         if alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._tell)
+            self._previous = signal.signal(signal.SIGTERM, self._hear)
         return self
 
-    def _tell(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.tell()
+
+    def tell(self) -> None:
+        """As the signal does."""
+        self.told = True
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step. To be asked after every one."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self.told
 
     def __exit__(self, *error: object) -> None:
         if self._previous is not None:

@@ -8,6 +8,7 @@ its steps and the seconds of its states.
 import datetime
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,8 +47,8 @@ def process_age() -> float:
 class Clock:
     """Attributes time to states, beginning `age` seconds ago with "start".
 
-    While entered, it finds compilations by itself, wherever they happen. `seconds` is by state, the
-    current one's up to the last change; `read` is up to now.
+    While entered, it finds compilations by itself, wherever they happen in the thread that entered
+    it. `seconds` is by state, the current one's up to the last change; `read` is up to now.
     """
 
     def __init__(self, age: float = 0.0):
@@ -82,10 +83,11 @@ class Clock:
         return dict(self.seconds)
 
     def _compiled(self, event: str, seconds: float, **_: Any) -> None:
-        if event == _COMPILED:
+        if event == _COMPILED and threading.get_ident() == self._thread:
             self.move(seconds, self._state, "compile")
 
     def __enter__(self) -> "Clock":
+        self._thread = threading.get_ident()  # in others, other runs may compile
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
         return self
 

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import resource
+import threading
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from scipy.special import softmax
 
 from vit_jax import config as configuration
@@ -25,6 +28,7 @@ from vit_jax.evaluation.features import make_batches, make_extractor, open_singl
 from vit_jax.evaluation.probe import L2, probe_head
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
+from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint
@@ -38,6 +42,7 @@ from vit_jax.training.sweep import (
     Trial,
     best_trial,
     check_dev,
+    devices_of_a_trial,
     run_trials,
     show_trials,
     trial_name,
@@ -52,6 +57,9 @@ OF_TRAINING = (
     *("representation_size", "head_bias", "dropout", "attention_dropout", "stochastic_depth"),
     *("scan", "remat"),
 )
+
+
+_LOADING = threading.Lock()  # trials that go side by side download and read it once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +119,17 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     return {"image_size": height, **values, "model": model}
 
 
-def prepare(config: TransferConfig, workdir: str, clock: Clock | None = None) -> loop.Run:
+def prepare(
+    config: TransferConfig, workdir: str, clock: Clock | None = None, lane: Lane = ALONE
+) -> loop.Run:
     """As `loop.prepare`, with the parameters of `config.init`."""
     extra = {"preprocess": config.eval_preprocess}
     if not config.init:
-        return loop.prepare(config, workdir, clock=clock, description=extra)
+        return loop.prepare(config, workdir, None, clock, extra, lane)
 
     def load(model: Model, shapes: dict) -> dict:
-        params, description = load_init(config.init)
+        with _LOADING:
+            params, description = load_init(config.init)
         source = described_model(description)
         for name in (
             "mlp",
@@ -140,17 +151,18 @@ def prepare(config: TransferConfig, workdir: str, clock: Clock | None = None) ->
             drop=config.drop,
         )
         print(f"{config.init}:\n{report}")
-        return with_probed_head(config, model, adapted) if config.head == "probe" else adapted
+        if config.head == "probe":
+            adapted = with_probed_head(config, model, adapted, make_mesh(config.mesh, lane.devices))
+        return adapted
 
-    return loop.prepare(config, workdir, load, clock, extra)
+    return loop.prepare(config, workdir, load, clock, extra, lane)
 
 
-def with_probed_head(config: TransferConfig, model: Model, params: dict) -> dict:
+def with_probed_head(config: TransferConfig, model: Model, params: dict, mesh: Mesh) -> dict:
     """The parameters with a head that was fitted to their features of the training images."""
     fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
     if other := sorted(fresh - {"head/kernel", "head/bias"}):
         raise ValueError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
-    mesh = make_mesh(config.mesh)
     data = dataclasses.replace(config.data, preprocess=config.eval_preprocess)
     batches = make_batches(open_single_label(data), data, model, mesh, config.batch_size)
     shapes = params["head"]
@@ -165,6 +177,13 @@ def with_probed_head(config: TransferConfig, model: Model, params: dict) -> dict
 
 def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:
     """From the data to the report: whatever was finished by an earlier start isn't repeated."""
+    if config.compilation_cache == "workdir":  # one for the programs of all trials
+        config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
+    with compiled_kept(workdir, config.compilation_cache):
+        _choose_and_train(config, workdir, command)
+
+
+def _choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:
     start = time.perf_counter()
     of = (config.data.dataset, config.split, config.data.data_dir, workdir / "data")
     if multihost.is_main():
@@ -177,13 +196,15 @@ def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> Non
         print(f"{config.data.dataset}\n{audit}\n", flush=True)
     trials = config.sweep.trials()
     check_dev(sum(audit.counts["dev"]), trials)
-    config = fitted(config, splits, workdir)
-    on_train, on_both = trial_recipe(config, splits), final_recipe(config, splits)
+    whole = fitted(config, splits)
+    for_trials, lanes = spread(config, whole, splits, len(trials))
+    config = whole
+    on_train, on_both = trial_recipe(for_trials, splits), final_recipe(config, splits)
     keep_same(workdir / "sweep.json", dataclasses.asdict(on_both), may_change=MAY_CHANGE)
     for values in trials:
         with_values(on_both, values)  # what can't be is known before the first trial
 
-    results = run_trials(on_train, trials, workdir, train_trial)
+    results = run_trials(on_train, trials, workdir, train_trial, lanes)
     best = best_trial(results)
     if multihost.is_main():
         print(show_trials(results) + f"\nchosen: {trial_name(best.values)}", flush=True)
@@ -195,20 +216,41 @@ def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> Non
     report(config, run, splits, audit, results, workdir, command, start)
 
 
-def fitted(config: TransferConfig, splits: Splits, workdir: Path) -> TransferConfig:
-    """With the programs of all trials in one place, and with steps that fit the memory."""
-    if config.compilation_cache == "workdir":
-        config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
+def spread(
+    config: TransferConfig, whole: TransferConfig, splits: Splits, trials: int
+) -> tuple[TransferConfig, Sequence[Lane]]:
+    """The recipe as it fits the devices of a trial, and the lanes that trials go in.
+
+    `whole` is the recipe as it fits all devices. Without `fit_memory` nobody knows what fits fewer,
+    and side by side is for `sweep.devices` to say.
+    """
+    size = devices_of_a_trial(config, config.sweep, trials)
+    asked = config.sweep.devices is not None
+    if size < jax.device_count() and (asked or config.fit_memory):
+        lanes = make_lanes(size)
+        try:
+            alone = fitted(config, splits, lanes[0])
+        except ValueError as error:
+            if asked:
+                raise
+            print(f"{error}\nTrials go one after another, over all devices", flush=True)
+        else:
+            print(f"trials go side by side, {len(lanes)} at a time", flush=True)
+            return alone, lanes
+    return whole, (ALONE,)
+
+
+def fitted(config: TransferConfig, splits: Splits, lane: Lane = ALONE) -> TransferConfig:
+    """With steps that fit the memory of these devices."""
+    mesh = make_mesh(config.mesh, lane.devices)
     if not config.fit_memory:
         return config
     capacity = config.memory_gib * GIB if config.memory_gib else device_memory()
     source = open_source(splits.dataset, splits.train, config.data.data_dir)
-    mesh = make_mesh(config.mesh)
     training = build_training(config, mesh, source.num_classes, len(source))
-    with compiled_kept(workdir, config.compilation_cache):
-        accumulation, remat, found = fit_memory(training, capacity)
+    accumulation, remat, found = fit_memory(training, capacity)
     if multihost.is_main():
-        print(found, flush=True)
+        print(f"{mesh.size} device(s): {found}", flush=True)
     model = dataclasses.replace(config.model, remat=remat)
     return dataclasses.replace(config, accumulation=accumulation, model=model)
 
@@ -234,9 +276,9 @@ def final_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
     )
 
 
-def train_trial(config: TransferConfig, folder: Path) -> None:
+def train_trial(config: TransferConfig, folder: Path, lane: Lane = ALONE) -> None:
     """Trains a trial, and keeps its logits on dev: the temperature is fitted to them."""
-    run = prepare(config, str(folder))
+    run = prepare(config, str(folder), lane=lane)
     loop.train(run)
     logits_of(run, folder, config.classification["dev"].data, folder / "dev.npz")
 

@@ -25,6 +25,7 @@ from vit_jax.evaluation.classification import make_classification
 from vit_jax.evaluation.fewshot import make_fewshot
 from vit_jax.evaluation.masked import make_masked
 from vit_jax.models.variants import Model
+from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import (
     local_rows,
     make_mesh,
@@ -63,6 +64,7 @@ class Run(Training):
     description: dict  # of the model, kept in its checkpoints
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
     clock: Clock
+    lane: Lane
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
 
 
@@ -72,18 +74,20 @@ def prepare(
     load: Callable[[Model, dict], dict] | None = None,
     clock: Clock | None = None,
     description: dict | None = None,
+    lane: Lane = ALONE,
 ) -> Run:
     """Builds and checks all parts of a run without compiling anything.
 
     `load(model, shapes)` gives the parameters to start from, where there are others than random
     ones; shapes stay in its result where fresh values belong. It isn't called on resuming. `clock`
     is one that runs already, if the time before this call counts too. `description` is what
-    checkpoints are to say beside `Model.description` and the classes' names.
+    checkpoints are to say beside `Model.description` and the classes' names. `lane` is for runs
+    that go side by side.
 
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
     clock = clock or Clock()
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
     training = build_training(config, mesh, source.num_classes, len(source))
@@ -130,6 +134,7 @@ def prepare(
         evaluators=evaluators,
         batches=batches,
         clock=clock,
+        lane=lane,
         description={
             **model.description,
             **({"class_names": list(source.class_names)} if source.class_names else {}),
@@ -154,7 +159,7 @@ def train(run: Run) -> dict[str, float]:
         enter(clock)
         enter(use_mesh(run.mesh))
         enter(compiled_kept(run.workdir, config.compilation_cache))
-        preemption = enter(Preemption())
+        preemption = run.lane.preemption or enter(Preemption())
         with clock.within("restore" if run.resumes else "start"):
             state, notes = first_state(run)
             start = int(state.step)
@@ -165,7 +170,7 @@ def train(run: Run) -> dict[str, float]:
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )
-        metrics = enter(Metrics(run.workdir, run.steps, start))
+        metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
         for note in notes:
             metrics.say(note)
         if start:
@@ -174,7 +179,7 @@ def train(run: Run) -> dict[str, float]:
             metrics.say(f"{run.workdir} is finished: {start} steps")
             return metrics.last()
 
-        starts = Starts(run.workdir, clock, start, num_chips())
+        starts = Starts(run.workdir, clock, start, num_chips(run.mesh.size))
         starts.keep(start)
         checkpoints = enter(Checkpoints(run.workdir, config.checkpoint, metrics.saved))
         with clock.within("input"):
@@ -195,6 +200,7 @@ def train(run: Run) -> dict[str, float]:
             log_every=config.log_every,
             batch_size=config.batch_size,
             flops_per_image=training_flops(run.model),
+            devices=run.mesh.size,
         )
         with recorder, clock.within("train"):
             batches = chain([first], batches)

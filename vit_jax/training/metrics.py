@@ -40,14 +40,16 @@ class Metrics:
     """Writes one JSON record a line, {"step": n, name: value, ...}, and shows progress.
 
     On resuming from step n, records of later steps, which will be made again, are cut off, and
-    with them a line that a killed process left unfinished.
+    with them a line that a killed process left unfinished. With a `label` all lines begin with it,
+    and there is no bar: other runs write there, too.
     """
 
-    def __init__(self, workdir: Path, steps: int, resumed_step: int = 0):
+    def __init__(self, workdir: Path, steps: int, resumed_step: int = 0, label: str = ""):
         self._bar = None
         self._file = None
         self._board = None
         self._advised = False
+        self._prefix = f"{label}: " if label else ""
         self.steps = steps
         self.workdir = workdir
         if not is_main():
@@ -59,7 +61,7 @@ class Metrics:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not label:
             self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -106,7 +108,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line of text for people."""
         if is_main():
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(self._prefix + text, file=sys.stderr)
 
     def saved(self, step: int) -> None:
         """Tells that a checkpoint is complete."""
@@ -151,6 +153,7 @@ class Recorder:
         log_every: int,
         batch_size: int,
         flops_per_image: int,
+        devices: int,
     ):
         self.metrics, self._clock, self._starts = metrics, clock, starts
         self._log_every = log_every
@@ -159,7 +162,7 @@ class Recorder:
         self._skipped = 0  # broken examples since the last record
         self._batch_size, self._flops = batch_size, flops_per_image * batch_size
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._peak = peak and peak * jax.device_count()
+        self._peak = peak and peak * devices
         self._lap = dict(clock.read())
         # Another thread sees when a step is finished: waiting for input costs only from then on.
         self._watcher = ThreadPoolExecutor(1)

@@ -2,18 +2,24 @@
 
 Each trial is a run of its own in `workdir/trials/NAME`, so that one that was killed goes on where
 it was. Once it has ended its folder has a `result.json` and no checkpoints. All share the workdir's
-compiled programs: those that differ in the peak learning rate alone compile once.
+compiled programs: those that differ in the peak learning rate alone compile once, on CPUs and TPUs
+once a lane (`parallel.lanes`), since jax keeps their programs by device.
 """
 
 import dataclasses
 import itertools
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vit_jax.analysis.intervals import accuracy_interval
+from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
 from vit_jax.parallel.multihost import barrier, is_main
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig
@@ -27,10 +33,17 @@ class SweepConfig:
     """What to try: the product of `learning_rates` (schedule.peak) and of `grid`.
 
     `grid` lists (dotted field, values); an empty sweep is one trial of the recipe as it is.
+    `devices` are those of a trial: on more of them trials run side by side. None: see
+    `devices_of_a_trial`.
     """
 
     learning_rates: tuple[float, ...] = ()
     grid: tuple[tuple[str, tuple[int | float | str, ...]], ...] = ()
+    devices: int | None = None
+
+    def __post_init__(self):
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"sweep.devices = {self.devices}: expected at least 1")
 
     def trials(self) -> list[Values]:
         """The values of each trial."""
@@ -94,31 +107,84 @@ def check_dev(examples: int, trials: list[Values]) -> None:
         )
 
 
+def devices_of_a_trial(config: TrainConfig, sweep: SweepConfig, trials: int) -> int:
+    """How many devices each trial has; with all of them, trials go one after another.
+
+    Of several processes each trial has all devices. In one, unless `sweep.devices` says it, they
+    are as few as leave no more than a quarter of all idle over all trials, and divide both all
+    devices and the batch; the mesh's `fsdp` and `tensor` stay, and a fixed `data` means all.
+    """
+    available, mesh = jax.device_count(), config.mesh
+    if jax.distributed.is_initialized():
+        if sweep.devices:
+            raise ValueError(
+                f"sweep.devices = {sweep.devices}: the trials of several processes run one after "
+                "another, each over all devices: leave it out, or start one process"
+            )
+        return available
+    if sweep.devices:
+        if sweep.devices > available:
+            raise ValueError(f"sweep.devices = {sweep.devices}: there are {available}")
+        return sweep.devices
+    if mesh.data != -1 or config.profile_steps:  # jax traces a process, not a trial
+        return available
+    for size in range(mesh.fsdp * mesh.tensor, available, mesh.fsdp * mesh.tensor):
+        rounds = math.ceil(trials / (available // size))
+        busy = trials * size / (rounds * available)
+        divides = available % size == 0 and config.batch_size % (size // mesh.tensor) == 0
+        if divides and busy >= 0.75:
+            return size
+    return available
+
+
 def run_trials(
     config: TrainConfig,
     trials: list[Values],
     workdir: Path,
-    run: Callable[[TrainConfig, Path], None],
+    run: Callable[[TrainConfig, Path, Lane], None],
+    lanes: Sequence[Lane] = (ALONE,),
 ) -> list[Trial]:
-    """Runs what has not been run; `run` trains one config in one folder, with "dev" evaluations."""
+    """Runs what has not been run, one after another or side by side where there are several lanes.
+
+    `run` trains one config in one folder and lane, with "dev" evaluations.
+    """
+    jobs = {}
     for number, values in enumerate(trials, 1):
         folder = workdir / "trials" / trial_name(values)
-        if not (folder / RESULT).exists():
-            if is_main():
-                print(f"trial {number} of {len(trials)}: {trial_name(values)}", flush=True)
-            run(with_values(config, values), folder)
-            if is_main():
-                trial = _score(values, folder, config.early_stopping is not None)
-                partial = folder / f"{RESULT}.partial"
-                partial.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
-                partial.replace(folder / RESULT)
-        if is_main():
+        of = f"trial {number} of {len(trials)}: {trial_name(values)}"
+        if (folder / RESULT).exists():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        barrier(f"trial {number}")
+        else:
+            jobs[trial_name(values)] = partial(_run_trial, config, values, folder, run, of)
+    if len(lanes) == 1:
+        for name, job in jobs.items():
+            job(lanes[0])
+            barrier(name)
+    else:
+        side_by_side(jobs, lanes)
     return [
         Trial(**json.loads((workdir / "trials" / trial_name(values) / RESULT).read_text()))
         for values in trials
     ]
+
+
+def _run_trial(
+    config: TrainConfig,
+    values: Values,
+    folder: Path,
+    run: Callable[[TrainConfig, Path, Lane], None],
+    of: str,
+    lane: Lane,
+) -> None:
+    if is_main():
+        print(of, flush=True)
+    run(with_values(config, values), folder, lane)
+    if is_main():
+        trial = _score(values, folder, config.early_stopping is not None)
+        unfinished = folder / f"{RESULT}.partial"
+        unfinished.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
+        unfinished.replace(folder / RESULT)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _score(values: Values, folder: Path, best: bool) -> Trial:
