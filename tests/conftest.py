@@ -17,7 +17,23 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+from vit_jax.models.variants import ModelConfig, build_model
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A small model of the digits' size and classes."""
+    return build_model(ModelConfig("ViT-mu/8", dtype="float32"), 10, (8, 8))
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Its parameters, with a head that tells classes apart."""
+    params = jax.jit(model.init)(jax.random.key(0))
+    kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    return jax.device_get({**params, "head": {**params["head"], "kernel": kernel}})
 
 
 @pytest.fixture

@@ -8,24 +8,10 @@ from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.classification import ClassificationConfig, make_classification
 from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares, make_fewshot
-from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, replicated, use_mesh
 from vit_jax.training.step import LossConfig
 
 SPLIT = "test[:100]"
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = ModelConfig("ViT-nano/8", depth=1, dtype="float32", pool="gap")
-    return build_model(config, 10, (8, 8))
-
-
-@pytest.fixture(scope="module")
-def params(model):
-    params = jax.jit(model.init)(jax.random.key(0))
-    kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    return jax.device_get({**params, "head": {**params["head"], "kernel": kernel}})
 
 
 @pytest.fixture(scope="module")

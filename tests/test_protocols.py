@@ -17,23 +17,10 @@ from vit_jax.evaluation.classification import ClassificationConfig, make_classif
 from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares, make_fewshot
 from vit_jax.evaluation.knn import nearest_neighbours
 from vit_jax.evaluation.probe import fit_logistic, linear_probe
-from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, replicated, use_mesh
 from vit_jax.training.step import LossConfig
 
-CLASSES = 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model(ModelConfig("ViT-mu/8", dtype="float32"), CLASSES, (8, 8))
-
-
-@pytest.fixture(scope="module")
-def params(model):
-    params = jax.jit(model.init)(jax.random.key(0))
-    kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    return jax.device_get({**params, "head": {**params["head"], "kernel": kernel}})
+CLASSES = 10
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +63,11 @@ def test_several_labels_or_none(monkeypatch, model, params, images, logits):
 
 def test_only_the_classes_that_are_present(monkeypatch, model, params, images, logits):
     """ImageNet-A's and -R's rule."""
-    labels = np.random.default_rng(2).choice([2, 3, 7, 11], 50)
+    labels = np.random.default_rng(2).choice([2, 3, 7, 9], 50)
     result = evaluate(monkeypatch, model, params, images, labels, only_present=True)
-    inside = logits[:, [2, 3, 7, 11]]
-    assert result["accuracy"] == np.mean(np.array([2, 3, 7, 11])[inside.argmax(1)] == labels)
-    losses = -log_softmax(inside, axis=1)[np.arange(50), np.searchsorted([2, 3, 7, 11], labels)]
+    inside = logits[:, [2, 3, 7, 9]]
+    assert result["accuracy"] == np.mean(np.array([2, 3, 7, 9])[inside.argmax(1)] == labels)
+    losses = -log_softmax(inside, axis=1)[np.arange(50), np.searchsorted([2, 3, 7, 9], labels)]
     assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     assert result["accuracy"] != np.mean(logits.argmax(1) == labels)
     assert "top5" not in result
