@@ -177,7 +177,7 @@ def scaled(axes: Axes, lines: dict[str, list[tuple[float, float]]], base: float,
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.set(xlabel="relative compute", ylabel=y)
-    axes.legend(title="scaled", loc="lower right")
+    axes.legend(title="scaled", loc="best")
 
 
 def figure_9_panel(axes: Axes) -> None:

@@ -96,12 +96,10 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
         some = [p for p in everything if p.task == task]
         return some if examples is None else [p for p in some if p.examples == examples]
 
-    def training(models: list[str]) -> list[Panel]:
+    def training(models: list[str], *dashed: str) -> list[Panel]:
+        about = {"records": records, "looks": looks, "models": models, "dashed": dashed}
         sizes = sorted({smallest, largest})
-        return [
-            partial(panels.while_training, records=records, looks=looks, examples=n, models=models)
-            for n in sizes
-        ]
+        return [partial(panels.while_training, examples=n, **about) for n in sizes]
 
     best = "fine-tuned" if tuned else kind
     of_best = [p for p in found if kind_of(p.task) == best and p.examples == largest]
@@ -153,7 +151,7 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
         ),
         "figure_9": Drawing(
             [figures.figure_9_panel],
-            training(pooled_models(study)),
+            training(pooled_models(study), "-", "--", "-."),
             "no two models of the study differ in model.pool alone, or none has several "
             "evaluations",
         ),
@@ -170,7 +168,7 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
             ],
             "nothing is evaluated yet",
         ),
-        "training": Drawing([], training(names), "nothing is evaluated several times"),
+        "training": Drawing([], training(names, "-"), "nothing is evaluated several times"),
     }
 
 

@@ -1,6 +1,7 @@
 """The panels of a study's figures: its points in the forms of the paper's."""
 
 from collections.abc import Callable
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,11 +11,11 @@ from experiments.scaling.style import HUES, Looks, compact, family_legend, label
 from experiments.scaling.table import Point, average_tasks, grouped, kind_of
 
 
-def _line(axes: Axes, model: str, x: list, values: list, looks: Looks) -> tuple:
+def _line(axes: Axes, model: str, x: list, values: list, looks: Looks, dashes: str = "-") -> tuple:
     """The seeds' means of `values` (at each x, of each seed), in a band from lowest to highest."""
     means = [float(np.mean(v)) for v in values]
     lows, highs = [min(v) for v in values], [max(v) for v in values]
-    axes.plot(x, means, **looks.style(model))
+    axes.plot(x, means, dashes, **looks.style(model))
     axes.fill_between(x, lows, highs, color=looks.colour(model), alpha=0.22, lw=0)
     if len(x) == 1:  # where no band can be seen
         axes.vlines(x, lows, highs, color=looks.colour(model), lw=1.6)
@@ -82,7 +83,12 @@ def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
 
 
 def while_training(
-    axes: Axes, records: dict[str, dict], looks: Looks, examples: int, models: list[str]
+    axes: Axes,
+    records: dict[str, dict],
+    looks: Looks,
+    examples: int,
+    models: list[str],
+    dashed: tuple[str, ...] = ("-",),
 ) -> None:
     """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining."""
     curves: dict[str, list[dict[int, float]]] = {}
@@ -99,10 +105,10 @@ def while_training(
             curve = {e["step"]: 100 * float(np.mean([e[k] for k in metrics])) for e in evaluations}
             curves.setdefault(labels["model"], []).append(curve)
     ends = []
-    for model in [m for m in models if m in curves]:
+    for model, dashes in zip([m for m in models if m in curves], cycle(dashed), strict=False):
         steps = sorted(set.intersection(*map(set, curves[model])))
         values = np.array([[curve[s] for s in steps] for curve in curves[model]])
-        ends.append(_line(axes, model, steps, values.T, looks))
+        ends.append(_line(axes, model, steps, values.T, looks, dashes))
     if ends:
         axes.set(xlabel="steps of pretraining", ylabel="average few-shot (%)")
         counts = [len(curves[name]) for name, *_ in ends]
