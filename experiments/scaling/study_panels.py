@@ -1,5 +1,6 @@
 """The panels of a study's figures: its points in the forms of the paper's."""
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
 
@@ -90,14 +91,20 @@ def while_training(
     models: list[str],
     dashed: tuple[str, ...] = ("-",),
 ) -> None:
-    """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining."""
+    """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining.
+
+    Of the budget that most runs have.
+    """
+    runs = [
+        r
+        for r in records.values()
+        if r["status"] == "done" and r["kind"] == "pretrain" and r["labels"]["model"] in models
+        if r["labels"]["examples"] == examples and len(r["evaluations"]) > 1
+    ]
+    budgets = Counter(r["labels"]["budget"] for r in runs)
     curves: dict[str, list[dict[int, float]]] = {}
-    for record in records.values():
-        if record["status"] != "done" or record["kind"] != "pretrain":
-            continue
+    for record in [r for r in runs if r["labels"]["budget"] == max(budgets, key=budgets.get)]:
         labels, evaluations = record["labels"], record["evaluations"]
-        if labels["examples"] != examples or len(evaluations) < 2:
-            continue
         metrics = sorted(k for k in evaluations[0] if k.endswith("shot"))
         most = max(metrics, key=lambda k: int(k.split("/")[1].removesuffix("shot")), default=None)
         metrics = [k for k in metrics if most and k.split("/")[1] == most.split("/")[1]]
