@@ -97,7 +97,7 @@ def test_one_spelling_of_a_class(tmp_path):
         ([], "holds no folders: expected images as class/name.jpg"),
         (["a.png"], "holds no folders: expected images as class/name.jpg"),
         (["a/0.png", "b/readme.txt"], "/b holds no images: expected .jpg"),
-        (["train/a/0.png", "val/b/1.png"], "unknown class in .*/val 'b'"),
+        (["train/a/0.png", "val/b/1.png"], "val has classes that .*/train hasn't: b"),
         (["train/a/0.png", "extra/b/1.png"], "expected either classes, or one folder a split"),
         (["val/a/0.png", "dev/a/1.png"], "one folder a split"),
         (["train/a/0.png", "val/1.png"], "val holds no class folders"),

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vit_jax.config import unknown
-
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
@@ -120,9 +118,11 @@ def read_folder(root: Path) -> Listing:
     label = {name: i for i, name in enumerate(names)}
     records = {}
     for split in sorted(found, key=("train", "validation", "test").index):
-        for name in found[split]:
-            if name not in label:
-                raise unknown(f"class in {splits[split]}", name, names)
+        if strange := sorted(found[split].keys() - label.keys()):
+            raise ValueError(
+                f"{splits[split]} has classes that {splits['train']} hasn't: {', '.join(strange)}. "
+                f"Rename or remove them, or add such images there; known: {', '.join(names[:40])}"
+            )
         paths = [path for name in names for path in found[split].get(name, ())]
         labels = [label[name] for name in names for _ in found[split].get(name, ())]
         records[split] = ImageFiles(str(root), paths, labels)

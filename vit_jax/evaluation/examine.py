@@ -19,6 +19,7 @@ from vit_jax.data.sources import Source
 from vit_jax.evaluation.calibration import BINS, calibration_error
 from vit_jax.evaluation.features import make_batches, make_extractor
 from vit_jax.models.variants import Model
+from vit_jax.parallel.multihost import all_agree, barrier, is_main
 
 
 def keep_logits(
@@ -31,12 +32,14 @@ def keep_logits(
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(logits [N, C], labels [N]) of a split, computed once: then they are read from `file`."""
-    if not file.exists():
+    if not all_agree(file.exists()):
         batches = make_batches(source, data, model, mesh, batch_size)
         logits, labels = make_extractor(model, mesh, "logits")(params, batches)
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, logits=logits, labels=labels)
-        os.replace(partial, file)
+        if is_main():
+            partial = file.with_suffix(".partial.npz")
+            np.savez(partial, logits=logits, labels=labels)
+            os.replace(partial, file)
+        barrier(file.name)
     with np.load(file) as arrays:
         return arrays["logits"], arrays["labels"]
 
