@@ -55,11 +55,13 @@ class PlainViT(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)(x)
 
 
-def make_step(model: PlainViT) -> tuple[optax.GradientTransformation, Callable]:
+def make_step(
+    model: PlainViT, momentum_dtype: jnp.dtype = jnp.bfloat16
+) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer, and the step: (params, state, images, labels) -> (params, state, loss)."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(mu_dtype=jnp.bfloat16),
+        optax.scale_by_adam(mu_dtype=momentum_dtype),
         optax.add_decayed_weights(1e-1),
         optax.scale_by_learning_rate(1e-3),
     )
@@ -74,3 +76,19 @@ def make_step(model: PlainViT) -> tuple[optax.GradientTransformation, Callable]:
         return optax.apply_updates(params, updates), state, value
 
     return optimizer, step
+
+
+def plain(variant: str, depth: int | None, images: jax.ShapeDtypeStruct) -> tuple[Callable, tuple]:
+    """For `step --step`: a step (state, images, labels) -> (state, loss), and its state's shapes.
+
+    `variant` is such as ViT-B/16, `depth` may replace the variant's, `images` is the global batch.
+    """
+    model = PlainViT(variant.removeprefix("ViT-"), depth)
+    optimizer, step = make_step(model)
+
+    def joined(state, images, labels):
+        params, state, loss = step(*state, images, labels)
+        return (params, state), loss
+
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    return joined, (params, jax.eval_shape(optimizer.init, params))

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize, special
 
 BINS = 15  # as in Guo et al., arXiv 1706.04599
 
@@ -31,6 +30,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     a dev split. The loss is convex in 1 / T; T stays in [0.01, 100] where labels are all predicted
     right, or no better than by chance.
     """
+    from scipy import optimize, special  # a third of a second, which pretraining need not wait for
+
     logits = logits.astype(np.float64)
     right = logits[np.arange(len(labels)), labels]
 

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.parallel.mesh import platform
+
 
 class Dense(nn.Module):
     """[..., *inputs] -> [..., *outputs], of which there may be several axes each, as heads.
@@ -45,17 +47,33 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init_kernel).astype(self.dtype).reshape(flat)
         bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
-        return x @ kernel, bias
+        return multiply(x, kernel), bias
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] times kernel [D, F] -> [..., F]."""
+    if platform() != "cpu":
+        return x @ kernel
+    # XLA's CPU compiler copies and transposes what a gradient sums over more than one axis.
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [..., D] + bias [D]."""
+    if platform() == "cpu":
+        return y + bias.astype(y.dtype)
+    return _add_bias(y, bias)
 
 
 @jax.custom_vjp
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y [..., D] + bias [D]. The bias's gradient is a product with ones, summed in float32."""
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """The bias's gradient is a product with ones, summed in float32."""
     return y + bias.astype(y.dtype)
 
 
 def _add_bias_forward(y, bias):
-    return add_bias(y, bias), bias
+    return _add_bias(y, bias), bias
 
 
 def _add_bias_backward(bias, dy):
@@ -70,4 +88,4 @@ def _add_bias_backward(bias, dy):
     return dy, sums[0].astype(bias.dtype)
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)

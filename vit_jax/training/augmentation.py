@@ -14,7 +14,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import betaincinv
 
 from vit_jax.models.variants import normalize
 from vit_jax.parallel.mesh import constrain_batch
@@ -108,6 +107,8 @@ def _beta(key: jax.Array, alpha: float) -> jax.Array:
 
     The rejection loops of jax.random.beta take longer to compile than a small model.
     """
+    from scipy.special import betaincinv  # slow to import, and most recipes don't mix
+
     quantiles = jnp.array(betaincinv(alpha, alpha, np.linspace(0, 1, 4097)), jnp.float32)
     position = 4096 * jax.random.uniform(key)
     below = position.astype(int)

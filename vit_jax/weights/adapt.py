@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import ndimage
 
 from vit_jax.config import unknown
 from vit_jax.parallel.mesh import path_name
@@ -258,4 +257,6 @@ def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
     (`corners`), or their outer edges."""
     # With its default mode scipy takes some last elements for outside, and puts 0 there.
     options = {"order": 1, "mode": "nearest", "grid_mode": not corners}
+    from scipy import ndimage  # slow to import, and few checkpoints are resized
+
     return ndimage.zoom(np.eye(old), (new / old, 1), **options)

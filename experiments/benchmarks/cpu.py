@@ -1,0 +1,243 @@
+r"""Training and inference on this machine's processor, float32: ours, a plain Flax ViT's, timm's.
+
+pip install torch timm
+python -m experiments.benchmarks.cpu --output=experiments/benchmarks/results/cpu.json
+
+Each contestant is a process of its own, compiled and warm before the first round; then they take
+turns, in an order that turns with the rounds, while the others wait. All see the same images, as
+uint8, normalise them in the step, and train with softmax cross-entropy, gradients clipped to norm 1
+and AdamW, everything in float32. timm's ViT is torch's eager mode, its AdamW the fused one. Ratios
+are medians over rounds of images a second; memory is the process's peak, compilation included.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+CASES = flags.DEFINE_list("cases", ["S/16:16", "B/16:8"], "Variants, and images in a batch.")
+TASKS = flags.DEFINE_list("tasks", ["train", "infer"], "What to measure.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each contestant.")
+STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file, to which these cases are added.")
+WORKER = flags.DEFINE_string("worker", "", "A contestant: what the processes are started with.")
+
+TIMM = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}
+TIMM["B/16"] = "vit_base_patch16_224"
+
+
+def batch_of(size: int) -> dict[str, np.ndarray]:
+    """The same images and labels for everybody."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (size, 224, 224, 3), np.uint8),
+        "label": rng.integers(0, 1000, size, np.int32),
+    }
+
+
+def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
+    """The package's own training step, as the loop compiles it, and its model."""
+    import jax
+    import jax.numpy as jnp
+
+    from vit_jax.data.pipeline import DataConfig
+    from vit_jax.models.variants import ModelConfig, build_model
+    from vit_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, use_mesh
+    from vit_jax.training.initial import fresh_state
+    from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
+    from vit_jax.training.recipe import TrainConfig, build_training
+
+    config = TrainConfig(
+        model=ModelConfig(f"ViT-{variant}", dtype="float32"),
+        data=DataConfig("imagenet2012", "train"),
+        image_size=224,
+        batch_size=len(batch["label"]),
+        steps=1000,
+        schedule=ScheduleConfig(1e-3, warmup=10),
+        optimizer=OptimizerConfig(weight_decay=0.1),
+    )
+    if task == "infer":
+        model = build_model(config.model, 1000, (224, 224))
+        params = jax.jit(model.init)(jax.random.key(0))
+        images = jnp.asarray(batch["image"])
+        apply = jax.jit(lambda params, x: model.apply(params, x / 127.5 - 1.0).logits)
+        return lambda: apply(params, images).block_until_ready()
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    training = build_training(config, mesh, 1000, 1_281_167)
+    with use_mesh(mesh):
+        state = fresh_state(training)(jax.random.key(0))
+        images = jax.device_put(batch, batch_sharding(mesh))
+        step = training.lower(state, images).compile()
+    peak = jnp.float32(1e-3)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, images, peak)
+        return jax.block_until_ready(metrics)
+
+    return run
+
+
+def flax(variant: str, batch: dict, task: str) -> Callable[[], object]:
+    """The yardstick, in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.benchmarks.yardstick import PlainViT, make_step
+
+    model = PlainViT(variant, dtype=jnp.float32)
+    images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
+    params = jax.jit(model.init)(jax.random.key(0), images)
+    if task == "infer":
+        apply = jax.jit(lambda params, x: model.apply(params, x / 127.5 - 1.0))
+        return lambda: apply(params, images).block_until_ready()
+    optimizer, step = make_step(model, momentum_dtype=jnp.float32)
+    state = jax.jit(optimizer.init)(params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+
+    def run():
+        nonlocal params, state
+        params, state, loss = step(params, state, images, labels)
+        return loss.block_until_ready()
+
+    return run
+
+
+def timm(variant: str, batch: dict, task: str) -> Callable[[], object]:
+    """timm's model and torch's fused AdamW, eager."""
+    import timm as library
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    model = library.create_model(TIMM[variant])
+    images, labels = torch.from_numpy(batch["image"]), torch.from_numpy(batch["label"]).long()
+
+    def normalised():
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    if task == "infer":
+        model.eval()
+
+        def run():
+            with torch.inference_mode():
+                return model(normalised())
+
+        return run
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.cross_entropy(model(normalised()), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+CONTESTANTS = {"ours": ours, "flax": flax, "timm": timm}
+
+
+def work() -> None:
+    """A contestant: warms up, then times so many steps for each line that it reads."""
+    name, variant, size, task = WORKER.value.split(",")
+    start = time.perf_counter()
+    run = CONTESTANTS[name](variant, batch_of(int(size)), task)
+    run()
+    print(time.perf_counter() - start, flush=True)
+    run()
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        print(json.dumps(times), flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+def compete(variant: str, size: int, task: str) -> dict:
+    """One row: every contestant's images a second and memory, and ours over the others'."""
+    workers, ready = {}, {}
+    for name in CONTESTANTS:
+        command = [sys.executable, "-m", "experiments.benchmarks.cpu"]
+        workers[name] = subprocess.Popen(
+            [*command, f"--worker={name},{variant},{size},{task}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            text=True,
+        )
+        ready[name] = float(workers[name].stdout.readline())
+    rates: dict[str, list[float]] = {name: [] for name in workers}
+    names = list(workers)
+    for turn in range(ROUNDS.value):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            workers[name].stdin.write(f"{STEPS.value}\n")
+            workers[name].stdin.flush()
+            times = json.loads(workers[name].stdout.readline())
+            rates[name].append(size / statistics.median(times))
+    memory = {name: int(worker.communicate()[0]) / 2**20 for name, worker in workers.items()}
+    return {
+        "variant": variant,
+        "batch": size,
+        "task": task,
+        "img_per_sec": {name: statistics.median(found) for name, found in rates.items()},
+        "rounds": rates,
+        "ratio": {
+            name: statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
+            for name in names
+            if name != "ours"
+        },
+        "peak_mib": memory,
+        "seconds_to_first_step": ready,
+    }
+
+
+def processor() -> str:
+    """Its name, as Linux knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
+
+
+def main(_) -> None:
+    """Measures case after case, and writes."""
+    if WORKER.value:
+        work()
+        return
+    path = Path(OUTPUT.value) if OUTPUT.value else None
+    rows = json.loads(path.read_text())["cases"] if path and path.exists() else {}
+    for case in CASES.value:
+        variant, _, size = case.partition(":")
+        for task in TASKS.value:
+            row = compete(variant, int(size), task)
+            print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
+            rows[f"{task} {case}"] = {**row, "date": datetime.date.today().isoformat()}
+    if path:
+        names = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
+        report = {
+            "machine": f"{processor()}, {os.cpu_count()} cores",
+            "versions": {name: importlib.metadata.version(name) for name in names},
+            "python": platform.python_version(),
+            "cases": rows,
+        }
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
