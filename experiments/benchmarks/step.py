@@ -64,7 +64,7 @@ RESULTS = Path(__file__).parent / "results"
 
 # What a line of the program belongs to: the first pattern in its name.
 KINDS = (
-    ("attention", r"dot_product_attention|MultiHeadDot\w+/(bhnm|bnhk|softmax|div|exp|shard_map)"),
+    ("attention", r"dot_product_attention|MultiHeadDot\w+/(bhnm|bnhk|\.\.\.|softmax|div|exp|shard_map)"),
     ("attention projections", r"MultiHeadDotProductAttention"),
     ("MLP", r"Mlp|Block_\d+/(Dense|gelu)"),
     ("norms", r"norm|LayerNorm"),
@@ -208,6 +208,8 @@ def bundles_of_step(model, topology: Topology) -> dict[str, int]:
 
 def main(_) -> None:
     """Measures, prints and writes."""
+    if len(DEPTHS.value) not in (0, 2):
+        raise app.UsageError(f"depths={','.join(DEPTHS.value)}: expected two depths, or none")
     topology = parse_topology(TOPOLOGY.value)
     config = ModelConfig(MODEL.value, **json.loads(OPTIONS.value))
     model = build_model(config, 1000, (SIZE.value, SIZE.value))
