@@ -64,7 +64,10 @@ RESULTS = Path(__file__).parent / "results"
 
 # What a line of the program belongs to: the first pattern in its name.
 KINDS = (
-    ("attention", r"dot_product_attention|MultiHeadDot\w+/(bhnm|bnhk|\.\.\.|softmax|div|exp|shard_map)"),
+    (
+        "attention",
+        r"dot_product_attention|MultiHeadDot\w+/(bhnm|bnhk|\.\.\.|softmax|div|exp|shard_map)",
+    ),
     ("attention projections", r"MultiHeadDotProductAttention"),
     ("MLP", r"Mlp|Block_\d+/(Dense|gelu)"),
     ("norms", r"norm|LayerNorm"),
