@@ -140,6 +140,7 @@ def get_study(_: str | None = None) -> Study:
             dataclasses.replace(short, seeds=(1, 2)),
             scratch,
             longer,
+            dataclasses.replace(transfer, sets=sets[1:2], seeds=(0, 1, 2)),
         ),
         select="validation/accuracy",
         groups={"characters": ("digits",), "clothes": ("fashion",)},
