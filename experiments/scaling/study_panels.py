@@ -78,7 +78,7 @@ def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
     cells = grouped(found, lambda p: (p.model, p.set)).values()
     of = [p for cell in cells for p in cell if p.budget == longest(cell)]
     ends = _curves(axes, of, looks, lambda p: sets.index(p.set))
-    axes.set_xticks(range(len(sets)), sets)
+    axes.set_xticks(range(len(sets)), [name.replace(" ", "\n") for name in sets])
     _describe(axes, of, "pretraining set", "longest budget")
     label_ends(axes, ends)
 
