@@ -302,11 +302,11 @@ class _Cache:
 
 def _valid_labels(label, source: Source) -> np.ndarray:
     """One label or several as an array."""
-    if source.labels_per_example is None and isinstance(label, (int, np.integer)):
-        if 0 <= label < source.num_classes:
-            return np.array([label])  # the usual case, seven times as quick
+    single = source.labels_per_example is None
+    if single and isinstance(label, (int, np.integer)) and 0 <= label < source.num_classes:
+        return np.array([label])  # the usual case, seven times as quick
     labels = np.atleast_1d(label)
-    if source.labels_per_example is None and len(labels) != 1:
+    if single and len(labels) != 1:
         raise ValueError(f"it has {len(labels)} labels: expected one")
     if len(labels) > (source.labels_per_example or 1):
         raise ValueError(f"it has {len(labels)} labels: expected up to {source.labels_per_example}")
