@@ -46,6 +46,7 @@ SIZE, BATCH = (224, 224), 64
 CROP = "inception_crop|flip"
 MARKED = ", restart markers"
 CORES = os.cpu_count()
+PREFETCH = 2 * CORES  # batches
 PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "jax", "tensorflow")
 
 
@@ -137,8 +138,8 @@ def raw(jpegs: list[bytes], threads: int) -> Iterator[int]:
         return BATCH
 
     with ThreadPoolExecutor(threads) as pool:
-        pending = [pool.submit(work, step) for step in range(threads)]
-        for step in itertools.count(threads):
+        pending = [pool.submit(work, step) for step in range(PREFETCH)]
+        for step in itertools.count(PREFETCH):
             yield pending.pop(0).result()
             pending.append(pool.submit(work, step))
 
@@ -149,7 +150,11 @@ def ours(
     """The pipeline, to the host's memory or (put) to the device's."""
     source = Source([{"image": jpeg, "label": 0} for jpeg in jpegs], 1)
     data = DataConfig(
-        "given", preprocess=preprocess, num_threads=threads, num_workers=workers, prefetch=1
+        "given",
+        preprocess=preprocess,
+        num_threads=threads,
+        num_workers=workers,
+        prefetch=PREFETCH // max(workers, 1),
     )
     batches = train_batches(source, data, batch_size=BATCH, image_size=SIZE, seed=0)
     try:
@@ -181,7 +186,8 @@ def tensorflows(jpegs: list[bytes]) -> Iterator[int]:
         return tf.image.random_flip_left_right(image)
 
     dataset = tf.data.Dataset.from_tensor_slices(jpegs).repeat()
-    dataset = dataset.map(crop, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+    dataset = dataset.map(crop, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH)
+    dataset = dataset.prefetch(PREFETCH)
     for _ in dataset.as_numpy_iterator():
         yield BATCH
 
@@ -189,7 +195,7 @@ def tensorflows(jpegs: list[bytes]) -> Iterator[int]:
 def measure(start: Callable[[], Iterator[int]], images: int) -> tuple[float, float]:
     """Images a second of processor time, and a second of the clock, once it is warm."""
     batches = start()
-    for _ in range(3 * CORES):
+    for _ in range(4 * CORES):
         next(batches)
     meter, done = Meter(), 0
     while done < images:

@@ -16,7 +16,7 @@ import numpy as np
 
 _NAME = b"vit_jax restart\0"
 _HEAD = struct.Struct("<16sHI")  # name; MCUs a segment; bytes between the index and the codes
-_SPACING = 32  # pixels between two markers of a row, at most
+_SPACING = (16, 32)  # pixels between two markers, if a row divides so; else as few more as can be
 _SOF, _PROGRESSIVE, _EOI, _SOS, _DRI, _APP9 = (0xC0, 0xC1), 0xC2, 0xD9, 0xDA, 0xDD, 0xE9
 
 
@@ -46,7 +46,8 @@ def rewrite(data: bytes) -> bytes | None:
     if not width or not step:
         return None
     across = -(-width // step)
-    interval = max(n for n in range(1, across + 1) if across % n == 0 and n * step <= _SPACING)
+    even = [n for n in range(1, across + 1) if across % n == 0 and n * step >= _SPACING[0]]
+    interval = max((n for n in even if n * step <= _SPACING[1]), default=even[0] if even else 1)
     command = [jpegtran(), "-copy", "all", "-optimize", "-restart", f"{interval}B"]
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     return None if done.returncode else add_index(done.stdout)  # warnings have a status, too
