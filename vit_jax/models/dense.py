@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.parallel.mesh import platform
+from vit_jax.parallel.mesh import gather_kernel, platform
 
 
 class Dense(nn.Module):
@@ -44,7 +44,8 @@ class Dense(nn.Module):
         def init_bias(key):
             return self.bias_init(key, flat[1:]).reshape(self.outputs)
 
-        kernel = self.param("kernel", init_kernel).astype(self.dtype).reshape(flat)
+        kernel = self.param("kernel", init_kernel).astype(self.dtype)
+        kernel = gather_kernel(self.path, kernel).reshape(flat)
         bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
         return multiply(x, kernel), bias
