@@ -13,12 +13,14 @@ from vit_jax.parallel.mesh import (
     MeshConfig,
     check_batch_size,
     check_tensor_axis,
+    gather_kernel,
     local_rows,
     make_mesh,
     path_name,
     put_batch,
     put_tree,
     state_shardings,
+    use_mesh,
 )
 from vit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vit_jax.training.step import start_state
@@ -165,6 +167,33 @@ def test_a_tensor_axis_that_splits_nothing_is_an_error(variant, options, message
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         mesh = make_mesh(config)
         check_tensor_axis(mesh, state_shardings(mesh, config, shapes))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "split", "spec"),
+    [
+        ("MlpBlock_0/Dense_0", (8, 16), (4, 2), (None, "tensor")),
+        ("MlpBlock_0/Dense_1", (16, 8), (4, 2), ("tensor",)),
+        ("attention/query", (16, 2, 4), (4, 2), (None, "tensor")),
+        ("attention/out", (2, 4, 16), (4, 2), ("tensor",)),
+        ("attention/out", (2, 4, 16), (8, 1), ()),
+    ],
+)
+def test_a_kernel_is_gathered_over_fsdp_alone(layer, shape, split, spec):
+    config = MeshConfig(fsdp=split[0], tensor=split[1], min_size=1)
+    mesh = make_mesh(config)
+    kernel = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    name = f"encoder/{layer}/kernel"
+    here = state_shardings(mesh, config, {name: kernel})[name]
+    assert "fsdp" in here.spec
+    with use_mesh(mesh):
+        gathered = jax.jit(partial(gather_kernel, ("encoder", *layer.split("/"))))(
+            put_tree(kernel, here)
+        )
+    assert gathered.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, PartitionSpec(*spec)), kernel.ndim
+    )
+    np.testing.assert_array_equal(gathered, kernel)
 
 
 def test_batches_divide():

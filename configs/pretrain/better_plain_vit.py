@@ -10,8 +10,8 @@ weight decay 1e-4 that follows the schedule alone, cosine, 10k steps of warm-up,
 RandAugment (2, 10), mixup 0.2, softmax, global average pooling, fixed 2-D sin-cos positions, a tanh
 layer in the head; as published in big_vision's configs/vit_s16_i1k.py.
 
-Plan, an estimate of the compiler: row `S/16 v5e:4x4` of experiments.benchmarks.plan; its results
-lie in experiments/benchmarks/results/plan.md.
+Plan, an estimate of the compiler, for 16 chips of v5e (minutes, without one):
+python -m experiments.benchmarks.plan --rows='S/16 v5e:4x4'
 """
 
 import ml_collections

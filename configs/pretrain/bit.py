@@ -16,8 +16,8 @@ Expected: R50x1 76.0 % on ImageNet's validation images (BiT's comparison of norm
 weight standardisation, batch 4096); of ImageNet-21k, fine-tuned on ImageNet, R50x1 80.68 and R152x2
 85.15 % (the README of google-research/big_transfer).
 
-Plan, an estimate of the compiler: row `R50x1 v5e:16x16` of experiments.benchmarks.plan; its results
-lie in experiments/benchmarks/results/plan.md.
+Plan, an estimate of the compiler, for 256 chips of v5e (minutes, without one):
+python -m experiments.benchmarks.plan --rows='R50x1 v5e:16x16'
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 r"""The paper's pretraining on JFT-300M (arXiv 2010.11929, Table 3), on any large labelled dataset.
 
 python -m vit_jax.pretrain --config=configs/pretrain/jft.py:ViT-B/16,dataset=my_set \
-    --config.data.data_dir=gs://my_bucket --workdir=runs/b16 --distributed
+    --config.data.data_dir=/mnt/data --workdir=runs/b16 --distributed
 python -m vit_jax.pretrain --config=configs/pretrain/jft.py:ViT-L/16,dataset=my_set,epochs=14 \
     --workdir=runs/l16 --distributed
 python -m vit_jax.pretrain --config=configs/pretrain/jft.py:R50+ViT-L/32,dataset=my_set \
@@ -18,9 +18,9 @@ dropout, 224 px. Sigmoid loss and the head's bias as on ImageNet-21k (big_vision
 ViT-L/32 has a third of ViT-L/32's learning rate, although section 4.1 says that hybrids are trained
 as their ViTs: the table is followed. ResNets pretrained by SGD are in bit.py.
 
-Plans, estimates of the compilers: rows `H/14 v5e:16x16`, which needs --config.model.remat=full, and
-`R50+B/16 v5e:16x16` of experiments.benchmarks.plan; its results lie in
-experiments/benchmarks/results/plan.md.
+Plans, estimates of the compiler, for 256 chips of v5e (minutes, without one); H/14 is planned with
+--config.model.remat=full:
+python -m experiments.benchmarks.plan --rows='(H/14|R50.B/16) v5e:16x16'
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 r"""ViT-g/14 and ViT-G/14 of "Scaling Vision Transformers" (Zhai et al., arXiv 2106.04560).
 
 python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-g/14,dataset=my_set \
-    --config.data.data_dir=gs://my_bucket --workdir=runs/g14 --distributed
+    --config.data.data_dir=/mnt/data --workdir=runs/g14 --distributed
 python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-G/14,dataset=my_set \
     --workdir=runs/G14 --distributed
 
@@ -14,9 +14,10 @@ Adafactor without its scaling and with momentum in bfloat16, 8e-4, a reciprocal-
 attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipping and the head's
 bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
 
-Plans, estimates of the compilers: rows `g/14 v5e:16x16` (--config.mesh.fsdp=16) and
-`G/14 v5e:16x16` (--config.mesh.fsdp=64), both with --config.model.remat=full, of
-experiments.benchmarks.plan; its results lie in experiments/benchmarks/results/plan.md.
+Plans, estimates of the compiler, for 256 chips of v5e (minutes, without one), of g/14 with
+--config.mesh.fsdp=16 and G/14 with 64, both with --config.model.remat=full; G/14's lies in
+experiments/benchmarks/results/plan.md:
+python -m experiments.benchmarks.plan --rows='[gG]/14 v5e:16x16'
 """
 
 import ml_collections

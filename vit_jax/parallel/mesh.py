@@ -132,11 +132,11 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
 
 
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
-    """Inside jit, under `use_mesh`: a layer's kernel as its product wants it, whole but for `tensor`.
+    """Inside jit, under `use_mesh`: the kernel of the layer at `path`, split over `tensor` alone.
 
-    `path` is the module's. Said in so many words, since XLA else multiplies with the pieces that
-    FSDP leaves on each device, one after another while they go round in a ring: many small products
-    and, for ViT-B/16 on 16 chips of v5e, several times the cycles.
+    Said in so many words, since XLA else multiplies with the pieces that FSDP leaves on each
+    device, one after another while they go round in a ring: for two of ViT-B/16's MLPs on 16 chips
+    of v5e an estimated 13.9 million cycles, with whole kernels 6.0 million.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:

@@ -27,7 +27,13 @@ def open_workdir(
     if not workdir:
         raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
     if "://" in workdir:
-        raise ValueError(f"workdir {workdir}: expected a local folder; mount the bucket as one")
+        raise ValueError(
+            f"workdir {workdir}: expected a folder. Checkpoints become complete by renaming one, "
+            "which a bucket can't do at once: keep the run on a file system that all hosts share, "
+            "such as Filestore, made by `gcloud filestore instances create` and mounted by `sudo "
+            "mount -o hard IP:/SHARE /mnt/runs` (experiments/launch/README.md, step 2), then "
+            "--workdir=/mnt/runs/NAME. For data alone a bucket will do: gcsfuse -o ro BUCKET FOLDER"
+        )
     path = Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):

@@ -1,0 +1,19 @@
+"""The folder of a run."""
+
+import pytest
+
+from vit_jax.training.workdir import open_workdir
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "say where to keep this run with --workdir=FOLDER"),
+        ("gs://bucket/run", r"gs://bucket/run: expected a folder.*Filestore.*--workdir=/mnt/runs"),
+    ],
+)
+def test_what_is_no_folder_is_told_what_to_do(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_workdir(name, {}, may_change=())
+    assert not list(tmp_path.iterdir())
