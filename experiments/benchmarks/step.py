@@ -126,7 +126,11 @@ def started(program: Program) -> dict[str, int]:
         kind = instruction.opcode.removesuffix("-start")
         return kind if kind.startswith(("all-", "reduce-scatter", "collective-", "copy")) else None
 
-    for times, _, instruction in program._instructions():
+    instructions = list(program._instructions())
+    fused = {name for _, _, i in instructions if i.opcode == "fusion" for name in i.called()}
+    for times, _, instruction in instructions:
+        if instruction.computation in fused:
+            continue
         if (found := name(instruction)) and not instruction.opcode.endswith("-done"):
             counts[found] += times
     return dict(counts.most_common())
@@ -177,9 +181,6 @@ def measure(depth: int | None, bundles: dict[str, int], topology: Topology) -> d
     report = {
         "depth": depth,
         "compile_seconds": round(seconds, 1),
-        "flops": program.flops,
-        # XLA's count, of all operands and results, a loop's body once.
-        "bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
         "arguments_gib": sizes.arguments / GIB,
         "temporary_gib": sizes.temporaries / GIB,
         "peak_gib": sizes.peak / GIB,
@@ -192,6 +193,9 @@ def measure(depth: int | None, bundles: dict[str, int], topology: Topology) -> d
     kinds, layers = cycles_by(program)
     return {
         **report,
+        "flops": program.flops,
+        # XLA's count, of all operands and results, a loop's body once.
+        "bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
         "cycles": {**cycles, "step": sum(cycles.values())},
         "by_kind": kinds,
         "by_layer": layers,
