@@ -312,10 +312,10 @@ def report(
         run.config.data, split=splits.test, preprocess=config.eval_preprocess
     )
     logits, labels = logits_of(run, workdir, data, workdir / "test.npz")
+    params, description = load_checkpoint(workdir)  # of several processes all read, or none can
     if not multihost.is_main():
         return
     names, scores = audit.class_names, score(logits, labels, temperature)
-    params, description = load_checkpoint(workdir)
     files = export(config, workdir, params, description)
     results_file = {
         **scores,
