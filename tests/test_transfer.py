@@ -420,7 +420,8 @@ def test_two_processes(folder, tmp_path):
     )
     _, err = one.communicate()
     assert one.returncode == 0, err
-    codes, errors = finish(cluster(2, 1, lambda i: (*arguments, f"--workdir={tmp_path / 'two'}")))
+    two = cluster(2, 1, lambda i: (*arguments, f"--workdir={tmp_path / 'two'}"))
+    codes, errors = finish(two, timeout=1200)
     assert codes == [0, 0], errors
     equal_runs(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two" / "report.html").exists()
