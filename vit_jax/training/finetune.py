@@ -200,7 +200,7 @@ def _choose_and_train(config: TransferConfig, workdir: Path, command: str) -> No
     for_trials, lanes = spread(config, whole, splits, len(trials))
     config = whole
     on_train, on_both = trial_recipe(for_trials, splits), final_recipe(config, splits)
-    keep_same(workdir / "sweep.json", dataclasses.asdict(on_both), may_change=MAY_CHANGE)
+    keep_same(workdir / "sweep.json", on_both, may_change=MAY_CHANGE)
     for values in trials:
         with_values(on_both, values)  # what can't be is known before the first trial
 

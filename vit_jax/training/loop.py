@@ -114,7 +114,7 @@ def prepare(
 
     batches(0).close()  # what is wrong with the preprocessing is found now
     values = dataclasses.asdict(config)
-    path, step = open_workdir(workdir, values, may_change=MAY_CHANGE)
+    path, step = open_workdir(workdir, config, may_change=MAY_CHANGE)
     check_agreement(
         {
             "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],

@@ -1,28 +1,29 @@
 """The folder of a run: whether it may be used, the config it was made with, compiled programs."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from vit_jax.config import build
 from vit_jax.parallel.multihost import is_main
 from vit_jax.training.checkpoint import saved_steps
 from vit_jax.training.fields import covered
 
 
-def open_workdir(
-    workdir: str, config: dict[str, Any], *, may_change: tuple[str, ...]
-) -> tuple[Path, int]:
+def open_workdir(workdir: str, config: Any, *, may_change: tuple[str, ...]) -> tuple[Path, int]:
     """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
 
-    `may_change` names the fields (dotted; a prefix covers what is below it) that a restart may set
-    otherwise. Raises ValueError for an empty name, and for a folder with checkpoints of a run whose
-    config differs in anything else, showing the differences; OSError if it can't be written.
+    `config` is the run's, a dataclass; `may_change` names the fields (dotted; a prefix covers what
+    is below it) that a restart may set otherwise. Raises ValueError for an empty name, and for a
+    folder with checkpoints of a run whose config differs in anything else, showing the differences;
+    OSError if it can't be written.
     """
     if not workdir:
         raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
@@ -49,10 +50,10 @@ def keep_config(workdir: Path, config: dict[str, Any]) -> None:
     _keep(workdir / "config.json", config)
 
 
-def keep_same(file: Path, config: dict[str, Any], *, may_change: tuple[str, ...]) -> None:
-    """Writes a config; ValueError if the file holds another one, as for `open_workdir`."""
+def keep_same(file: Path, config: Any, *, may_change: tuple[str, ...]) -> None:
+    """Writes a dataclass; ValueError if the file holds another one, as for `open_workdir`."""
     _check_same(file, config, may_change)
-    _keep(file, config)
+    _keep(file, dataclasses.asdict(config))
 
 
 def _keep(file: Path, config: dict[str, Any]) -> None:
@@ -62,14 +63,16 @@ def _keep(file: Path, config: dict[str, Any]) -> None:
         partial.replace(file)
 
 
-def _check_same(file: Path, config: dict, may_change: tuple[str, ...], when: str = "") -> None:
+def _check_same(file: Path, config: Any, may_change: tuple[str, ...], when: str = "") -> None:
     if not file.exists():
         return
+    there = json.loads(file.read_text())
+    # What an older version wrote lacks the fields that are newer: it ran as by their defaults.
+    with suppress(ValueError):  # a field that there is no more is shown as a difference
+        there = _as_json(build(type(config), there))
     changed = [
         f"  {name}: {before!r} there, {now!r} here"
-        for name, before, now in _differences(
-            json.loads(file.read_text()), json.loads(json.dumps(config))
-        )
+        for name, before, now in _differences(there, _as_json(config))
         if not covered(name, may_change)
     ]
     if changed:
@@ -103,6 +106,10 @@ def _set_cache(folder: str | None) -> None:
     # Whether there is a cache is decided at the first compilation of a process, which is over:
     # jax.random.key is one. This makes it decide anew.
     compilation_cache.reset_cache()
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
