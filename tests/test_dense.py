@@ -29,9 +29,10 @@ def test_it_is_flaxs_layer(outputs, inputs, use_bias):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_biass_gradient_is_summed_in_float32():
+@pytest.mark.parametrize("to_nonlinearity", [False, True])
+def test_a_biass_gradient_is_summed_in_float32(to_nonlinearity):
     """In bfloat16, 1 added to 256 would be 256."""
-    layer = Dense((8,), dtype=jnp.bfloat16)
+    layer = Dense((8,), dtype=jnp.bfloat16, to_nonlinearity=to_nonlinearity)
     x = jnp.ones((1000, 4), jnp.bfloat16)
     params = layer.init(jax.random.key(0), x)
     grads = jax.grad(lambda p: layer.apply(p, x).astype(jnp.float32).sum())(params)

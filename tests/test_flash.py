@@ -62,16 +62,16 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "head_dim", "images", "masked", "chunk"),
+    ("queries", "tokens", "heads", "head_dim", "images", "masked", "chunk"),
     [
-        (17, 3, 64, 3, False, 320),  # a head too few for two in a group
-        (37, 4, 32, 2, True, 16),  # several chunks of queries
-        (16, 1, 128, 1, False, 320),  # no lanes free for ones
-        (21, 2, 72, 1, True, 320),  # heads that are padded, as So400m's
+        (17, 17, 3, 64, 3, False, 320),  # a head too few for two in a group
+        (37, 37, 4, 32, 2, True, 16),  # several chunks of queries
+        (1, 16, 1, 128, 1, False, 320),  # no lanes free for ones; a class token's query alone
+        (21, 21, 2, 72, 1, True, 320),  # heads that are padded, as So400m's
     ],
 )
 def test_the_kernel_equals_plain_attention(
-    monkeypatch, tokens, heads, head_dim, images, masked, chunk
+    monkeypatch, queries, tokens, heads, head_dim, images, masked, chunk
 ):
     """And so do the gradients of what it adds to queries, keys and values, one for each image."""
     monkeypatch.setattr(flash, "MAX_CHUNK", chunk)
@@ -82,7 +82,8 @@ def test_the_kernel_equals_plain_attention(
     def add(x, bias):
         return x + bias.reshape(images, 1, heads, head_dim)
 
-    both = *inputs(tokens, heads, head_dim, images), *biases
+    query, key, value = inputs(tokens, heads, head_dim, images)
+    both = query[:, :queries], key, value, *biases
     expected = value_and_gradients(lambda *x: plain(*map(add, x[:3], x[3:]), mask), both)
     found = value_and_gradients(lambda *x: kernel(*x[:3], x[3:], mask), both)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

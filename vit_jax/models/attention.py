@@ -71,10 +71,10 @@ def attention_weights(
 def flash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """Attention among N tokens, [B, N, H, K] thrice -> [B, N, H, K], without weights in memory."""
+    """[B, N, H, K], [B, M, H, K] twice -> [B, N, H, K] without weights in memory; cuDNN: N = M."""
     if implementation == "pallas":
-        batch, tokens, heads, _ = query.shape
-        flat = (x.reshape(batch, tokens, -1) for x in (query, key, value))
+        heads = query.shape[2]
+        flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
         return pallas_attention(*flat, heads=heads).reshape(query.shape)
     return even_attention(query, key, value, implementation)
 
@@ -82,7 +82,7 @@ def flash_attention(
 def pallas_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array, heads: int
 ) -> jax.Array:
-    """Our kernel on every device: [B, N, H K] thrice -> [B, N, H K].
+    """Our kernel on every device: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
 
     `biases`, none or three [H K], are yet to be added to query, key and value.
     """

@@ -22,13 +22,17 @@ class Dense(nn.Module):
     outputs: tuple[int, ...]
     inputs: int = 1  # how many axes of x
     use_bias: bool = True
+    # XLA sums the bias's gradient while it computes the nonlinearity's, where it sees a sum.
+    to_nonlinearity: bool = False
     dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y, bias = self.product(x)
-        if bias is not None:
+        if bias is not None and self.to_nonlinearity:
+            y = (y.astype(jnp.float32) + bias).astype(y.dtype)
+        elif bias is not None:
             y = add_bias(y, bias)
         return y.reshape(*y.shape[:-1], *self.outputs)
 

@@ -11,7 +11,7 @@ transposed, [M, N]: what belongs to a query then lies along the lanes, and sums 
 whole registers. The formulas are FlashAttention's (arXiv 2205.14135), its loop over keys is not
 needed: all of them fit. Queries are cut into chunks where their scores would be large.
 
-Letters in shapes: B images, N tokens, M the same as keys, H heads, K head's width.
+Letters in shapes: B images, N queries, M keys, mostly the same tokens, H heads, K head's width.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ _NEVER = -1e30  # a score; minus infinity would make nan of rows that are masked
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How the work is cut. `rows` are N and what fills it up to `chunks` of `chunk` queries."""
+    """How the work is cut: queries into `chunks` of `chunk`. `rows` are M, filled up."""
 
+    queries: int
     tokens: int
     heads: int
     head_dim: int  # one of HEAD_DIMS
@@ -55,17 +56,17 @@ class _Plan:
     @property
     def chunks(self) -> int:
         chunks = 1
-        while (size := -(-self.tokens // chunks)) > MAX_CHUNK or size * self.tokens > 2**18:
+        while (size := -(-self.queries // chunks)) > MAX_CHUNK or size * self.tokens > 2**18:
             chunks += 1
         return chunks
 
     @property
     def chunk(self) -> int:
-        return -(-self.tokens // (16 * self.chunks)) * 16
+        return -(-self.queries // (16 * self.chunks)) * 16
 
     @property
     def rows(self) -> int:
-        return self.chunks * self.chunk
+        return -(-self.tokens // 16) * 16
 
     @property
     def base_2(self) -> float:  # softmax's e^(scale s) is 2^(base_2 s)
@@ -77,7 +78,8 @@ class _Plan:
 
     def images(self, batch: int, groups: int, arrays: int) -> int:
         """Images in a step of the grid: double-buffered, they are to take 6 MiB."""
-        size = 2 * arrays * self.rows * groups * LANES * self.itemsize
+        rows = max(self.rows, self.chunks * self.chunk)
+        size = 2 * arrays * rows * groups * LANES * self.itemsize
         most = max(1, min(8, 6 * 2**20 // size))
         return max(n for n in range(1, most + 1) if batch % n == 0)
 
@@ -111,15 +113,15 @@ def flash_attention(
     head_dim: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v: [B, N, H K] thrice -> [B, N, H K].
+    """softmax(q k / sqrt(K)) v: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
 
     `biases`, float32 [B, 1, H K] thrice, are added to query, key and value first: their gradients
-    are sums over tokens, which the kernel has at hand. `mask` [B, N] is False for tokens that
+    are sums over tokens, which the kernel has at hand. `mask` [B, M] is False for tokens that
     nothing attends to. `interpret` runs the kernel without a TPU, slowly. Sums are in float32, as
     is the softmax; the matrix units get the arguments' dtype.
     """
-    batch, tokens, features = query.shape
-    heads = features // head_dim
+    batch, queries, features = query.shape
+    tokens, heads = key.shape[1], features // head_dim
     width = next(n for n in HEAD_DIMS if n >= head_dim)
     more = (0, -heads % (LANES // width)), (0, width - head_dim)
 
@@ -129,7 +131,9 @@ def flash_attention(
         x = x.reshape(*x.shape[:2], heads, head_dim)
         return jnp.pad(x, ((0, 0), (0, 0), *more)).reshape(*x.shape[:2], -1)
 
+    query = jnp.pad(query, ((0, 0), (0, max(0, 16 - queries)), (0, 0)))  # to whole registers
     plan = _Plan(
+        queries=query.shape[1],
         tokens=tokens,
         heads=heads + more[0][1],
         head_dim=width,
@@ -145,10 +149,9 @@ def flash_attention(
         rest = ((0, 0), (0, 0), (0, plan.rows - tokens))
         mask = jnp.pad(mask, rest, constant_values=_NEVER)
     y = _attention(plan, *map(pack, (query, key, value)), tuple(map(pack, biases)), mask)
-    if y.shape == query.shape:
-        return y
-    y = y.reshape(batch, tokens, plan.heads, width)[:, :, :heads, :head_dim]
-    return y.reshape(query.shape)
+    if more != ((0, 0), (0, 0)):
+        y = y.reshape(*y.shape[:2], plan.heads, width)[:, :, :heads, :head_dim]
+    return y[:, :queries].reshape(batch, queries, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,9 +181,9 @@ def _forward(plan: _Plan, query, key, value, mask):
     groups = plan.at_once(6)
     images = plan.images(query.shape[0], groups, 4)
     call = _Call(plan, query, images, groups)
-    inputs = [call.tokens] * 3 + [call.mask] * plan.masked
+    inputs = [call.queries, call.tokens, call.tokens] + [call.mask] * plan.masked
     scratch = [pltpu.VMEM((plan.chunk, LANES), jnp.float32)] * 2
-    return call(_forward_kernel, 2, inputs, [call.tokens, call.lse], scratch)(
+    return call(_forward_kernel, 2, inputs, [call.queries, call.lse], scratch)(
         *(query, key, value, mask)[: len(inputs)]
     )
 
@@ -190,8 +193,9 @@ def _backward(plan: _Plan, query, key, value, mask, lse, dy):
     groups = plan.at_once(2)
     images = plan.images(query.shape[0], groups, 7)
     call = _Call(plan, query, images, groups)
-    inputs = [*[call.tokens] * 4, call.lse] + [call.mask] * plan.masked
-    return call(_backward_kernel, 5, inputs, [call.tokens] * 3 + [call.sums] * 3)(
+    qkv = [call.queries, call.tokens, call.tokens]
+    inputs = [*qkv, call.queries, call.lse] + [call.mask] * plan.masked
+    return call(_backward_kernel, 5, inputs, qkv + [call.sums] * 3)(
         *(query, key, value, dy, lse, mask)[: len(inputs)]
     )
 
@@ -200,13 +204,16 @@ class _Call:
     """The grid over images and groups of heads, and what a step of it sees of each array."""
 
     def __init__(self, plan: _Plan, query: jax.Array, images: int, groups: int):
-        heads, batch = groups * plan.packed, query.shape[0]
+        heads, (batch, _, features) = groups * plan.packed, query.shape
         lse = (batch, plan.heads, plan.chunks, plan.chunk)
         self.plan, self.images, self.groups = plan, images, groups
         self.grid = (batch // images, plan.groups // groups)
-        self.tokens = (
-            pl.BlockSpec((images, plan.rows, groups * LANES), lambda i, g: (i, 0, g)),
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
+        self.queries, self.tokens = (
+            (
+                pl.BlockSpec((images, block, groups * LANES), lambda i, g: (i, 0, g)),
+                jax.ShapeDtypeStruct((batch, rows, features), query.dtype),
+            )
+            for block, rows in ((plan.chunks * plan.chunk, plan.queries), (plan.rows, plan.tokens))
         )
         self.lse = (
             pl.BlockSpec((images, heads, plan.chunks, plan.chunk), lambda i, g: (i, g, 0, 0)),
@@ -214,7 +221,7 @@ class _Call:
         )
         self.sums = (
             pl.BlockSpec((images, 1, groups * LANES), lambda i, g: (i, 0, g)),
-            jax.ShapeDtypeStruct((batch, 1, query.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct((batch, 1, features), jnp.float32),
         )
         self.mask = (
             pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)),
@@ -224,13 +231,14 @@ class _Call:
     def __call__(
         self, kernel: Callable, products: int, inputs: list, outputs: list, scratch=()
     ) -> Callable:
-        """The kernel, which makes `products` matrix products of N x N x K for every head."""
+        """The kernel, which makes `products` matrix products of N x M x K for every head."""
 
         def step(*refs):
             for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs))
 
-        plan, shape = self.plan, self.tokens[1].shape
-        scores = shape[0] * plan.heads * plan.tokens**2
+        plan = self.plan
+        batch = self.images * self.grid[0]
+        scores = batch * plan.heads * plan.queries * plan.tokens
         cost = pl.CostEstimate(
             flops=2 * products * scores * plan.head_dim,
             bytes_accessed=sum(s.size * s.dtype.itemsize for _, s in inputs + outputs),
@@ -330,8 +338,8 @@ def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_re
 
         def chunk(c, g=g, lanes=lanes, k=k, v=v):
             queries = pl.ds(c * plan.chunk, plan.chunk)
-            left = plan.tokens - c * plan.chunk
-            least = plan.tokens - (plan.chunks - 1) * plan.chunk
+            left = plan.queries - c * plan.chunk
+            least = plan.queries - (plan.chunks - 1) * plan.chunk
             q, dy = (_zero_from(left, ref[image, queries, lanes], least) for ref in (q_ref, dy_ref))
             column = jax.lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
             dq, dk, dv = [], [], []

@@ -125,9 +125,10 @@ def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
 class MultiHeadAttention(nn.Module):
     """Appendix A, equations 5 to 8: x [B, N, D] attends to context [B, M, D] -> [B, N, D].
 
-    `offsets` [N, M, H, K] are keys of relative positions, `angles` [N, K / 2] rotate queries and
-    keys, `mask` [N, M] is True where attention is allowed. With `cache_length` keys and values go
-    to the collection "cache" at `index`, and those already there are attended to as well.
+    `offsets` [N, M, H, K] are keys of relative positions, `angles` [M, K / 2] rotate queries and
+    keys, where x are the first N of the M tokens; `mask` [N, M] is True where attention is
+    allowed. With `cache_length` keys and values go to the collection "cache" at `index`, and those
+    already there are attended to as well.
     """
 
     config: TransformerConfig
@@ -157,13 +158,17 @@ class MultiHeadAttention(nn.Module):
         plain = (  # the weights themselves are needed, or it is more than self-attention
             self.is_mutable_collection("intermediates")
             or (config.attention_dropout > 0 and keys is not None)
-            or x is not context
             or not (offsets is None and mask is None and self.cache_length is None)
             or self.is_initializing()
         )
-        way = choose_attention(config.attention, x.shape[1], head_dim, config.dtype, plain=plain)
+        way = choose_attention(
+            config.attention, context.shape[1], head_dim, config.dtype, plain=plain
+        )
+        if way == "cudnn" and x is not context:
+            way = "xla"
         if way == "pallas" and not config.qk_norm and angles is None:
-            flat, biases = zip(*(layer.product(x) for layer in (query, key, value)), strict=True)
+            layers = (query, x), (key, context), (value, context)
+            flat, biases = zip(*(layer.product(y) for layer, y in layers), strict=True)
             biases = () if config.parallel else biases
             y = pallas_attention(*flat, *biases, heads=heads)
             return out(y.reshape(*y.shape[:2], heads, head_dim))
@@ -173,7 +178,7 @@ class MultiHeadAttention(nn.Module):
             query = layer_norm(config, "query_norm", use_bias=False)(query)
             key = layer_norm(config, "key_norm", use_bias=False)(key)
         if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+            query, key = rotate(query, angles[: x.shape[1]]), rotate(key, angles)
         if self.cache_length:
             key = self._through_cache("cached_key", key, index)
             value = self._through_cache("cached_value", value, index)
@@ -182,7 +187,7 @@ class MultiHeadAttention(nn.Module):
 
         bias = None
         if offsets is not None:
-            offsets = offsets.astype(query.dtype) * head_dim**-0.5
+            offsets = offsets[: x.shape[1]].astype(query.dtype) * head_dim**-0.5
             bias = jnp.einsum("bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32)
         weights = attention_weights(query, key, bias=bias, mask=mask)
         self.sow("intermediates", "attention", weights)
@@ -206,9 +211,10 @@ class MlpBlock(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         config = self.config
 
-        def dense(features, name):
+        def dense(features, name, to_nonlinearity=True):
             return Dense(
                 (features,),
+                to_nonlinearity=to_nonlinearity,
                 dtype=config.dtype,
                 kernel_init=self.kernel_init,
                 bias_init=nn.initializers.normal(1e-6),
@@ -221,7 +227,7 @@ class MlpBlock(nn.Module):
         else:
             y = nn.gelu(y, approximate=config.mlp == "gelu_tanh")
         y = dropout(y, config.dropout, fold_keys(keys, 0))
-        y = dense(x.shape[-1], "Dense_1")(y)
+        y = dense(x.shape[-1], "Dense_1", to_nonlinearity=False)(y)
         return dropout(y, config.dropout, fold_keys(keys, 1))
 
 
@@ -230,11 +236,13 @@ class EncoderBlock(nn.Module):
 
     `layer` is what differs from block to block: `keys` [B], `drop` [], the rate of stochastic
     depth, and `here` [], which is 0 where the shared position table isn't used. `table` is that
-    table, see `positions.position_table`.
+    table, see `positions.position_table`. With `first` only so many tokens come out: all others
+    are attended to, and nothing more is computed of them.
     """
 
     config: TransformerConfig
     positions: Positions
+    first: int | None = None
 
     @nn.compact
     def __call__(
@@ -257,9 +265,11 @@ class EncoderBlock(nn.Module):
                 y = drop_branch(y, layer["drop"], fold_keys(keys, 3 + number))
             return y
 
-        y = layer_norm(config, "LayerNorm_0")(x)
+        y = context = layer_norm(config, "LayerNorm_0")(x)
+        if self.first is not None:
+            x, y = x[:, : self.first], y[:, : self.first]
         attention = MultiHeadAttention(config, name="MultiHeadDotProductAttention_0")
-        attended = attention(y, y, fold_keys(keys, 2), **relative)
+        attended = attention(y, context, fold_keys(keys, 2), **relative)
         attended = branch(dropout(attended, config.dropout, fold_keys(keys, 0)), 0)
         if not config.parallel:
             x = x + attended
@@ -271,7 +281,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """L blocks and a last LayerNorm: [B, N, D] -> [B, N, D].
+    """L blocks and a last LayerNorm: [B, N, D] -> [B, N, D], or its `first` tokens alone.
 
     With `scan` the blocks are one loop over stacked parameters (`encoderblock`, leading axis L),
     which compiles faster; otherwise they are unrolled (`encoderblock_0` ...). The numbers agree.
@@ -282,7 +292,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keys: jax.Array | None, table: jax.Array | None = None
+        self,
+        x: jax.Array,
+        keys: jax.Array | None,
+        table: jax.Array | None = None,
+        first: int | None = None,
     ) -> jax.Array:
         config, depth = self.config, self.config.depth
         block = rematted(EncoderBlock, config.remat, in_scan=config.scan)
@@ -304,10 +318,13 @@ class Encoder(nn.Module):
             )
             x, _ = scanned(*arguments, name="encoderblock")(x, layers, table)
         else:
+            # A dropout mask depends on the shape of what is dropped: it is to be that of the scan.
+            drops = keys is not None and (config.dropout or config.attention_dropout)
             for i in range(depth):
                 layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-                x, _ = block(*arguments, name=f"encoderblock_{i}")(x, layer, table)
-        x = layer_norm(config, "encoder_norm")(x)
+                last = first if i == depth - 1 and not drops else None
+                x, _ = block(*arguments, last, name=f"encoderblock_{i}")(x, layer, table)
+        x = layer_norm(config, "encoder_norm")(x[:, :first])
         self.sow("intermediates", "encoded", x)
         return x
 

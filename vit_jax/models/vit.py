@@ -105,7 +105,10 @@ class ViT(nn.Module):
                 x = jnp.concatenate([token, x], axis=1)
         x = dropout(x, config.dropout, fold_keys(keys, 0))
 
-        x = Encoder(config, positions, name="Transformer")(x, fold_keys(keys, 1), table)
+        # Of the last block's output a class token's classifier reads nothing else.
+        reads_all = self.pool != "token" or self.patch_outputs is not None
+        first = None if reads_all or self.is_mutable_collection("intermediates") else 1
+        x = Encoder(config, positions, name="Transformer")(x, fold_keys(keys, 1), table, first)
         patches = None
         if self.patch_outputs is not None:
             patches = x[:, positions.prefix :].astype(jnp.float32)
