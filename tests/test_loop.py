@@ -345,7 +345,7 @@ def test_checkpoints_that_are_not_there(tmp_path):
 def test_workdirs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="say where to keep this run"):
         loop.prepare(config(), "")
-    with pytest.raises(ValueError, match="expected a local folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         loop.prepare(config(), "gs://bucket/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
