@@ -19,8 +19,8 @@ R+Ti/16 70.13 %. ImageNet-21k, 300 epochs, then fine-tuned on ImageNet at 384 px
 75.40 %. All: Adam (momentum in bfloat16), 1e-3, batch 4096, 10k steps of warm-up, cosine, clipping
 at 1; sigmoid loss and the head's bias are big_vision's.
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; row `AugReg B/16 v5e:16x16` of
-experiments.benchmarks.plan): B/16 4.6 of 15.75 GiB, 42 ms a step, MFU 20 %, 279 chip-hours in all.
+Plan, an estimate of the compiler, for 256 chips of v5e (minutes, without one):
+python -m experiments.benchmarks.plan --rows='AugReg B/16 v5e:16x16'
 """
 
 import ml_collections
@@ -85,7 +85,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "dropout": arg.regularization,
             "stochastic_depth": arg.regularization,
             "head_bias": -6.9 if on_imagenet else -10.0,
-            "scan": True,
         },
         image_size=224,
         **pretraining_data(arg.dataset, "inception_crop|flip" + randaugment),

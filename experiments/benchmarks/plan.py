@@ -41,13 +41,16 @@ MODELS = {
     "R50+B/16": f"{JFT}:R50+ViT-B/16",
 }
 FULL = ("--config.model.remat=full",)
+SCAN = ("--config.model.scan=true",)
 # Model, topology, how it is run there: what `--search` or the plan of the recipe itself led to.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "v5e:16x16", ()),
+    ("B/16", "v5e:16x16", SCAN),
     ("L/16", "v5e:16x16", ()),
     ("H/14", "v5e:16x16", FULL),
     ("G/14", "v5e:16x16", (*FULL, "--config.mesh.fsdp=64")),
     ("S/16", "v5e:4x4", ()),
+    ("S/16", "v5e:4x4", SCAN),
     ("AugReg B/16", "v5e:16x16", ()),
     ("R50x1", "v5e:16x16", ()),
     ("R50+B/16", "v5e:16x16", ()),
@@ -67,15 +70,15 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("H/14", "tpu7x:4x4x8", ()),
     ("G/14", "tpu7x:4x4x8", (*FULL, "--config.mesh.fsdp=32")),
     ("H/14", "v3:16x16", (*FULL, "--mfu=0.32")),
-    ("B/16", "h100:8", ("--config.batch_size=1024",)),
-    ("L/16", "h100:8", ("--config.batch_size=1024",)),
-    ("L/16", "h100:8", ("--config.batch_size=1024", "--config.accumulation=2")),
+    ("B/16", "h100:8", (*SCAN, "--config.batch_size=1024")),
+    ("L/16", "h100:8", (*SCAN, "--config.batch_size=1024")),
+    ("L/16", "h100:8", (*SCAN, "--config.batch_size=1024", "--config.accumulation=2")),
     ("H/14", "h100:8", ("--config.batch_size=512",)),
     ("H/14", "h100:8", ("--config.batch_size=512", "--config.accumulation=2")),
     ("G/14", "h100:8", (*FULL, "--config.batch_size=256", "--config.mesh.fsdp=8")),
-    ("B/16", "a100:8", ("--config.batch_size=1024",)),
-    ("B/16", "h200:8", ("--config.batch_size=1024",)),
-    ("B/16", "b200:8", ("--config.batch_size=1024",)),
+    ("B/16", "a100:8", (*SCAN, "--config.batch_size=1024")),
+    ("B/16", "h200:8", (*SCAN, "--config.batch_size=1024")),
+    ("B/16", "b200:8", (*SCAN, "--config.batch_size=1024")),
 )
 
 HEADER = """# Plans: what the compilers say before a chip is bought
