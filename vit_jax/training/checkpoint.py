@@ -6,6 +6,7 @@ parameters can be used without the run's config.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from vit_jax.weights import formats, published
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000
+
+# orbax tells saves apart by a number that is current while one begins, the same for all threads of
+# a process: of two that begin at once, one would write into folders that aren't there yet.
+_BEGINS = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,9 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
         items["model"] = ocp.args.JsonSave(description)
         step = int(state.step)
-        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+        with _BEGINS:
+            begun = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not begun:
             raise RuntimeError(f"step {step} is not saved: there is a checkpoint of a later one")
         self._saving = step
 
