@@ -14,10 +14,9 @@ head's bias and the tanh layer are the authors' answers in issues 2, 34 and 89 t
 big_vision's. Hybrids are trained as their ViTs (section 4.1). JFT is in jft.py. How to prepare
 ImageNet-21k: experiments/launch/README.md.
 
-Plan, an estimate of the compiler, for 256 chips of v5e (minutes, without one):
-python -m experiments.benchmarks.plan --rows='B/16 v5e:16x16'
-With --config.model.scan=true (libtpu 0.0.42): B/16 4.1 of 15.75 GiB, 44 ms a step, MFU 19 %, 291
-chip-hours in all; S/16 is half as fast with it as without (better_plain_vit.py).
+Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; row `B/16 v5e:16x16` of
+experiments.benchmarks.plan): B/16 2.1 of 15.75 GiB, 30 ms a step, MFU 28 %, 199 chip-hours in all;
+with --config.model.scan=true 4.1 GiB and 44 ms.
 """
 
 import ml_collections
