@@ -180,12 +180,14 @@ def draw_fits(drawn: list[tuple], folder: Path) -> None:
     shown = [d for d in drawn if d[0].startswith("average")][:8] or drawn[:8]
     figure, axes = new_figure(2, 5.2, 4.2)
     colours = (*HUES.values(), *OTHERS)
-    for colour, (title, unit, at, error, law) in zip(colours, shown, strict=False):
+    for number, (title, unit, at, error, law) in enumerate(shown):
+        # Frontiers share points: those drawn later are smaller, and the earlier ones show as rings.
+        style = {"color": colours[number], "ms": 10 - number}
         line = np.geomspace(at.min(), at.max(), 100)
         open_ = " (not determined)" if law.undetermined else ""
-        axes[0].plot(line, law(line), color=colour, ls="--" if law.undetermined else "-")
-        axes[0].plot(at, error, "o", color=colour, label=f"{title}{open_}")
-        axes[1].plot(at, law.residuals, "o", color=colour)
+        axes[0].plot(line, law(line), color=colours[number], ls="--" if law.undetermined else "-")
+        axes[0].plot(at, error, "o", **style, label=f"{title}{open_}")
+        axes[1].plot(at, law.residuals, "o", **style)
         for ax in axes:
             ax.set(xscale="log", xlabel=unit)
     axes[0].set(yscale="log", ylabel="error")
