@@ -111,6 +111,20 @@ def test_starts_are_kept_from_process_to_process(tmp_path, now):
     )
 
 
+def make_recorder(workdir, clock, log_every):
+    """Of a run on 8 chips."""
+    return metrics.Recorder(
+        metrics.Metrics(workdir, steps=100),
+        clock,
+        Starts(workdir, clock, 0, chips=8),
+        start=0,
+        log_every=log_every,
+        batch_size=8,
+        flops_per_image=1,
+        devices=8,
+    )
+
+
 @pytest.mark.parametrize(
     ("finished", "asked", "arrived", "stall"),
     [
@@ -123,16 +137,7 @@ def test_input_is_waited_for_only_while_devices_idle(
     tmp_path, monkeypatch, finished, asked, arrived, stall
 ):
     clock = Clock()
-    recorder = metrics.Recorder(
-        metrics.Metrics(tmp_path, steps=100),
-        clock,
-        Starts(tmp_path, clock, 0, chips=8),
-        start=0,
-        log_every=50,
-        batch_size=8,
-        flops_per_image=1,
-        devices=8,
-    )
+    recorder = make_recorder(tmp_path, clock, log_every=50)
     monkeypatch.setattr(metrics, "_finished_at", lambda values: finished)
     monkeypatch.setattr(metrics.time, "perf_counter", iter([asked, arrived]).__next__)
     with recorder:
@@ -145,16 +150,7 @@ def test_input_is_waited_for_only_while_devices_idle(
 
 def test_replaced_examples_are_counted_between_records(tmp_path):
     clock = Clock()
-    recorder = metrics.Recorder(
-        metrics.Metrics(tmp_path, steps=100),
-        clock,
-        Starts(tmp_path, clock, 0, chips=8),
-        start=0,
-        log_every=2,
-        batch_size=8,
-        flops_per_image=1,
-        devices=8,
-    )
+    recorder = make_recorder(tmp_path, clock, log_every=2)
     with recorder:
         for step, skipped in enumerate((1, 4, 0, 0, 2, 0), 1):
             values = {"loss": jax.numpy.ones(()), "skipped": jax.numpy.array(skipped)}

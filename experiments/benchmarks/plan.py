@@ -21,6 +21,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments.benchmarks.step_table import compiled_by
+
 ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Which rows to compile: a regex, searched in names.")
 TABLE = flags.DEFINE_bool("table", False, "Only write the table again.")
 RESULTS = Path(__file__).parent / "results"
@@ -166,11 +168,7 @@ def table(results: dict[str, dict]) -> str:
                 f"{plan['chip_hours']:,.0f}",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    seen = {
-        f"{', '.join(f'{k} {v}' for k, v in report['versions'].items())} ({report['date']})"
-        for report in results.values()
-    }
-    return "\n".join([*lines, "", "Compiled by " + "; ".join(sorted(seen)) + ".", ""])
+    return "\n".join([*lines, "", compiled_by(results.values()), ""])
 
 
 def main(_) -> None:

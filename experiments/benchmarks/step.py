@@ -99,7 +99,7 @@ def cycles_by(program: Program) -> tuple[dict[str, int], dict[str, int]]:
     """
     kinds: collections.Counter[str] = collections.Counter()
     layers: collections.Counter[str] = collections.Counter()
-    for times, _, instruction in program._instructions():
+    for times, _, instruction in program.instructions():
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if not cycles:
             continue
@@ -126,7 +126,7 @@ def started(program: Program) -> dict[str, int]:
         kind = instruction.opcode.removesuffix("-start")
         return kind if kind.startswith(("all-", "reduce-scatter", "collective-", "copy")) else None
 
-    instructions = list(program._instructions())
+    instructions = list(program.instructions())
     fused = {name for _, _, i in instructions if i.opcode == "fusion" for name in i.called()}
     for times, _, instruction in instructions:
         if instruction.computation in fused:

@@ -1,5 +1,7 @@
 """The step benchmark's reports as Markdown."""
 
+from collections.abc import Iterable
+
 HEADER = """# Steps: what the compilers say of them
 
 ESTIMATES of compilers, no measurements: `python -m experiments.benchmarks.step` says of what. Each
@@ -10,6 +12,15 @@ it doesn't see into, the bundles of their final schedule or the time of their me
 `ratio` is of their sum to a plain Flax ViT's (yardstick.py) in the same place.
 """
 PLAIN = "experiments.benchmarks.yardstick:plain"
+
+
+def compiled_by(reports: Iterable[dict]) -> str:
+    """A line with the versions and dates of all reports, each once."""
+    seen = {
+        f"{', '.join(f'{k} {v}' for k, v in report['versions'].items())} ({report['date']})"
+        for report in reports
+    }
+    return f"Compiled by {'; '.join(sorted(seen))}."
 
 
 def _place(report: dict) -> tuple:
@@ -85,8 +96,4 @@ def table(reports: dict[str, dict]) -> str:
         lines += _tpu_table(tpus)
     if gpus:
         lines += ["", *_gpu_table(gpus)]
-    seen = {
-        f"{', '.join(f'{k} {v}' for k, v in report['versions'].items())} ({report['date']})"
-        for report in ordered
-    }
-    return "\n".join([*lines, "", "Compiled by " + "; ".join(sorted(seen)) + ".", ""])
+    return "\n".join([*lines, "", compiled_by(ordered), ""])

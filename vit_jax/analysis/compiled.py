@@ -227,7 +227,8 @@ class Program:
         self.unknown_loops += 1
         return 1
 
-    def _instructions(self) -> Iterator[tuple[int, dict[str, Instruction], Instruction]]:
+    def instructions(self) -> Iterator[tuple[int, dict[str, Instruction], Instruction]]:
+        """How often each runs in a step, its computation by name, and itself."""
         for name, times in self._times.items():
             for instruction in self._computations[name].values():
                 yield times, self._computations[name], instruction
@@ -236,7 +237,7 @@ class Program:
     def cycles(self) -> int:
         """The TPU compiler's estimated cycles of one device, but for waiting, and for kernels."""
         total = 0
-        for times, _, instruction in self._instructions():
+        for times, _, instruction in self.instructions():
             if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
                 total += times * int(match[1])
         return total
@@ -248,7 +249,7 @@ class Program:
         Those of kernels, where these state any, too.
         """
         total = 0
-        for times, scope, instruction in self._instructions():
+        for times, scope, instruction in self.instructions():
             if instruction.opcode == "convolution":
                 total += times * _convolution_flops(scope, instruction)
             elif instruction.opcode == "dot":
@@ -259,7 +260,7 @@ class Program:
     def kernels(self) -> list[Kernel]:
         """Every call of a kernel; of none of them `cycles` knows."""
         found = []
-        for times, _, instruction in self._instructions():
+        for times, _, instruction in self.instructions():
             attributes = instruction.attributes
             if instruction.opcode != "custom-call" or not (match := _KERNEL.search(attributes)):
                 continue
@@ -276,7 +277,7 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every communication, one for all the parts that the compiler may spread it over."""
         found: dict[str, Collective] = {}
-        for times, scope, instruction in self._instructions():
+        for times, scope, instruction in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
             group = None
             if match := _BETWEEN_SLICES.search(instruction.attributes):

@@ -57,8 +57,6 @@ OF_TRAINING = (
     *("representation_size", "head_bias", "dropout", "attention_dropout", "stochastic_depth"),
     *("scan", "remat"),
 )
-
-
 _LOADING = threading.Lock()  # trials that go side by side download and read it once
 
 
@@ -131,11 +129,8 @@ def prepare(
         with _LOADING:
             params, description = load_init(config.init)
         source = described_model(description)
-        for name in (
-            "mlp",
-            "norm_epsilon",
-            "zero_padded_pool",
-        ):  # which no tensor's name or shape would betray
+        # What no tensor's name or shape would betray.
+        for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
             there, here = getattr(source.config, name), getattr(model.config, name)
             if there != here:
                 raise ValueError(
