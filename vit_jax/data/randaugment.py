@@ -15,7 +15,7 @@ included, since published results depend on them:
 - Translations (100 pixels at magnitude 10) and Cutout (a square of 80) don't scale with the image.
 
 Each result is Pillow's on x86 to the bit, but Pillow itself only moves pixels: at the rest, OpenCV
-and numpy are quicker and release the interpreter's lock, for which other threads would wait.
+and numpy are quicker, and where Pillow blends, other threads wait for the interpreter's lock.
 """
 
 import math
