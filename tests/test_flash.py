@@ -64,10 +64,10 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
 @pytest.mark.parametrize(
     ("queries", "tokens", "heads", "head_dim", "images", "masked", "chunk"),
     [
-        (17, 17, 3, 64, 3, False, 320),  # a head too few for two in a group
+        (17, 17, 3, 64, 3, False, 320),  # a head too many for two in a group
         (37, 37, 4, 32, 2, True, 16),  # several chunks of queries
         (1, 16, 1, 128, 1, False, 320),  # no lanes free for ones; a class token's query alone
-        (21, 21, 2, 72, 1, True, 320),  # heads that are padded, as So400m's
+        (21, 21, 8, 80, 1, True, 320),  # heads that fill no registers, as ViT-H's
     ],
 )
 def test_the_kernel_equals_plain_attention(
@@ -87,6 +87,14 @@ def test_the_kernel_equals_plain_attention(
     expected = value_and_gradients(lambda *x: plain(*map(add, x[:3], x[3:]), mask), both)
     found = value_and_gradients(lambda *x: kernel(*x[:3], x[3:], mask), both)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
+
+
+def test_heads_that_do_not_fit_together_are_padded(monkeypatch):
+    monkeypatch.setattr(flash, "MAX_BYTES", 0)
+    qkv = inputs(18, heads=2, head_dim=72)
+    expected, found = value_and_gradients(plain, qkv), value_and_gradients(kernel, qkv)
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 

@@ -4,7 +4,10 @@ A step of the grid computes some images and some heads whole. A vector register 
 than most heads have features, so `packed` heads lie side by side in a group of lanes as the
 projections leave them, and a head's share of a product is had by zeroing the others' lanes in one
 of its factors, which costs the matrix units nothing: they are 128 wide anyhow. Multiplied with the
-weights, lanes of ones in the place of the others' values give the softmax's denominator.
+weights, lanes of ones in the place of the others' values give the softmax's denominator. Heads that
+don't fill registers, such as ViT-H's of 80 features, are groups by themselves, which the kernel
+moves to a register's first lanes: padded outside of it, as they are where VMEM doesn't hold all
+heads of an image, they go through HBM time and again.
 
 Forward keeps log2 of the softmax's denominator (`lse`); backward computes weights from it again,
 transposed, [M, N]: what belongs to a query then lies along the lanes, and sums over keys run over
@@ -22,13 +25,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-HEAD_DIMS = (32, 64, 128)  # narrower heads are padded with zeros
 MAX_TOKENS = 2048
 MAX_CHUNK = 320  # queries whose scores are in VMEM at once
+MAX_BYTES = 6 * 2**20  # of VMEM, for what a step of the grid reads and writes, if it has a choice
 _NEVER = -1e30  # a score; minus infinity would make nan of rows that are masked as a whole
 
 
@@ -39,7 +43,7 @@ class _Plan:
     queries: int
     tokens: int
     heads: int
-    head_dim: int  # one of HEAD_DIMS
+    head_dim: int
     scale: float
     itemsize: int
     masked: bool
@@ -47,7 +51,13 @@ class _Plan:
 
     @property
     def packed(self) -> int:
-        return LANES // self.head_dim
+        packed = LANES // self.head_dim
+        return 1 if LANES % self.head_dim or self.heads % packed else packed
+
+    @property
+    def width(self) -> int:
+        """Lanes of a group."""
+        return self.packed * self.head_dim
 
     @property
     def groups(self) -> int:
@@ -72,15 +82,23 @@ class _Plan:
     def base_2(self) -> float:  # softmax's e^(scale s) is 2^(base_2 s)
         return self.scale * math.log2(math.e)
 
-    def at_once(self, most: int) -> int:
-        """Groups of heads in a step of the grid."""
-        return max(n for n in range(1, most + 1) if self.groups % n == 0)
+    def at_once(self, most: int, arrays: int) -> int:
+        """Groups of heads in a step of the grid: about `most`, and whole registers or all."""
+        whole = math.lcm(self.width, LANES) // self.width
+        if self.groups % whole:
+            return self.groups
+        while most > whole and self.bytes(most, arrays) > MAX_BYTES:
+            most -= 1
+        return max(n for n in range(whole, max(most, whole) + 1, whole) if self.groups % n == 0)
+
+    def bytes(self, groups: int, arrays: int) -> int:
+        """Of VMEM, for an image in a step of the grid, double-buffered."""
+        rows = max(self.rows, self.chunks * self.chunk)
+        return 2 * arrays * rows * groups * self.width * self.itemsize
 
     def images(self, batch: int, groups: int, arrays: int) -> int:
-        """Images in a step of the grid: double-buffered, they are to take 6 MiB."""
-        rows = max(self.rows, self.chunks * self.chunk)
-        size = 2 * arrays * rows * groups * LANES * self.itemsize
-        most = max(1, min(8, 6 * 2**20 // size))
+        """Images in a step of the grid."""
+        most = max(1, min(8, MAX_BYTES // self.bytes(groups, arrays)))
         return max(n for n in range(1, most + 1) if batch % n == 0)
 
     def own_lanes(self, j: int) -> jax.Array:
@@ -122,36 +140,33 @@ def flash_attention(
     """
     batch, queries, features = query.shape
     tokens, heads = key.shape[1], features // head_dim
-    width = next(n for n in HEAD_DIMS if n >= head_dim)
-    more = (0, -heads % (LANES // width)), (0, width - head_dim)
-
-    def pack(x):  # [B, ..., H K] -> [B, ..., whole groups of 128 lanes]
-        if more == ((0, 0), (0, 0)):
-            return x
-        x = x.reshape(*x.shape[:2], heads, head_dim)
-        return jnp.pad(x, ((0, 0), (0, 0), *more)).reshape(*x.shape[:2], -1)
-
     query = jnp.pad(query, ((0, 0), (0, max(0, 16 - queries)), (0, 0)))  # to whole registers
     plan = _Plan(
         queries=query.shape[1],
         tokens=tokens,
-        heads=heads + more[0][1],
-        head_dim=width,
+        heads=heads,
+        head_dim=head_dim,
         scale=head_dim**-0.5,
         itemsize=query.dtype.itemsize,
         masked=mask is not None,
         interpret=interpret,
     )
+    if plan.bytes(plan.at_once(1, 7), 7) > 2 * MAX_BYTES:
+        plan = dataclasses.replace(plan, head_dim=LANES)
+
+    def widen(x):  # [B, ..., H K] -> [B, ..., H 128]
+        x = x.reshape(*x.shape[:2], heads, head_dim)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, plan.head_dim - head_dim)))
+        return x.reshape(*x.shape[:2], -1)
+
     if biases is None:
         biases = [jnp.zeros((batch, 1, features), jnp.float32)] * 3
     if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, plan.rows - tokens)))
         mask = jnp.where(mask, 0.0, _NEVER).astype(jnp.float32)[:, None]
-        rest = ((0, 0), (0, 0), (0, plan.rows - tokens))
-        mask = jnp.pad(mask, rest, constant_values=_NEVER)
-    y = _attention(plan, *map(pack, (query, key, value)), tuple(map(pack, biases)), mask)
-    if more != ((0, 0), (0, 0)):
-        y = y.reshape(*y.shape[:2], plan.heads, width)[:, :, :heads, :head_dim]
-    return y[:, :queries].reshape(batch, queries, features)
+    y = _attention(plan, *map(widen, (query, key, value)), tuple(map(widen, biases)), mask)
+    y = y.reshape(batch, -1, heads, plan.head_dim)[:, :queries, :, :head_dim]
+    return y.reshape(batch, queries, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -160,17 +175,19 @@ def _attention(plan, query, key, value, biases, mask):
 
 
 def _attention_forward(plan, query, key, value, biases, mask):
-    # Outside the kernel: XLA adds while it multiplies.
-    qkv = [x + b.astype(x.dtype) for x, b in zip((query, key, value), biases, strict=True)]
+    # Outside the kernel: XLA adds while it multiplies. Named for `jax.checkpoint`, to be kept.
+    qkv = [
+        checkpoint_name(x + b.astype(x.dtype), "qkv")
+        for x, b in zip((query, key, value), biases, strict=True)
+    ]
     y, lse = _forward(plan, *qkv, mask)
     return y, (*qkv, mask, lse)
 
 
 def _attention_backward(plan, residuals, dy):
     mask = residuals[3]
-    *grads, d_query, d_key, d_value = _backward(plan, *residuals, dy)
-    biases = d_query, d_key, d_value
-    return *grads, biases, None if mask is None else jnp.zeros_like(mask)
+    dq, dk, dv, *biases = _backward(plan, *residuals, dy)
+    return dq, dk, dv, tuple(biases), None if mask is None else jnp.zeros_like(mask)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -178,9 +195,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _forward(plan: _Plan, query, key, value, mask):
     """(output like query, lse [B, H, chunks, chunk])."""
-    groups = plan.at_once(6)
-    images = plan.images(query.shape[0], groups, 4)
-    call = _Call(plan, query, images, groups)
+    call = _Call(plan, query, most=8, arrays=4)
     inputs = [call.queries, call.tokens, call.tokens] + [call.mask] * plan.masked
     scratch = [pltpu.VMEM((plan.chunk, LANES), jnp.float32)] * 2
     return call(_forward_kernel, 2, inputs, [call.queries, call.lse], scratch)(
@@ -190,9 +205,7 @@ def _forward(plan: _Plan, query, key, value, mask):
 
 def _backward(plan: _Plan, query, key, value, mask, lse, dy):
     """Gradients of query, key and value, and their sums over tokens, [B, 1, H K]."""
-    groups = plan.at_once(2)
-    images = plan.images(query.shape[0], groups, 7)
-    call = _Call(plan, query, images, groups)
+    call = _Call(plan, query, most=4, arrays=7)
     qkv = [call.queries, call.tokens, call.tokens]
     inputs = [*qkv, call.queries, call.lse] + [call.mask] * plan.masked
     return call(_backward_kernel, 5, inputs, qkv + [call.sums] * 3)(
@@ -201,31 +214,34 @@ def _backward(plan: _Plan, query, key, value, mask, lse, dy):
 
 
 class _Call:
-    """The grid over images and groups of heads, and what a step of it sees of each array."""
+    """The grid over images and groups of heads, and what a step of it sees of each array.
 
-    def __init__(self, plan: _Plan, query: jax.Array, images: int, groups: int):
-        heads, (batch, _, features) = groups * plan.packed, query.shape
-        lse = (batch, plan.heads, plan.chunks, plan.chunk)
+    Of groups it sees about `most`; `arrays` are those like query that it reads and writes.
+    """
+
+    def __init__(self, plan: _Plan, query: jax.Array, most: int, arrays: int):
+        batch, _, features = query.shape
+        groups = plan.at_once(most, arrays)
+        images, lse = plan.images(batch, groups, arrays), (plan.chunks, plan.chunk)
         self.plan, self.images, self.groups = plan, images, groups
         self.grid = (batch // images, plan.groups // groups)
         self.queries, self.tokens = (
             (
-                pl.BlockSpec((images, block, groups * LANES), lambda i, g: (i, 0, g)),
+                pl.BlockSpec((images, block, groups * plan.width), lambda i, g: (i, 0, g)),
                 jax.ShapeDtypeStruct((batch, rows, features), query.dtype),
             )
             for block, rows in ((plan.chunks * plan.chunk, plan.queries), (plan.rows, plan.tokens))
         )
         self.lse = (
-            pl.BlockSpec((images, heads, plan.chunks, plan.chunk), lambda i, g: (i, g, 0, 0)),
-            jax.ShapeDtypeStruct(lse, jnp.float32),
+            pl.BlockSpec((images, groups * plan.packed, *lse), lambda i, g: (i, g, 0, 0)),
+            jax.ShapeDtypeStruct((batch, plan.heads, *lse), jnp.float32),
         )
-        self.sums = (
-            pl.BlockSpec((images, 1, groups * LANES), lambda i, g: (i, 0, g)),
-            jax.ShapeDtypeStruct((batch, 1, features), jnp.float32),
-        )
-        self.mask = (
-            pl.BlockSpec((images, 1, plan.rows), lambda i, g: (i, 0, 0)),
-            jax.ShapeDtypeStruct((batch, 1, plan.rows), jnp.float32),
+        self.sums, self.mask = (
+            (
+                pl.BlockSpec((images, 1, block), lambda i, g, at=at: (i, 0, g * at)),
+                jax.ShapeDtypeStruct((batch, 1, lanes), jnp.float32),
+            )
+            for block, lanes, at in ((groups * plan.width, features, 1), (plan.rows, plan.rows, 0))
         )
 
     def __call__(
@@ -234,11 +250,12 @@ class _Call:
         """The kernel, which makes `products` matrix products of N x M x K for every head."""
 
         def step(*refs):
-            for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs))
+            # Straight on for a few groups: the compiler hides one's latencies behind the others.
+            straight = (12 if products == 2 else 4) // self.groups
+            for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs), straight)
 
         plan = self.plan
-        batch = self.images * self.grid[0]
-        scores = batch * plan.heads * plan.queries * plan.tokens
+        scores = self.images * self.grid[0] * plan.heads * plan.queries * plan.tokens
         cost = pl.CostEstimate(
             flops=2 * products * scores * plan.head_dim,
             bytes_accessed=sum(s.size * s.dtype.itemsize for _, s in inputs + outputs),
@@ -258,12 +275,15 @@ class _Call:
         )
 
 
-def for_each(count: int, body: Callable[[Any], None]) -> None:
-    """body(0), ..., body(count - 1), as a loop where there are several."""
-    if count == 1:
-        body(0)
-    else:
-        jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
+def for_each(count: int, body: Callable[[Any], None], straight: int = 1) -> None:
+    """body(0), ..., body(count - 1): a loop, of which a turn is at most `straight` of them."""
+    straight = max(n for n in range(1, max(straight, 1) + 1) if count % n == 0)
+
+    def turn(i, _):
+        for j in range(straight):
+            body(i * straight + j)
+
+    turn(0, None) if count == straight else jax.lax.fori_loop(0, count // straight, turn, None)
 
 
 def _zero_from(start: int | jax.Array, x: jax.Array, least: int = 0) -> jax.Array:
@@ -292,7 +312,7 @@ def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest)
         queries = pl.ds(c * plan.chunk, plan.chunk)
         lane_of = {}  # top_ref and sum_ref have a lane a head
         for g in range(groups):
-            lanes = slice(g * LANES, (g + 1) * LANES)
+            lanes = slice(g * plan.width, (g + 1) * plan.width)
             q, k = q_ref[image, queries, lanes], k_ref[image, :, lanes]
             # Past the tokens anything may lie, and nan times 0 is nan.
             v = _zero_from(plan.tokens, v_ref[image, :, lanes], plan.tokens)
@@ -308,8 +328,9 @@ def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest)
                 # The sum is in the other heads' lanes alone.
                 at = (j + 1) % plan.packed * plan.head_dim + g
                 lane_of[g * plan.packed + j] = at
-                total = products[j][:, at : at + 1]
-                if plan.packed == 1:
+                if plan.packed > 1:
+                    total = products[j][:, at : at + 1]
+                else:
                     total = weights.astype(jnp.float32).sum(axis=1, keepdims=True)
                 top_ref[:, at : at + 1], sum_ref[:, at : at + 1] = top, total
             if plan.packed > 1:  # the head before each has its sum in those lanes
@@ -331,7 +352,7 @@ def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_re
         attended = row.T[:, :1] == 0  # [M, 1]
 
     for g in range(groups):
-        lanes = slice(g * LANES, (g + 1) * LANES)
+        lanes = slice(g * plan.width, (g + 1) * plan.width)
         k, v = (
             _zero_from(plan.tokens, ref[image, :, lanes], plan.tokens) for ref in (k_ref, v_ref)
         )
@@ -364,7 +385,7 @@ def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_re
         if plan.chunks == 1:
             dq_sum, dk, dv = chunk(0)
         else:
-            zeros = jnp.zeros((plan.rows, LANES), jnp.float32)
+            zeros = jnp.zeros((plan.rows, plan.width), jnp.float32)
             dq_sum, dk, dv = jax.lax.fori_loop(
                 0,
                 plan.chunks,
