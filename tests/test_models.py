@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.transformer import drop_branch, dropout, stack_layers, unstack_layers
+from vit_jax.models.transformer import (
+    drop_branch,
+    dropout,
+    random_words,
+    stack_layers,
+    unstack_layers,
+)
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import flatten, unflatten
 from vit_jax.weights.bit import from_bit
@@ -201,7 +207,8 @@ def test_scan_and_remat_change_no_number(options):
         for remat in ("none", "dots", "full") if options is OPTIONS["published"] else ("full",):
             model = small(scan=scan, remat=remat, dropout=0.3, **options)
             params = init(model)
-            loss = lambda p, model=model: model.apply(p, images, keys).features.std()  # noqa: E731
+            # Not the features' deviation, which a LayerNorm makes 1 whatever the parameters are.
+            loss = lambda p, f=model.apply: (f(p, images, keys).features ** 4).mean()  # noqa: E731
             value, grads = jax.jit(jax.value_and_grad(loss))(params)
             if scan:
                 params, grads = unstack_layers(params, 2), unstack_layers(grads, 2)
@@ -249,6 +256,21 @@ def test_dropout_rate_and_scale():
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
     assert np.mean(y == 0) == pytest.approx(0.25, abs=0.01)
     assert (y[0] != y[1]).any()
+
+
+def test_what_drops_is_independent_of_its_row_column_and_image():
+    """Sums of products of two, and of rectangles of four, are no larger than chance makes them."""
+    keys = jax.random.split(jax.random.key(3), 32)
+    signs = 2.0 * (np.asarray(random_words(keys, (98, 256))) >> 31) - 1
+    rows, columns = signs[:, ::2] * signs[:, 1::2], signs[..., ::2] * signs[..., 1::2]
+    rectangles = columns[:, ::2] * columns[:, 1::2]
+    for products in (signs, rows, columns, rectangles, signs[::2] * signs[1::2]):
+        assert abs(products.sum()) < 4 * np.sqrt(products.size)
+    per_row, per_column = signs.sum(axis=2).var(), signs.sum(axis=1).var()
+    np.testing.assert_allclose([per_row / 256, per_column / 98], 1, rtol=0.1)
+    np.testing.assert_array_equal(
+        random_words(keys, (1, 256)), random_words(keys, (98, 256))[:, :1]
+    )
 
 
 def test_attention_dropout_and_stochastic_depth_are_on():
