@@ -75,7 +75,7 @@ def plan(
 ) -> dict:
     """Compiles a step and says all there is to say of it, ready for JSON.
 
-    `whole`: the making of the state too, and what the step would need without flash attention.
+    `whole`: the making of the state too, and what a GPU would need without flash attention.
     """
     config, mesh = training.config, training.mesh
     start = time.perf_counter()
@@ -123,7 +123,7 @@ def plan(
         report["collective_seconds"] = None if None in waits else sum(waits)
         report["loops_of_unknown_trips"] = program.unknown_loops
         report["kernels"] = kernels_report(program.kernels, topology.chip)
-        if report["kernels"] and whole:
+        if report["kernels"] and whole and not topology.chip.is_tpu:
             sizes["without_flash"] = peak(compile_step, without_flash(training))
         if topology.chip.is_tpu:  # GPUs' matrix products are calls of cuBLAS, without an estimate
             total = program.flops * topology.num_devices

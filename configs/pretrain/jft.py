@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.variant not in RATES:
         raise unknown("model of this recipe", arg.variant, RATES)
     peak, epochs = RATES[arg.variant]
-    transformer = {"representation_size": -1, "scan": True} if "ViT" in arg.variant else {}
+    transformer = {"representation_size": -1} if "ViT" in arg.variant else {}
     return recipe(
         model={"variant": arg.variant, "head_bias": -10.0, **transformer},
         image_size=224,

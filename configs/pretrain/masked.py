@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     split = "full" if arg.dataset == "imagenet21k" else "train"
     return recipe(
-        model={"variant": arg.variant, "pool": "gap", "scan": True},
+        model={"variant": arg.variant, "pool": "gap"},
         image_size=224,
         data={
             "dataset": arg.dataset,
