@@ -232,6 +232,24 @@ def test_remat_really_recomputes():
     assert "remat" not in primitives(remat="none")
     assert "remat" in primitives(remat="full")
     assert primitives(remat="full") != primitives(remat="dots")
+    assert "remat" in primitives(scan=True), "a scan would stack every factor of every derivative"
+
+
+def test_dots_keep_products_and_the_attention_kernel():
+    """Forward and backward of each: the kernel twice, and no product a third or fourth time."""
+    images = jnp.zeros((2, 32, 32, 3))
+
+    def count(remat):
+        model = small(remat=remat, attention="pallas", depth=1, pool="gap")
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        step = jax.jit(jax.grad(lambda p: model.apply(p, images).features.sum())).trace(params)
+        products = step.lower().as_text().count("stablehlo.dot_general")
+        return products, str(step.jaxpr).count("pallas_call")
+
+    assert count("none") == count("dots")
+    assert count("none")[1] == 2
+    assert count("full")[0] > count("none")[0]
+    assert count("full")[1] == 3
 
 
 def test_dropout_depends_on_each_images_key_alone():
