@@ -63,6 +63,15 @@ def test_a_tpus_program():
     assert STEP_FLOPS / program.cycles < CHIPS["v5e"].flops_per_cycle
 
 
+def test_what_the_compiler_has_no_estimate_of_is_not_added_up():
+    """It then says 2^63 - 1, as of a copy in ViT-G/14's program for TPU7x."""
+    text = TPU.read_text()
+    first = re.search(r'"estimated_cycles":"(\d+)"', text)
+    changed = Program(text.replace(first[0], f'"estimated_cycles":"{2**63 - 1}"', 1))
+    assert (Program(text).without_estimate, changed.without_estimate > 0) == (0, True)
+    assert Program(text).cycles - changed.cycles == changed.without_estimate * int(first[1])
+
+
 def test_a_cpus_program():
     compiled = compile_for(fsdp_step(jax.devices()[:4]))
     program = Program(compiled.as_text())

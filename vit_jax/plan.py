@@ -129,6 +129,7 @@ def plan(
             total = program.flops * topology.num_devices
             report["flops"] |= {"compiled": total, "recomputed": total / flops - 1}
             report["cycles"] = program.cycles
+            report["instructions_without_estimate"] = program.without_estimate
             report["compute_seconds"] = program.cycles / topology.chip.clock
     if mfu is None and "cycles" in report:  # as if nothing overlapped
         kernels = sum(row["roofline_seconds"] or 0.0 for row in report["kernels"])

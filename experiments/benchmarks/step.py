@@ -100,17 +100,16 @@ def cycles_by(program: Program) -> tuple[dict[str, int], dict[str, int]]:
     kinds: collections.Counter[str] = collections.Counter()
     layers: collections.Counter[str] = collections.Counter()
     for times, _, instruction in program.instructions():
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        if not cycles:
+        if not (cycles := instruction.cycles):
             continue
         name = re.search(r'op_name="([^"]*)"', instruction.attributes)
         name = name[1] if name else "-"
         kind = next(kind for kind, pattern in KINDS if re.search(pattern, name))
         if kind != "optimizer":
             kind += ", backward" if "transpose(" in name else ", forward"
-        kinds[kind] += times * int(cycles[1])
+        kinds[kind] += times * cycles
         layer = re.search(r"\b(?:encoderblock|Block)(?:_(\d+))?\b", name)
-        layers[(layer[1] or "all") if layer else "none"] += times * int(cycles[1])
+        layers[(layer[1] or "all") if layer else "none"] += times * cycles
     return dict(kinds.most_common()), dict(layers)
 
 

@@ -159,6 +159,13 @@ class Instruction:
         for match in _CALLED.finditer(self.attributes):
             yield from (name.strip().lstrip("%") for name in match[1].split(","))
 
+    @property
+    def cycles(self) -> int | None:
+        """The TPU compiler's estimate of one run; None where it says that it has none."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        cycles = int(match[1]) if match else 0
+        return None if cycles == 2**63 - 1 else cycles
+
     def attribute(self, name: str) -> str | None:
         match = re.search(rf"\b{name}=([^\s,{{]+|\{{[^{{}}]*\}})", self.attributes)
         return match and match[1]
@@ -236,11 +243,12 @@ class Program:
     @property
     def cycles(self) -> int:
         """The TPU compiler's estimated cycles of one device, but for waiting, and for kernels."""
-        total = 0
-        for times, _, instruction in self.instructions():
-            if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
-                total += times * int(match[1])
-        return total
+        return sum(times * (i.cycles or 0) for times, _, i in self.instructions())
+
+    @property
+    def without_estimate(self) -> int:
+        """How many of the instructions that run in a step `cycles` counts as 0 for want of one."""
+        return sum(times for times, _, i in self.instructions() if i.cycles is None)
 
     @property
     def flops(self) -> int:

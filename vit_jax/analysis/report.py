@@ -197,6 +197,8 @@ def show(report: dict) -> str:
             f"Estimated cycles of a device: {report['cycles']:,}, the compiler's: "
             f"{report['compute_seconds'] * 1e3:.1f} ms",
         ]
+        if unknown := report["instructions_without_estimate"]:
+            lines.append(f"  of {unknown} instruction(s) the compiler says none: they count as 0")
     if report.get("kernels"):
         lines += [
             "",
