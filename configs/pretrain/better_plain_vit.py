@@ -10,9 +10,9 @@ weight decay 1e-4 that follows the schedule alone, cosine, 10k steps of warm-up,
 RandAugment (2, 10), mixup 0.2, softmax, global average pooling, fixed 2-D sin-cos positions, a tanh
 layer in the head; as published in big_vision's configs/vit_s16_i1k.py.
 
-Planned for v5e:4x4 (the compiler's estimate, libtpu 0.0.42; row `S/16 v5e:4x4` of
-experiments.benchmarks.plan): S/16 1.6 of 15.75 GiB, 19 ms a step, MFU 47 %, 9 chip-hours in all;
-with --config.model.scan=true 5.1 GiB and 40 ms.
+Planned for v5e:4x4 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
+plan.md): S/16 1.6 of 15.75 GiB, 18 ms a step, MFU 48 %, 9 chip-hours in all; with
+--config.model.scan=true 1.7 GiB and 28 ms.
 """
 
 import ml_collections

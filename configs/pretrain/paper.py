@@ -14,9 +14,10 @@ head's bias and the tanh layer are the authors' answers in issues 2, 34 and 89 t
 big_vision's. Hybrids are trained as their ViTs (section 4.1). JFT is in jft.py. How to prepare
 ImageNet-21k: experiments/launch/README.md.
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; row `B/16 v5e:16x16` of
-experiments.benchmarks.plan): B/16 2.1 of 15.75 GiB, 30 ms a step, MFU 28 %, 199 chip-hours in all;
-with --config.model.scan=true 4.1 GiB and 44 ms.
+Planned for v5e:16x16 (the compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/
+plan.md): B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms a step, MFU 45 %, 125 chip-hours in all; with
+--config.model.scan=true 2.4 GiB and 29 ms. L/16 on ImageNet-21k with --config.mesh.fsdp=16 2.9 GiB,
+52 ms, 58 %, 1,138 chip-hours; without 6.0 GiB and 61 ms.
 """
 
 import ml_collections
