@@ -5,7 +5,8 @@ python -m vit_jax.pretrain --config=configs/pretrain/formula.py:dataset=fractals
     --workdir=runs/fractals
 
 Our own recipe. The hidden layer of the head is the paper's (section 3.2): few-shot features are
-taken from it. Longer pretraining fits the formula's classes better and digits worse.
+taken from it. Longer pretraining fits the formula's classes better and digits worse. On v5e:2x2 the
+compiler estimates 0.04 of 15.75 GiB and 0.6 ms a step, 0.9 % MFU: it is for a processor.
 """
 
 import ml_collections

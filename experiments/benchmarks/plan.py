@@ -27,9 +27,9 @@ ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Which rows to compile: a regex, s
 TABLE = flags.DEFINE_bool("table", False, "Only write the table again.")
 RESULTS = Path(__file__).parent / "results"
 
-PAPER, JFT, SCALING, AUGREG, PLAIN, BIT = (
+PAPER, JFT, SCALING, AUGREG, PLAIN, BIT, MASKED = (
     f"configs/pretrain/{name}.py"
-    for name in ("paper", "jft", "scaling_vit", "augreg", "better_plain_vit", "bit")
+    for name in ("paper", "jft", "scaling_vit", "augreg", "better_plain_vit", "bit", "masked")
 )
 MODELS = {
     "B/16": f"{PAPER}:ViT-B/16",
@@ -39,6 +39,7 @@ MODELS = {
     "G/14": f"{SCALING}:ViT-G/14",
     "S/16": f"{PLAIN}:ViT-S/16",
     "AugReg B/16": f"{AUGREG}:ViT-B/16",
+    "masked B/16": f"{MASKED}:ViT-B/16",
     "R50x1": f"{BIT}:R50x1",
     "R50+B/16": f"{JFT}:R50+ViT-B/16",
 }
@@ -58,6 +59,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("S/16", "v5e:4x4", SCAN),
     ("B/16", "v5e:4x4", ("--config.mesh.fsdp=16", "--config.batch_size=1024")),
     ("AugReg B/16", "v5e:16x16", ()),
+    ("masked B/16", "v5e:16x16", ()),
     ("R50x1", "v5e:16x16", ()),
     ("R50+B/16", "v5e:16x16", ()),
     ("B/16", "v4:8x8x16", ()),
