@@ -158,6 +158,7 @@ def abstract_device(kind):
         ("auto", "gpu", jnp.bfloat16, 64, False, "cudnn"),
         ("auto", "tpu", jnp.bfloat16, 36, False, "pallas"),
         ("auto", "tpu", jnp.bfloat16, 256, False, "xla"),
+        ("auto", "TPU v3", jnp.bfloat16, 64, False, "xla"),
         ("auto", "gpu", jnp.float32, 64, False, "xla"),
         ("auto", "gpu", jnp.bfloat16, 36, False, "xla"),
         ("auto", "gpu", jnp.bfloat16, 64, True, "xla"),
@@ -167,7 +168,8 @@ def abstract_device(kind):
     ],
 )
 def test_the_rule(monkeypatch, wanted, on, dtype, head_dim, plain, chosen):
-    monkeypatch.setattr(attention, "platform", lambda: on)
+    monkeypatch.setattr(attention, "platform", on.split()[0].lower)
+    monkeypatch.setattr(attention, "device_kind", lambda: on)
     assert choose_attention(wanted, 5, head_dim, dtype, plain=plain) == chosen
 
 

@@ -5,8 +5,8 @@
   it.
 - `pallas`: our kernel for TPUs (`models.flash`); elsewhere interpreted, for tests.
 - `cudnn`: NVIDIA's flash attention, in bfloat16.
-- `auto`: in bfloat16 our kernel on TPUs and cuDNN's on GPUs, otherwise plain. It is the platform
-  that is compiled for which counts (`parallel.mesh.platform`), not the one that compiles.
+- `auto`: in bfloat16 our kernel on TPUs from v4 on and cuDNN's on GPUs, otherwise plain. It is the
+  platform that is compiled for which counts (`parallel.mesh.platform`), not the one that compiles.
 
 Letters in shapes: B images, N tokens, M tokens attended to, H heads, K head's width.
 """
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import flash
-from vit_jax.parallel.mesh import map_images_and_heads, platform
+from vit_jax.parallel.mesh import device_kind, map_images_and_heads, platform
 
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
 _FASTEST = {"tpu": "pallas", "gpu": "cudnn"}
+_WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its products
 
 
 def choose_attention(
@@ -31,7 +32,7 @@ def choose_attention(
         return "xla"
     if wanted != "auto":
         return wanted
-    fastest = _FASTEST.get(platform(), "xla")
+    fastest = _FASTEST.get(platform(), "xla") if device_kind() not in _WITHOUT_KERNEL else "xla"
     fits = dtype == jnp.bfloat16 and not misfit(fastest, head_dim, dtype)
     return fastest if fits else "xla"
 

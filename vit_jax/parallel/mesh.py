@@ -155,6 +155,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """As `platform`, more exactly: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ..."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
+
+
 def map_images_and_heads(function: Callable, heads: int) -> Callable:
     """Inside jit, under `use_mesh`: `function` of [B, ..., H K], on each device's part alone.
 
