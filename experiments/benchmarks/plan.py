@@ -64,7 +64,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("R50+B/16", "v5e:16x16", ()),
     ("B/16", "v4:8x8x16", ()),
     ("L/16", "v4:8x8x16", ()),
-    ("H/14", "v4:8x8x16", ()),
+    ("H/14", "v4:8x8x16", SCAN),
     ("G/14", "v4:8x8x16", (*FULL, "--config.mesh.fsdp=64")),
     ("B/16", "tpu7x:4x4x8", ()),
     ("L/16", "tpu7x:4x4x8", ()),
