@@ -16,9 +16,8 @@ Expected: R50x1 76.0 % on ImageNet's validation images (BiT's comparison of norm
 weight standardisation, batch 4096); of ImageNet-21k, fine-tuned on ImageNet, R50x1 80.68 and R152x2
 85.15 % (the README of google-research/big_transfer).
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; row `R50x1 v5e:16x16` of
-experiments.benchmarks.plan): R50x1 0.8 of 15.75 GiB, 12 ms a step, MFU 16 %, 23 chip-hours in all
-on ImageNet.
+Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
+plan.md): R50x1 0.8 of 15.75 GiB, 11 ms a step, MFU 17 %, 22 chip-hours in all on ImageNet.
 """
 
 import ml_collections

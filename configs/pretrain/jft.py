@@ -18,9 +18,9 @@ dropout, 224 px. Sigmoid loss and the head's bias as on ImageNet-21k (big_vision
 ViT-L/32 has a third of ViT-L/32's learning rate, although section 4.1 says that hybrids are trained
 as their ViTs: the table is followed. ResNets pretrained by SGD are in bit.py.
 
-Plans, estimates of the compiler, for 256 chips of v5e (minutes, without one); H/14 is planned with
---config.model.remat=full:
-python -m experiments.benchmarks.plan --rows='(H/14|R50.B/16) v5e:16x16'
+Planned for v5e:16x16 (the compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/
+plan.md): H/14 11.9 of 15.75 GiB, 140 ms a step, MFU 58 %, 10,280 chip-hours in all; with
+--config.mesh.fsdp=16 5.8 GiB, 122 ms, 67 %, 8,964. R50+B/16 3.0 GiB, 27 ms, 38 %, 1,005 chip-hours.
 """
 
 import ml_collections
