@@ -109,7 +109,9 @@ def equal_runs(workdir, other):
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         if name != "step":
-            np.testing.assert_allclose(found[name], array, atol=1e-5, rtol=0, err_msg=name)
+            # SGD's momentum is a sum of gradients, ten times one of them, and not yet times a rate.
+            atol = 1e-4 if "['trace']" in name else 1e-5
+            np.testing.assert_allclose(found[name], array, atol=atol, rtol=0, err_msg=name)
     ours, theirs = records(workdir), records(other)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
