@@ -71,7 +71,8 @@ def test_several_processes_equal_one(alone, tmp_path, processes):
     for arguments in commands(tmp_path, alone / "pretrain").values():
         codes, errors = finish(cluster(processes, 4, lambda i, a=arguments: a))
         assert codes == [0] * processes, errors
-    equal_runs(tmp_path / "pretrain", alone / "pretrain")
+    # At first the class token is nearly zero, so that its LayerNorm magnifies rounding.
+    equal_runs(tmp_path / "pretrain", alone / "pretrain", gradients=1e-4)
     equal_runs(tmp_path / "transfer", alone / "transfer")
     for name in ("classification", "fewshot"):
         ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, alone))
