@@ -12,6 +12,7 @@ import pytest
 from vit_jax.models.transformer import (
     drop_branch,
     dropout,
+    further_remat,
     random_words,
     stack_layers,
     unstack_layers,
@@ -233,6 +234,13 @@ def test_remat_really_recomputes():
     assert "remat" in primitives(remat="full")
     assert primitives(remat="full") != primitives(remat="dots")
     assert "remat" in primitives(scan=True), "a scan would stack every factor of every derivative"
+
+
+def test_ways_to_remat_that_differ():
+    """A scan does with "none" what "dots" does: nobody is to compile both."""
+    assert further_remat("none", scan=False) == ["none", "dots", "full"]
+    assert further_remat("none", scan=True) == ["none", "full"]
+    assert further_remat("dots", scan=True) == ["dots", "full"]
 
 
 def test_dots_keep_products_and_the_attention_kernel():

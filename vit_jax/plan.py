@@ -47,6 +47,7 @@ from vit_jax.analysis.report import (
 )
 from vit_jax.analysis.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import dataset_size
+from vit_jax.models.transformer import further_remat
 from vit_jax.models.variants import build_model
 from vit_jax.parallel.mesh import MeshConfig, batch_parts, check_batch_size, make_mesh
 from vit_jax.training.memory import compile_init, compile_step
@@ -188,7 +189,7 @@ def search(
     check_batch_size(config.batch_size, make_mesh(config.mesh, devices))
     for mesh_config in search_meshes(config, topology, size[0]):
         mesh = make_mesh(mesh_config, devices)
-        for remat in ("none", "dots", "full"):
+        for remat in further_remat("none", config.model.scan):
             accumulation = 1
             while config.batch_size % (batch_parts(mesh) * accumulation) == 0:
                 variant = dataclasses.replace(

@@ -140,6 +140,14 @@ def rematted(block: type[nn.Module], policy: str, in_scan: bool = False) -> type
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not in_scan)
 
 
+def further_remat(policy: str, scan: bool) -> list[str]:
+    """`policy`, and those that keep less than it, in turn."""
+    policies = list(REMAT_POLICIES)[list(REMAT_POLICIES).index(policy) :]
+    if scan and policy == "none":
+        policies.remove("dots")  # which a scan does anyway
+    return policies
+
+
 def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
     """The linear head that every family ends in, zero at first (section 3.2).
 

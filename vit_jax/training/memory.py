@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.analysis.compiled import OutOfMemory, compile_for, memory
-from vit_jax.models.transformer import REMAT_POLICIES
+from vit_jax.models.transformer import further_remat
 from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
 from vit_jax.training.initial import fresh_state
 from vit_jax.training.recipe import TrainConfig, Training, build_training
@@ -74,8 +74,7 @@ def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
     how many is told by proportion and then compiled. ValueError if nothing fits, with what does.
     """
     config, tried = training.config, []
-    policies = list(REMAT_POLICIES)
-    for remat in policies[policies.index(config.model.remat) :]:
+    for remat in further_remat(config.model.remat, config.model.scan):
         accumulation = config.accumulation
         while accumulation:
             fitted = dataclasses.replace(
