@@ -4,10 +4,9 @@ A step of the grid computes some images and some heads whole. A vector register 
 than most heads have features, so `packed` heads lie side by side in a group of lanes as the
 projections leave them, and a head's share of a product is had by zeroing the others' lanes in one
 of its factors, which costs the matrix units nothing: they are 128 wide anyhow. Multiplied with the
-weights, lanes of ones in the place of the others' values give the softmax's denominator. Heads that
-don't fill registers, such as ViT-H's of 80 features, are groups by themselves, which the kernel
-moves to a register's first lanes: padded outside of it, as they are where VMEM doesn't hold all
-heads of an image, they go through HBM time and again.
+weights, lanes of ones in the place of the others' values give the softmax's denominator.
+Heads that fill no register, as ViT-H's 80 features, are groups of one, moved to a register's lanes
+by the load; they are padded, which sends them through HBM, where VMEM can't hold all of an image's.
 
 Forward keeps log2 of the softmax's denominator (`lse`); backward computes weights from it again,
 transposed, [M, N]: what belongs to a query then lies along the lanes, and sums over keys run over
@@ -92,7 +91,7 @@ class _Plan:
         return max(n for n in range(whole, max(most, whole) + 1, whole) if self.groups % n == 0)
 
     def bytes(self, groups: int, arrays: int) -> int:
-        """Of VMEM, for an image in a step of the grid, double-buffered."""
+        """Of VMEM, double-buffered, for an image's `arrays` like query in a step of the grid."""
         rows = max(self.rows, self.chunks * self.chunk)
         return 2 * arrays * rows * groups * self.width * self.itemsize
 
@@ -214,10 +213,7 @@ def _backward(plan: _Plan, query, key, value, mask, lse, dy):
 
 
 class _Call:
-    """The grid over images and groups of heads, and what a step of it sees of each array.
-
-    Of groups it sees about `most`; `arrays` are those like query that it reads and writes.
-    """
+    """The grid over images and groups of heads, and what a step of it sees of each array."""
 
     def __init__(self, plan: _Plan, query: jax.Array, most: int, arrays: int):
         batch, _, features = query.shape
@@ -283,7 +279,10 @@ def for_each(count: int, body: Callable[[Any], None], straight: int = 1) -> None
         for j in range(straight):
             body(i * straight + j)
 
-    turn(0, None) if count == straight else jax.lax.fori_loop(0, count // straight, turn, None)
+    if count == straight:
+        turn(0, None)
+    else:
+        jax.lax.fori_loop(0, count // straight, turn, None)
 
 
 def _zero_from(start: int | jax.Array, x: jax.Array, least: int = 0) -> jax.Array:

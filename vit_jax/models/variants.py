@@ -121,7 +121,9 @@ class ModelConfig:
     # numbers agree within rounding.
     attention: str = "auto"
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    scan: bool = False  # one loop over the layers: faster to compile, the same numbers
+    # One loop over the layers: faster to compile, slower, the same numbers. It keeps products alone
+    # for the backward pass, as remat=dots does.
+    scan: bool = False
     remat: str = "none"  # recompute in the backward pass: none | dots | full; the same numbers
 
 

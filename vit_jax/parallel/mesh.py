@@ -149,16 +149,18 @@ def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*axes))
 
 
+def _device() -> Any:
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def platform() -> str:
     """Inside jit: "tpu", "gpu" or "cpu", of the devices of `use_mesh`, or else of jax's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    return _device().platform
 
 
 def device_kind() -> str:
     """As `platform`, more exactly: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ..."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
+    return _device().device_kind
 
 
 def map_images_and_heads(function: Callable, heads: int) -> Callable:
