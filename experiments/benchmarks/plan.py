@@ -5,7 +5,7 @@ python -m experiments.benchmarks.plan --rows='h100|h200|a100|b200'  # pip instal
 
 Each row is one `python -m vit_jax.plan`, whose whole report goes to results/plan.json; the table of
 all rows that are there goes to results/plan.md. No chip is used: these are estimates of the
-compilers and no measurements. A row takes one to five minutes of two cores, and 3 GB.
+compilers and no measurements. A row takes one to ten minutes of two cores, and 3 GB.
 """
 
 import datetime
