@@ -28,8 +28,9 @@ def inputs(tokens, heads=2, head_dim=16, images=2, dtype=jnp.float32):
 
 def plain(query, key, value, mask=None):
     mask = None if mask is None else mask[:, None, None]
-    weights = attention_weights(query, key, mask=mask).astype(query.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights, value)
+    weights, total = attention_weights(query, key, mask=mask)
+    y = jnp.einsum("bhnm,bmhk->bhnk", weights.astype(query.dtype), value) / total
+    return y.astype(query.dtype).swapaxes(1, 2)
 
 
 def kernel(query, key, value, biases=None, mask=None):
@@ -171,6 +172,12 @@ def test_the_rule(monkeypatch, wanted, on, dtype, head_dim, plain, chosen):
     monkeypatch.setattr(attention, "platform", on.split()[0].lower)
     monkeypatch.setattr(attention, "device_kind", lambda: on)
     assert choose_attention(wanted, 5, head_dim, dtype, plain=plain) == chosen
+
+
+def test_chips_whose_compiler_refuses_the_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "device_kind", lambda: "TPU v3")
+    with pytest.raises(ValueError, match=r"'pallas' on TPU v3: .* 'auto' or 'xla'"):
+        choose_attention("pallas", 5, 64, jnp.bfloat16, plain=False)
 
 
 def test_the_platform_is_that_of_the_mesh():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.models import transformer
 from vit_jax.models.transformer import (
     drop_branch,
     dropout,
@@ -221,7 +222,8 @@ def test_scan_and_remat_change_no_number(options):
         chex.assert_trees_all_close(grads, other_grads, atol=1e-6, rtol=1e-4)
 
 
-def test_remat_really_recomputes():
+def test_remat_really_recomputes(monkeypatch):
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")  # on CPUs some of it always is
     images = jnp.zeros((2, 32, 32, 3))
 
     def primitives(**options):
@@ -234,6 +236,28 @@ def test_remat_really_recomputes():
     assert "remat" in primitives(remat="full")
     assert primitives(remat="full") != primitives(remat="dots")
     assert "remat" in primitives(scan=True), "a scan would stack every factor of every derivative"
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
+def test_cpus_compute_the_same_with_less_in_memory(monkeypatch, mlp):
+    model, images = small(mlp=mlp), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    params = model.init(jax.random.key(0))
+
+    def loss(p):
+        return (model.apply(p, images).features ** 2).sum()
+
+    def gradients_and_hidden_layers():
+        kept = [r.shape for r in jax.tree.leaves(jax.vjp(loss, params)[1])]
+        hidden = model.config.mlp_dim
+        return jax.jit(jax.grad(loss))(params), sum(
+            s[0] == 2 and s[-1] == hidden for s in kept if s
+        )
+
+    found, kept = gradients_and_hidden_layers()
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    expected, kept_elsewhere = gradients_and_hidden_layers()
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert kept < kept_elsewhere, "factors of GELU's derivative are kept"
 
 
 def test_ways_to_remat_that_differ():

@@ -27,12 +27,21 @@ _WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its products
 def choose_attention(
     wanted: str, tokens: int, head_dim: int, dtype: jax.typing.DTypeLike, *, plain: bool
 ) -> str:
-    """What computes it: "xla", "pallas" or "cudnn". `plain`: whether only the plain way will do."""
+    """What computes it: "xla", "pallas" or "cudnn". `plain`: whether only the plain way will do.
+
+    Raises ValueError if `wanted` can't be compiled for the device.
+    """
     if plain or tokens > flash.MAX_TOKENS:
         return "xla"
+    without_kernel = device_kind() in _WITHOUT_KERNEL
+    if wanted == "pallas" and without_kernel:
+        raise ValueError(
+            f"attention 'pallas' on {device_kind()}: its compiler refuses the kernel's matrix "
+            "products; set model.attention to 'auto' or 'xla'"
+        )
     if wanted != "auto":
         return wanted
-    fastest = _FASTEST.get(platform(), "xla") if device_kind() not in _WITHOUT_KERNEL else "xla"
+    fastest = "xla" if without_kernel else _FASTEST.get(platform(), "xla")
     fits = dtype == jnp.bfloat16 and not misfit(fastest, head_dim, dtype)
     return fastest if fits else "xla"
 
@@ -54,8 +63,11 @@ def attention_weights(
     *,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
-) -> jax.Array:
-    """[B, N, H, K], [B, M, H, K] -> softmax(q k / sqrt(K) + bias), float32 [B, H, N, M].
+) -> tuple[jax.Array, jax.Array]:
+    """The weights softmax(q k / sqrt(K) + bias) of [B, N, H, K], [B, M, H, K], in two parts.
+
+    They are exp(scores - the largest), float32 [B, H, N, M], over their sums, [B, H, N, 1]. What
+    they weigh can be divided instead, which has K features and not M tokens.
 
     `bias` [B, H, N, M]; `mask`, which broadcasts to that, is True where attention is allowed.
     """
@@ -66,7 +78,9 @@ def attention_weights(
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores, axis=-1)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    return weights, weights.sum(axis=-1, keepdims=True)
 
 
 def flash_attention(

@@ -8,6 +8,7 @@ accumulation, scan and remat on or off.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from vit_jax.models.attention import (
 )
 from vit_jax.models.dense import Dense
 from vit_jax.models.positions import Positions, position_table, rotate
-from vit_jax.parallel.mesh import constrain_batch
+from vit_jax.parallel.mesh import constrain_batch, platform
 
 
 def keeps_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -124,7 +125,8 @@ def layer_norm(config: TransformerConfig, name: str, use_bias: bool = True) -> n
     options = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "name": name}
     if config.parallel:
         return nn.RMSNorm(**options)
-    return nn.LayerNorm(use_bias=use_bias, **options)
+    layer = nn.remat(nn.LayerNorm) if platform() == "cpu" else nn.LayerNorm  # as GELU, see below
+    return layer(use_bias=use_bias, **options)
 
 
 def rematted(block: type[nn.Module], policy: str, in_scan: bool = False) -> type[nn.Module]:
@@ -233,10 +235,11 @@ class MultiHeadAttention(nn.Module):
         if offsets is not None:
             offsets = offsets[: x.shape[1]].astype(query.dtype) * head_dim**-0.5
             bias = jnp.einsum("bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32)
-        weights = attention_weights(query, key, bias=bias, mask=mask)
-        self.sow("intermediates", "attention", weights)
+        weights, total = attention_weights(query, key, bias=bias, mask=mask)
+        self.sow("intermediates", "attention", weights / total)
         weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
-        return out(jnp.einsum("bhnm,bmhk->bnhk", weights, value))
+        y = jnp.einsum("bhnm,bmhk->bhnk", weights, value) / total
+        return out(y.astype(config.dtype).swapaxes(1, 2))
 
     def _through_cache(self, name: str, new: jax.Array, index: jax.Array | int) -> jax.Array:
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
@@ -269,7 +272,10 @@ class MlpBlock(nn.Module):
         if config.mlp == "swiglu":
             y = y * nn.silu(dense(config.mlp_dim, "gate")(x))
         else:
-            y = nn.gelu(y, approximate=config.mlp == "gelu_tanh")
+            gelu = functools.partial(nn.gelu, approximate=config.mlp == "gelu_tanh")
+            # XLA's CPU compiler keeps each factor of the derivative in memory: it takes less time
+            # to compute them again.
+            y = (jax.checkpoint(gelu) if platform() == "cpu" else gelu)(y)
         y = dropout(y, config.dropout, fold_keys(keys, 0))
         y = dense(x.shape[-1], "Dense_1", to_nonlinearity=False)(y)
         return dropout(y, config.dropout, fold_keys(keys, 1))
