@@ -238,16 +238,16 @@ def test_remat_really_recomputes(monkeypatch):
     assert "remat" in primitives(scan=True), "a scan would stack every factor of every derivative"
 
 
-@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
-def test_cpus_compute_the_same_with_less_in_memory(monkeypatch, mlp):
-    model, images = small(mlp=mlp), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    params = model.init(jax.random.key(0))
+def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
+    model, images = small(), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    params = init(model)
 
     def loss(p):
         return (model.apply(p, images).features ** 2).sum()
 
     def gradients_and_hidden_layers():
-        kept = [r.shape for r in jax.tree.leaves(jax.vjp(loss, params)[1])]
+        backward = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+        kept = [r.shape for r in jax.tree.leaves(backward)]
         hidden = model.config.mlp_dim
         return jax.jit(jax.grad(loss))(params), sum(
             s[0] == 2 and s[-1] == hidden for s in kept if s
