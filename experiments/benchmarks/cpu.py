@@ -220,23 +220,25 @@ def main(_) -> None:
     if WORKER.value:
         work()
         return
+    names = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
+    report = {
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "cases": {},
+    }
     path = Path(OUTPUT.value) if OUTPUT.value else None
-    rows = json.loads(path.read_text())["cases"] if path and path.exists() else {}
+    if path and path.exists():
+        report["cases"] = json.loads(path.read_text())["cases"]
     for case in CASES.value:
         variant, _, size = case.partition(":")
         for task in TASKS.value:
             row = compete(variant, int(size), task)
             print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
-            rows[f"{task} {case}"] = {**row, "date": datetime.date.today().isoformat()}
-    if path:
-        names = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
-        report = {
-            "machine": f"{processor()}, {os.cpu_count()} cores",
-            "versions": {name: importlib.metadata.version(name) for name in names},
-            "python": platform.python_version(),
-            "cases": rows,
-        }
-        path.write_text(json.dumps(report, indent=1) + "\n")
+            date = datetime.date.today().isoformat()
+            report["cases"][f"{task} {case}"] = {**row, "date": date}
+            if path:  # what a later case may not reach
+                path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
