@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,8 +30,10 @@ def test_quickstart(tmp_path):
     for row in table:
         assert row["accuracy on 599 held-out digits"] in done.stdout
         assert 0 <= float(row["pretrained"]) <= 100 and 0 <= float(row["random weights"]) <= 100
-    # Closed form, so always the same: 1, 5, 10 and 25 shots of raw pixels.
-    assert [row["raw pixels"] for row in table] == ["52.9", "81.4", "87.2", "90.2", ""]
+    # Closed form: 1, 5, 10 and 25 shots of raw pixels are always the same, but that rounding, which
+    # differs from processor to processor, may decide one of the 599 digits (0.17%).
+    raw = [float(row["raw pixels"]) for row in table[:4]]
+    assert raw == pytest.approx([52.9, 81.4, 87.2, 90.2], abs=0.25) and not table[4]["raw pixels"]
     for name in ("pretraining", "transfer", "fewshot"):
         assert f"{folder / name}.png" in done.stdout
         assert (folder / f"{name}.png").stat().st_size > 10_000
