@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,10 +28,10 @@ def test_quickstart(tmp_path):
     for row in table:
         assert row["accuracy on 599 held-out digits"] in done.stdout
         assert 0 <= float(row["pretrained"]) <= 100 and 0 <= float(row["random weights"]) <= 100
-    # Closed form: 1, 5, 10 and 25 shots of raw pixels are always the same, but that rounding, which
-    # differs from processor to processor, may decide one of the 599 digits (0.17%).
-    raw = [float(row["raw pixels"]) for row in table[:4]]
-    assert raw == pytest.approx([52.9, 81.4, 87.2, 90.2], abs=0.25) and not table[4]["raw pixels"]
+    # Closed form, so always the same: 1, 5, 10 and 25 shots of raw pixels. But it is computed in
+    # float32, in which one digit of 25 shots goes one way on one processor and another on the next.
+    *raw, last, none = [row["raw pixels"] for row in table]
+    assert raw == ["52.9", "81.4", "87.2"] and last in ("90.2", "90.3") and not none
     for name in ("pretraining", "transfer", "fewshot"):
         assert f"{folder / name}.png" in done.stdout
         assert (folder / f"{name}.png").stat().st_size > 10_000
