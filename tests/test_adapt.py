@@ -98,7 +98,11 @@ def test_layers_are_stacked_as_the_target_has_them(scan, options):
     loop = params(**options)
     target = params(scan=scan, seed=1, **options)
     expected = stack_layers(loop, 2) if scan else loop
-    for source in (loop, stack_layers(loop, 2)):
+    blocks = [loop["Transformer"][f"encoderblock_{i}"] for i in range(2)]
+    others = {k: v for k, v in loop["Transformer"].items() if not k.startswith("encoderblock")}
+    whole = {**others, "encoderblock": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+    # Published ones may have all layers in one.
+    for source in (loop, stack_layers(loop, 2), {**loop, "Transformer": whole}):
         adapted, report = adapt(source, target, grid=(4, 4))
         chex.assert_trees_all_equal(adapted, {**expected, "head": target["head"]})
         assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(adapted))
@@ -107,11 +111,11 @@ def test_layers_are_stacked_as_the_target_has_them(scan, options):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_layers_that_differ_are_listed(scan):
-    source = flatten(params())
+    source = flatten(params(depth=3))
     del source["Transformer/encoderblock_1/LayerNorm_0/scale"]
     source["Transformer/encoderblock_1/LayerNorm_0/bias"] = np.zeros(7, np.float32)
     with pytest.raises(ValueError) as error:
-        adapt(unflatten(source), params(scan=scan), grid=(4, 4))
+        adapt(unflatten(source), params(scan=scan, depth=3), grid=(4, 4))
     if not scan:
         assert "encoderblock_1/LayerNorm_0/bias: (7,) in the checkpoint, (96,)" in str(error.value)
         assert "encoderblock_1/LayerNorm_0/scale: (96,) in the model, not" in str(error.value)
@@ -146,10 +150,10 @@ def test_every_learned_table_at_every_place(position, at, scan):
     source, target = make(size=(16, 48), **options), make(size=(32, 24), scan=scan, **options)
     adapted, report = between(source, target)
     assert_accounted(report, adapted, target[1])
-    tables = (2 if position == "learned_2d" else 1) * (2 if at == "layers" and not scan else 1)
+    tables = (2 if position == "learned_2d" else 1) * (2 if at == "layers" else 1)
     assert len(report.resized) == tables
     if scan:
-        adapted = unstack_layers(adapted, 2)
+        adapted = unstack_layers(adapted)
 
     def table(model, arrays, layer):
         if at == "layers":

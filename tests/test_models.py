@@ -84,11 +84,9 @@ def agree(model, params, io):
 def test_reference(golden, name, scan, remat):
     published, io = golden(name)
     model = reference_model(name, io["image"].shape[1:3], scan=scan, remat=remat)
-    params = unflatten(from_official(published))
-    if scan and "encoderblock_0" in params["Transformer"]:
+    params = unstack_layers(unflatten(from_official(published)))
+    if scan:
         params = stack_layers(params, 3)
-    if not scan and "encoderblock" in params["Transformer"]:
-        params = unstack_layers(params, 3)
     output = agree(model, params, io)
     if "pre_logits" in io and model.config.representation_size:
         np.testing.assert_allclose(output.features, io["pre_logits"], atol=2e-5, rtol=0)
@@ -213,7 +211,7 @@ def test_scan_and_remat_change_no_number(options):
             loss = lambda p, f=model.apply: (f(p, images, keys).features ** 4).mean()  # noqa: E731
             value, grads = jax.jit(jax.value_and_grad(loss))(params)
             if scan:
-                params, grads = unstack_layers(params, 2), unstack_layers(grads, 2)
+                params, grads = unstack_layers(params), unstack_layers(grads)
             results[scan, remat] = params, value, grads
     params, value, grads = results[False, "full"]
     for other_params, other_value, other_grads in results.values():
@@ -258,6 +256,24 @@ def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
     expected, kept_elsewhere = gradients_and_hidden_layers()
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     assert kept < kept_elsewhere, "factors of GELU's derivative are kept"
+
+
+def test_what_a_scan_keeps_of_attention(monkeypatch):
+    """A loop over all layers but the last; on CPUs it keeps the weights, elsewhere never N x N."""
+    model, images = small(depth=3, scan=True), jnp.zeros((2, 32, 32, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens, heads = 17, model.config.num_heads
+
+    def kept():
+        backward = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: model.apply(p, images).features, p)[1], params
+        )
+        return {leaf.shape for leaf in jax.tree.leaves(backward)}
+
+    weights, weighed = (2, 2, heads, tokens, tokens), (2, 2, heads, tokens, 32)
+    assert {weights, weighed} <= kept()
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    assert weighed in kept() and weights not in kept()
 
 
 def test_ways_to_remat_that_differ():
@@ -477,7 +493,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32():
 def test_layers_stack_and_unstack():
     params = init(small(depth=3))
     stacked = stack_layers(params, 3)
-    chex.assert_trees_all_equal(params, unstack_layers(stacked, 3))
+    chex.assert_trees_all_equal(params, unstack_layers(stacked))
     assert jax.tree.structure(stacked) == jax.tree.structure(init(small(depth=3, scan=True)))
 
 

@@ -117,7 +117,7 @@ def test_big_vision_names_are_ours(golden, name):
 def test_stacked_layers_of_big_vision(golden):
     published, _ = golden("bigvision_scan_tok")
     same_bits(from_official(published), published)
-    loop = flatten(unstack_layers(unflatten(published), 3))
+    loop = flatten(unstack_layers(unflatten(published)))
     same_bits(from_official(to_official(published)), loop)
 
 

@@ -86,7 +86,8 @@ def test_nothing_large_is_whole_anywhere(variant):
         whole, part = whole + size, part + held
         assert held < size or shape.size < MeshConfig.min_size, path
     _, fsdp, tensor = MODELS[variant][2]
-    if variant.startswith("ViT"):  # a ResNet's kernels are small, and many
+    # A ResNet's kernels are small, and many; so are a B/16's of attention that aren't stacked.
+    if variant.startswith("ViT") and variant != "ViT-B/16":
         assert part < 1.6 * whole / (fsdp * tensor)
 
 

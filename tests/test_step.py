@@ -186,7 +186,7 @@ def test_scan_and_remat_change_no_number(plain, mesh, remat):
     state, history, _ = run(mesh=mesh, scan=True, remat=remat)
     kernel = state.params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_1"]["kernel"]
     assert ("tensor" in kernel.sharding.spec) == (mesh is ALL_AXES)
-    state = dataclasses.replace(state, params=unstack_layers(state.params, 2))
+    state = dataclasses.replace(state, params=unstack_layers(state.params))
     assert_same(plain, (state, history))
 
 

@@ -71,9 +71,9 @@ def attention_weights(
 
     `bias` [B, H, N, M]; `mask`, which broadcasts to that, is True where attention is allowed.
     """
+    query *= query.shape[-1] ** -0.5
     # Scores and softmax in float32 whatever the dtype of what they are made from.
     scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
     if mask is not None:

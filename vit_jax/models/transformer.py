@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.attention import (
     attention_weights,
@@ -236,9 +237,11 @@ class MultiHeadAttention(nn.Module):
             offsets = offsets[: x.shape[1]].astype(query.dtype) * head_dim**-0.5
             bias = jnp.einsum("bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32)
         weights, total = attention_weights(query, key, bias=bias, mask=mask)
+        if platform() == "cpu":  # whose products of single heads are slow
+            weights = checkpoint_name(weights, "weights")
         self.sow("intermediates", "attention", weights / total)
         weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
-        y = jnp.einsum("bhnm,bmhk->bhnk", weights, value) / total
+        y = checkpoint_name(jnp.einsum("bhnm,bmhk->bhnk", weights, value), "weighed") / total
         return out(y.astype(config.dtype).swapaxes(1, 2))
 
     def _through_cache(self, name: str, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -333,8 +336,9 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """L blocks and a last LayerNorm: [B, N, D] -> [B, N, D], or its `first` tokens alone.
 
-    With `scan` the blocks are one loop over stacked parameters (`encoderblock`, leading axis L),
-    which compiles faster; otherwise they are unrolled (`encoderblock_0` ...). The numbers agree.
+    With `scan` all blocks but the last are one loop over stacked parameters (`encoderblock`,
+    leading axis L - 1), which compiles faster; otherwise all are unrolled (`encoderblock_0` ...).
+    The numbers agree.
     """
 
     config: TransformerConfig
@@ -349,48 +353,47 @@ class Encoder(nn.Module):
         first: int | None = None,
     ) -> jax.Array:
         config, depth = self.config, self.config.depth
-        block = rematted(EncoderBlock, config.remat, in_scan=config.scan)
+        number = jnp.arange(depth)
         layers = {
-            "keys": None
-            if keys is None
-            else jax.vmap(fold_keys, (None, 0))(keys, jnp.arange(depth)),
+            "keys": None if keys is None else jax.vmap(fold_keys, (None, 0))(keys, number),
             "drop": jnp.linspace(0.0, config.stochastic_depth, depth),  # deeper blocks drop more
-            "here": (jnp.arange(depth) == 0) | (self.positions.at != "stem"),
+            "here": (number == 0) | (self.positions.at != "stem"),
         }
         arguments = (config, self.positions)
-        if config.scan:
+        # Initial values come from one loop over all.
+        looped = 0 if not config.scan else depth if self.is_initializing() else depth - 1
+        if looped:
             scanned = nn.scan(
-                block,
+                rematted(EncoderBlock, config.remat, in_scan=True),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
-                length=depth,
+                length=looped,
             )
-            x, _ = scanned(*arguments, name="encoderblock")(x, layers, table)
-        else:
-            # A mask of attention weights depends on the number of queries: it is to be the scan's.
-            drops = keys is not None and config.attention_dropout
-            for i in range(depth):
-                layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-                last = first if i == depth - 1 and not drops else None
-                x, _ = block(*arguments, last, name=f"encoderblock_{i}")(x, layer, table)
+            layer = jax.tree.map(lambda leaf: leaf[:looped], layers)
+            x, _ = scanned(*arguments, name="encoderblock")(x, layer, table)
+        block = rematted(EncoderBlock, config.remat)
+        for i in range(looped, depth):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+            last = first if i == depth - 1 else None
+            x, _ = block(*arguments, last, name=f"encoderblock_{i}")(x, layer, table)
         x = layer_norm(config, "encoder_norm")(x[:, :first])
         self.sow("intermediates", "encoded", x)
         return x
 
 
-def unstack_layers(params: dict, depth: int) -> dict:
+def unstack_layers(params: dict) -> dict:
     """Parameters of a scanned encoder -> those of the unrolled one."""
     encoder = dict(params["Transformer"])
-    stacked = encoder.pop("encoderblock")
-    for i in range(depth):
-        encoder[f"encoderblock_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    if stacked := encoder.pop("encoderblock", None):
+        for i in range(jax.tree.leaves(stacked)[0].shape[0]):
+            encoder[f"encoderblock_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
     return {**params, "Transformer": encoder}
 
 
 def stack_layers(params: dict, depth: int) -> dict:
     """Parameters of an unrolled encoder -> those of the scanned one."""
     encoder = dict(params["Transformer"])
-    blocks = [encoder.pop(f"encoderblock_{i}") for i in range(depth)]
-    encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    if blocks := [encoder.pop(f"encoderblock_{i}") for i in range(depth - 1)]:
+        encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     return {**params, "Transformer": encoder}

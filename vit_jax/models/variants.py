@@ -22,6 +22,7 @@ from vit_jax.models.transformer import (
     REMAT_POLICIES,
     Output,
     TransformerConfig,
+    stack_layers,
     unstack_layers,
 )
 from vit_jax.models.vit import ViT
@@ -121,8 +122,8 @@ class ModelConfig:
     # numbers agree within rounding.
     attention: str = "auto"
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    # One loop over the layers: faster to compile, slower, the same numbers. It keeps products alone
-    # for the backward pass, as remat=dots does.
+    # One loop over all layers but the last, which keeps products alone for the backward pass, as
+    # remat=dots does: faster to compile, slower (not on CPUs), the same numbers.
     scan: bool = False
     remat: str = "none"  # recompute in the backward pass: none | dots | full; the same numbers
 
@@ -170,9 +171,10 @@ class Model:
             scanned = dataclasses.replace(module.config, scan=True, remat="none")
             module = module.clone(config=scanned)
         params = module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
-        if isinstance(module, ViT) and not self.config.scan:
-            params = unstack_layers(params, module.config.depth)
-        return params
+        if not isinstance(module, ViT):
+            return params
+        params = unstack_layers(params)
+        return stack_layers(params, module.config.depth) if self.config.scan else params
 
     def apply(
         self,
@@ -201,13 +203,9 @@ class Model:
         _, state = self.module.apply(
             {"params": params}, normalize(images), mutable=["intermediates"]
         )
-        encoder = state["intermediates"]["Transformer"]
-        if self.config.scan:
-            blocks = encoder["encoderblock"]
-        else:
-            depth = self.module.config.depth
-            every = [encoder[f"encoderblock_{i}"] for i in range(depth)]
-            blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+        encoder = unstack_layers(state["intermediates"])["Transformer"]
+        every = [encoder[f"encoderblock_{i}"] for i in range(self.module.config.depth)]
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
         attention = blocks["MultiHeadDotProductAttention_0"]["attention"][0]
         return {
             "blocks": blocks["output"][0],

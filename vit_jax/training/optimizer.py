@@ -254,7 +254,7 @@ def layer_factors(decay: float, params: Any) -> Any:
         if match := re.match(_LOOPED, name):
             return decay ** (depth - int(match[1]))
         if re.match(_SCANNED, name):
-            rates = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+            rates = decay ** np.arange(depth, depth - leaf.shape[0], -1, dtype=np.float32)
             return rates.reshape(-1, *[1] * (leaf.ndim - 1))
         return 1.0 if re.match(_AFTER_BLOCKS, name) else decay ** (depth + 1)
 

@@ -173,9 +173,9 @@ def _select(kind: str, regexes: tuple[str, ...], names: Iterable[str]) -> set[st
 
 def _match_layout(source: dict, target: dict) -> dict:
     """Stacks or unstacks the source's layers as the target has them."""
-    if _matching(_LOOPED, target):
-        return unstack(source)
-    return _stack(source) if _matching(_SCANNED, target) else source
+    layers = unstack(source)
+    scanned = _matching(_SCANNED, target)
+    return _stack(layers, target[min(scanned)].shape[0]) if scanned else layers
 
 
 def unstack(flat: dict) -> dict:
@@ -190,18 +190,17 @@ def unstack(flat: dict) -> dict:
     return unstacked
 
 
-def _stack(flat: dict) -> dict:
-    """The reverse; what the layers don't all have, and alike, keeps its names."""
+def _stack(flat: dict, depth: int) -> dict:
+    """The first `depth` layers as one; what they don't all have, and alike, keeps its names."""
     layers: dict[str, dict[int, str]] = {}  # a block's tensor -> layer -> name
     for name in flat:
         if match := re.fullmatch(_LOOPED, name):
             layers.setdefault(match[2], {})[int(match[1])] = name
-    depth = max(map(len, layers.values()), default=0)
     stacked = dict(flat)
-    for inner, names in layers.items():
-        shapes = {flat[name].shape for name in names.values()}
-        if sorted(names) == list(range(depth)) and len(shapes) == 1:
-            arrays = [stacked.pop(names[i]) for i in range(depth)]
+    for inner, numbered in layers.items():
+        names = [numbered[i] for i in range(depth) if i in numbered]
+        if len(names) == depth and len({flat[name].shape for name in names}) == 1:
+            arrays = [stacked.pop(name) for name in names]
             stacked[f"Transformer/encoderblock/{inner}"] = np.stack(arrays)
     return stacked
 
