@@ -46,6 +46,7 @@ from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.initial import first_state
+from vit_jax.training.memory import return_freed_memory
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
@@ -265,6 +266,7 @@ def _evaluates(config: TrainConfig, step: int) -> bool:
 def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
     """The compiled step; other shapes than these are an error later, never a recompilation."""
     step = run.lower(state, batch).compile()
+    return_freed_memory()
     peak = put_tree(np.float32(run.config.schedule.peak), replicated(run.mesh))
     return lambda state, batch: step(state, batch, peak)
 
