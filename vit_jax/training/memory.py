@@ -3,10 +3,8 @@
 Neither changes the global batch, and so neither changes what is learned.
 """
 
-import ctypes
 import dataclasses
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +65,6 @@ def device_memory() -> float:
         return USABLE * limit
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return USABLE_ON_HOST * pages / jax.local_device_count()
-
-
-def return_freed_memory() -> None:
-    """Gives the system what compilation freed and glibc keeps: a quarter of a GiB for a ViT."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
