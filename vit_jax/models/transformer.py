@@ -237,8 +237,6 @@ class MultiHeadAttention(nn.Module):
             offsets = offsets[: x.shape[1]].astype(query.dtype) * head_dim**-0.5
             bias = jnp.einsum("bnhk,nmhk->bhnm", query, offsets, preferred_element_type=jnp.float32)
         weights, total = attention_weights(query, key, bias=bias, mask=mask)
-        if platform() == "cpu":  # whose products of single heads are slow
-            weights = checkpoint_name(weights, "weights")
         self.sow("intermediates", "attention", weights / total)
         weights = dropout(weights.astype(config.dtype), config.attention_dropout, keys)
         y = checkpoint_name(jnp.einsum("bhnm,bmhk->bhnk", weights, value), "weighed") / total
