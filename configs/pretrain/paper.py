@@ -16,7 +16,7 @@ ImageNet-21k: experiments/launch/README.md.
 
 Planned for v5e:16x16 (the compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/
 plan.md): B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms a step, MFU 45 %, 125 chip-hours in all; with
---config.model.scan=true 2.4 GiB and 29 ms. L/16 on ImageNet-21k with --config.mesh.fsdp=16 2.9 GiB,
+--config.model.scan=true 2.3 GiB and 29 ms. L/16 on ImageNet-21k with --config.mesh.fsdp=16 2.9 GiB,
 52 ms, 58 %, 1,138 chip-hours; without 6.0 GiB and 61 ms.
 """
 

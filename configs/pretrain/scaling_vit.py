@@ -15,8 +15,8 @@ attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipp
 bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
 
 Planned for v5e:16x16 with --config.model.remat=full (the compiler's estimates, libtpu 0.0.42;
-experiments/benchmarks/results/plan.md): g/14 with --config.mesh.fsdp=16 4.9 of 15.75 GiB, 848 ms a
-step, MFU 61 %, 60,305 chip-hours in all; G/14 with 64 5.6 GiB, 1,438 ms, 66 %, 102,249.
+experiments/benchmarks/results/plan.md): g/14 with --config.mesh.fsdp=16 4.6 of 15.75 GiB, 830 ms a
+step, MFU 63 %, 58,999 chip-hours in all; G/14 with 64 5.4 GiB, 1,438 ms, 66 %, 102,278.
 """
 
 import ml_collections
