@@ -258,8 +258,10 @@ def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
     assert kept < kept_elsewhere, "factors of GELU's derivative are kept"
 
 
-def test_what_a_scan_keeps_of_attention():
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+def test_what_a_scan_keeps_of_attention(monkeypatch, where):
     """A loop over all layers but the last: of plain attention its result, and never N x N."""
+    monkeypatch.setattr(transformer, "platform", lambda: where)
     model, images = small(depth=3, scan=True), jnp.zeros((2, 32, 32, 3))
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens, heads = 17, model.config.num_heads

@@ -47,6 +47,17 @@ def batch_of(size: int) -> dict[str, np.ndarray]:
     }
 
 
+def weights(shapes):
+    """Random weights, array by array, as from a file: what inference starts with."""
+    import jax
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), shapes
+    )
+
+
 def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
     """The package's own training step, as the loop compiles it, and its model."""
     import jax
@@ -71,11 +82,7 @@ def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
     )
     if task == "infer":
         model = build_model(config.model, 1000, (224, 224))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(  # array by array, as from a file
-            lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)),
-            jax.eval_shape(model.init, jax.random.key(0)),
-        )
+        params = weights(jax.eval_shape(model.init, jax.random.key(0)))
         images = jnp.asarray(batch["image"])
         apply = jax.jit(lambda params, x: model.apply(params, x / 127.5 - 1.0).logits)
         return lambda: apply(params, images).block_until_ready()
@@ -105,10 +112,12 @@ def flax(variant: str, batch: dict, task: str) -> Callable[[], object]:
 
     model = PlainViT(variant, dtype=jnp.float32)
     images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
-    params = jax.jit(model.init)(jax.random.key(0), images)
+    key = jax.random.key(0)
     if task == "infer":
+        params = weights(jax.eval_shape(model.init, key, images))
         apply = jax.jit(lambda params, x: model.apply(params, x / 127.5 - 1.0))
         return lambda: apply(params, images).block_until_ready()
+    params = jax.jit(model.init)(key, images)
     optimizer, step = make_step(model, momentum_dtype=jnp.float32)
     state = jax.jit(optimizer.init)(params)
     step = jax.jit(step, donate_argnums=(0, 1))
