@@ -33,7 +33,7 @@ from vit_jax.classifier.sweep import SweepConfig, with_values
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.features import extract_split
-from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.evaluation.protocols.fewshot import draw_shots, least_squares
 from vit_jax.evaluation.protocols.linear import L2, linear_probe
 from vit_jax.models.variants import ModelConfig, build_model, described_model

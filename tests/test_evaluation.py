@@ -6,12 +6,12 @@ import pytest
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.protocols.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig, make as make_classification
 from vit_jax.evaluation.protocols.fewshot import (
-    FewshotConfig,
+    Config as FewshotConfig,
     draw_shots,
     least_squares,
-    make_fewshot,
+    make as make_fewshot,
 )
 from vit_jax.losses.classification import LossConfig
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, replicated, use_mesh

@@ -14,12 +14,12 @@ from vit_jax.data.stratified import stratified_split
 from vit_jax.evaluation import calibration, features
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.evaluation.protocols import classification
-from vit_jax.evaluation.protocols.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig, make as make_classification
 from vit_jax.evaluation.protocols.fewshot import (
-    FewshotConfig,
+    Config as FewshotConfig,
     draw_shots,
     least_squares,
-    make_fewshot,
+    make as make_fewshot,
 )
 from vit_jax.evaluation.protocols.knn import nearest_neighbours
 from vit_jax.evaluation.protocols.linear import fit_logistic, linear_probe

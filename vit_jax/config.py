@@ -65,12 +65,51 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
     return value
 
 
+def setting(default: Any = dataclasses.MISSING, **known: Any) -> Any:
+    """Returns a dataclass field with metadata on what it changes.
+
+    Args:
+      default: the default, or its type's name as `factory` for a mutable one.
+      **known: `factory`: makes the default. `changes`: "speed" for a field that changes where and
+        how fast a run is computed, and none of its numbers; "records" for one that changes what is
+        measured of a run. Both may differ when a run resumes; other fields may not. `inherited`:
+        False for a field of a model that transfer does not take over from a checkpoint.
+    """
+    factory = known.pop("factory", dataclasses.MISSING)
+    return dataclasses.field(default=default, default_factory=factory, metadata=known)
+
+
+def fields_where(cls: type, prefix: str = "", **known: Any) -> Iterator[str]:
+    """Yields the dotted names of the fields, nested ones too, whose metadata has these values."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        if all(field.metadata.get(key) == value for key, value in known.items()):
+            yield name
+        else:
+            for part in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(part) and typing.get_origin(hint) is not dict:
+                    yield from fields_where(part, f"{name}.", **known)
+
+
+def covered(name: str, fields: Iterable[str]) -> bool:
+    """Whether a dotted name is one of the fields, or below one of them."""
+    return any(name == field or name.startswith(field + ".") for field in fields)
+
+
 def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
     """Builds the frozen dataclass `cls` from nested mappings (a ConfigDict, or parsed JSON).
+
+    A class method `upgrade` of `cls` translates names of earlier versions; `select` chooses the
+    class by the values.
 
     Raises ValueError that names the full path of a field that is unknown (with the nearest known
     one), missing or of another type.
     """
+    if hasattr(cls, "select"):
+        cls = cls.select(values)
+    if hasattr(cls, "upgrade"):
+        values = cls.upgrade(values)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
@@ -132,6 +171,7 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
         "augmentation",
         "checkpoint",
         "data",
+        "evaluators",
         "loss",
         "masked_patches",
         "mesh",
@@ -155,13 +195,13 @@ PRETRAINING_SPLITS = {  # big_vision's
 
 
 def pretraining_data(dataset: str, preprocess: str = "inception_crop|flip") -> dict[str, Any]:
-    """The fields `data` and `classification` of a recipe that trains on a large dataset."""
+    """Returns the fields `data` and `evaluators` of a recipe that trains on a large dataset."""
     splits = dict(PRETRAINING_SPLITS.get(dataset, HELD_OUT))
     train = {"dataset": dataset, "split": splits.pop("train"), "preprocess": preprocess}
     evaluation = {"dataset": dataset, "preprocess": "central_crop(0.875)"}
     return {
         "data": train,
-        "classification": {
+        "evaluators": {
             name: {"data": {**evaluation, "split": split}, "batch_size": 4096}
             for name, split in splits.items()
         },

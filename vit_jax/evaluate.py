@@ -26,13 +26,13 @@ from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.evaluation.protocols.classification import (
-    ClassificationConfig,
+    Config as ClassificationConfig,
     check_class_names,
-    make_classification,
+    make as make_classification,
 )
-from vit_jax.evaluation.protocols.fewshot import FewshotConfig, make_fewshot
-from vit_jax.evaluation.protocols.knn import KnnConfig, make_knn
-from vit_jax.evaluation.protocols.linear import ProbeConfig, make_probe
+from vit_jax.evaluation.protocols.fewshot import Config as FewshotConfig, make as make_fewshot
+from vit_jax.evaluation.protocols.knn import Config as KnnConfig, make as make_knn
+from vit_jax.evaluation.protocols.linear import Config as ProbeConfig, make as make_probe
 from vit_jax.losses.classification import LossConfig
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         optimizer={"name": "adamw", "b2": 0.98, "weight_decay": 1e-4},
         checkpoint={"every": 200},
         eval_every=max(arg.steps // 4, 1),
-        classification={
+        evaluators={
             "validation": {
                 "data": {
                     "dataset": f"{arg.dataset}/{arg.classes}",

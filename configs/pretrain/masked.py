@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         optimizer={"name": "adamw", "weight_decay": 0.0},
         checkpoint={"every": 1000, "keep_every": 50_000},
         eval_every=5000,
-        classification={  # of patches
+        evaluators={  # of patches
             "validation": {
                 "data": {
                     "dataset": arg.dataset,

@@ -26,5 +26,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         log_every=20,
         eval_every=50,
         checkpoint={"every": 100},
-        classification={"test": {"data": {"dataset": "digits", "split": "test"}}},
+        evaluators={"test": {"data": {"dataset": "digits", "split": "test"}}},
     )

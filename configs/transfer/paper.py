@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         **(chosen if arg.sweep else {}),
         checkpoint={"every": 500},
         eval_every=500,
-        classification={
+        evaluators={
             "test": {
                 "data": {"dataset": arg.dataset, "split": test, "preprocess": "resize"},
                 "batch_size": 512,

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         optimizer={"name": "sgd", "momentum_dtype": "bfloat16"},
         checkpoint={"every": 500},
         eval_every=500,
-        classification={
+        evaluators={
             "test": {
                 "data": {"dataset": dataset, "split": "test", "preprocess": "resize"},
                 "batch_size": 512,

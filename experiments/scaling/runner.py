@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.claims import LEASE, Claims, write_atomically
-from experiments.scaling.study import Run, Study, differences, expand, flatten, merge
-from vit_jax.training.fields import OF_THE_MACHINE, covered
+from experiments.scaling.study import Run, Study, differences, expand, flatten, machine_fields, merge
+from vit_jax.config import covered
 
 DEATHS = 3  # a run over which so many processes died is taken for their murderer
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -291,10 +291,10 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
 def check_free(fields: Mapping[str, Any]) -> None:
     """ValueError for fields that would make another run."""
     for name in fields:
-        if not covered(name, OF_THE_MACHINE):
+        if not covered(name, machine_fields()):
             raise ValueError(
                 f"{name} defines what a run is: set it in the study file. A machine may set "
-                f"{', '.join(OF_THE_MACHINE)}"
+                f"{', '.join(machine_fields())}"
             )
 
 

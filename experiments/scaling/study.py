@@ -8,6 +8,7 @@ of what defines the run. So a grid may grow at any time, and what has run keeps 
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -16,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import unknown
-from vit_jax.training.fields import OF_THE_MACHINE, covered
+from vit_jax.config import covered, fields_where, unknown
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("ViT", "ResNet", "hybrid")
@@ -123,7 +123,15 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The config without what may differ from machine to machine."""
         fields = flatten(self.config).items()
-        return {name: value for name, value in fields if not covered(name, OF_THE_MACHINE)}
+        return {name: value for name, value in fields if not covered(name, machine_fields())}
+
+
+@functools.cache
+def machine_fields() -> tuple[str, ...]:
+    """Returns the fields of a recipe that change a run's speed and none of its numbers."""
+    from vit_jax.training.recipe import TrainConfig  # imports jax
+
+    return tuple(fields_where(TrainConfig, changes="speed"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
-from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.evaluation.protocols.linear import L2, probe_head
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost

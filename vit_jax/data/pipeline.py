@@ -9,13 +9,14 @@ Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 
+from vit_jax.config import setting
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import open_image
 from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
@@ -50,14 +51,14 @@ class DataConfig:
     dataset: str = ""
     split: str = "train"
     preprocess: str = "resize"
-    data_dir: str | None = None
-    num_threads: int = 8
-    num_workers: int = 0
-    prefetch: int = 4
-    mixture: dict[str, PartConfig] = field(default_factory=dict)
+    data_dir: str | None = setting(None, changes="speed")
+    num_threads: int = setting(8, changes="speed")
+    num_workers: int = setting(0, changes="speed")
+    prefetch: int = setting(4, changes="speed")
+    mixture: dict[str, PartConfig] = setting(factory=dict)
     mixture_labels: str = "shared"
-    cache_gib: float = 0.0
-    skip_broken: int = 0
+    cache_gib: float = setting(0.0, changes="speed")
+    skip_broken: int = setting(0, changes="records")
 
     def __post_init__(self):
         if bool(self.dataset) == bool(self.mixture):

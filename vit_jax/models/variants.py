@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vit_jax.config import build, unknown
+from vit_jax.config import build, setting, unknown
 from vit_jax.models.attention import ATTENTIONS, misfit
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
@@ -101,14 +101,15 @@ class ModelConfig:
 
     pool: str = "token"  # class token | gap: global average | map: attention pooling, 2106.04560
     # Width of the tanh layer `pre_logits`; -1: the model's width; None: no such layer.
-    representation_size: int | None = None
+    representation_size: int | None = setting(None, inherited=False)
     position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
     position_at: str | None = None  # stem | layers | shared; None: the stem, or inside every layer
     registers: int = 0  # learned tokens without a place in the image (arXiv 2309.16588)
 
-    dropout: float = 0.0  # after every dense layer but q, k, v, and after the position embeddings
-    attention_dropout: float = 0.0  # of the attention weights
-    stochastic_depth: float = 0.0  # the last block's rate of dropped branches; linear from 0
+    dropout: float = setting(0.0, inherited=False)  # after every dense layer but q, k, v, and after the position embeddings
+    attention_dropout: float = setting(0.0, inherited=False)  # of the attention weights
+    # The last block's rate of dropped branches; linear from 0 at the first.
+    stochastic_depth: float = setting(0.0, inherited=False)
     qk_norm: bool = False  # LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442)
     layer_scale: float | None = None  # initial scale of every branch (arXiv 2103.17239)
     parallel: bool = False  # attention beside MLP; no biases in q, k, v and norms (ViT-22B)
@@ -117,15 +118,17 @@ class ModelConfig:
 
     # Numbers predicted of every patch, set where the loss is masked patch prediction.
     patch_outputs: int | None = None
-    head_bias: float = 0.0  # initial bias of the head; -10 with sigmoid loss over many classes
+    # Initial bias of the head; -10 with sigmoid loss over many classes.
+    head_bias: float = setting(0.0, inherited=False)
     # What computes the encoder's attention (`models.attention`): auto | xla | pallas | cudnn. The
     # numbers agree within rounding.
-    attention: str = "auto"
+    attention: str = setting("auto", changes="speed")
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
     # One loop over all layers but the last, which keeps products alone for the backward pass, as
     # remat=dots does: faster to compile, slower (not on CPUs), the same numbers.
-    scan: bool = False
-    remat: str = "none"  # recompute in the backward pass: none | dots | full; the same numbers
+    scan: bool = setting(False, inherited=False)
+    # Recomputation in the backward pass: none | dots | full. The numbers are the same.
+    remat: str = setting("none", changes="speed", inherited=False)
 
 
 _COMMON = {"variant", "head_bias", "dtype", "remat"}

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous, atomic, resumable. The only importer of orbax.
+"""Checkpoints: asynchronous, atomic, resumable. 
 
 A checkpoint is a folder `workdir/checkpoints/STEP` of four items: `params`, `ema` (when kept),
 `training` (the step and the optimizer's state) and `model`, a JSON description with which the
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
 from vit_jax.training.step import TrainState
-from vit_jax.weights import formats, published
+from vit_jax.weights.trained import saved_steps
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000
@@ -157,60 +156,6 @@ def restore(folder: Path, state: TrainState) -> TrainState:
         ) from error
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest of the run whose workdir it is."""
-    folder = Path(path).absolute()
-    if (folder / "checkpoints").is_dir():
-        if not (steps := saved_steps(folder)):
-            raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
-        folder = folder / "checkpoints" / str(max(steps))
-    if not (folder / "params").is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
-            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
-        )
-    return folder
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """The complete checkpoints: orbax gives a folder its number when all of it is written."""
-    folder = workdir / "checkpoints"
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-
-
 def _split(state: TrainState) -> dict[str, Any]:
     items = {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
     return items if state.ema is None else {**items, "ema": state.ema}
-
-
-def load_checkpoint(
-    path: str | Path, image_size: tuple[int, int] | None = None
-) -> tuple[dict, dict[str, Any]]:
-    """Reads a model: (parameters as a nested dict of numpy arrays, description).
-
-    `path` is a run's workdir, whose newest checkpoint is taken, one checkpoint's folder, a name of
-    `weights.published`, or whatever `weights.formats.read` reads, with its `image_size`. The
-    running average (EMA) is taken where one was kept. FileNotFoundError says what is there.
-    """
-    path = published.resolve(path)
-    folder = Path(path).absolute()
-    foreign = "://" in str(path) or folder.is_file() or (folder / formats.WEIGHTS).is_file()
-    if foreign:
-        return formats.read(path, image_size)
-    folder = find_checkpoint(path)
-    name = "ema" if (folder / "ema").is_dir() else "params"
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
-        tree = handler.metadata(folder / name).tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        params = reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        description = reader.restore(folder / "model", args=ocp.args.JsonRestore())
-    return params, description
-
-
-def save_checkpoint(path: str | Path, params: dict, description: dict[str, Any]) -> None:
-    """Writes a model alone, without a run: a folder that `load_checkpoint` reads; atomic."""
-    items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(Path(path).absolute(), args=ocp.args.Composite(**items))

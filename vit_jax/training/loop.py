@@ -23,9 +23,7 @@ from vit_jax.costs.chips import num_chips
 from vit_jax.costs.flops import training_flops
 from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
-from vit_jax.evaluation.protocols.classification import make_classification
-from vit_jax.evaluation.protocols.fewshot import make_fewshot
-from vit_jax.evaluation.protocols.masked_patches import make_masked
+from vit_jax.evaluation.registry import make_evaluator
 from vit_jax.models.variants import Model
 from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import (
@@ -46,7 +44,6 @@ from vit_jax.parallel.multihost import (
 from vit_jax.training.checkpoint import Checkpoints, find_checkpoint
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
-from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.initial import first_state
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
@@ -94,13 +91,9 @@ def prepare(
     source = open_data(data)
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
-    if config.loss.masks_patches:
-        make, objective = make_masked, config.masked_patches
-    else:
-        make, objective = make_classification, config.loss
     evaluators = {
-        **{name: make(c, model, mesh, objective) for name, c in config.classification.items()},
-        **{name: make_fewshot(c, model, mesh) for name, c in config.fewshot.items()},
+        name: make_evaluator(evaluator, model, mesh, config.objective)
+        for name, evaluator in config.evaluators.items()
     }
 
     def batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -116,7 +109,7 @@ def prepare(
 
     batches(0).close()  # what is wrong with the preprocessing is found now
     values = dataclasses.asdict(config)
-    path, step = open_workdir(workdir, config, may_change=MAY_CHANGE)
+    path, step = open_workdir(workdir, config)
     check_agreement(
         {
             "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
@@ -165,8 +158,7 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("restore" if run.resumes else "start"):
             state, notes = first_state(run, run.loaded, run.resumes, run.workdir)
             start = int(state.step)
-        patience = (run.workdir, f"{next(iter(config.classification), '')}/accuracy")
-        patience += (config.early_stopping,)
+        patience = (run.workdir, config.watched, config.early_stopping)
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise ValueError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "

@@ -1,20 +1,22 @@
-"""A recipe as a frozen dataclass, and the training step that it means on a mesh.
+"""A recipe as a frozen dataclass, and the training step that it defines on a mesh.
 
-Nothing here is computed: `loop` runs it, `plan` compiles it for chips that one doesn't have.
+Nothing is computed here: `loop` runs the step, `plan` compiles it for chips that aren't there.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vit_jax.config import setting, unknown
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.evaluation.protocols.classification import ClassificationConfig
-from vit_jax.evaluation.protocols.fewshot import FewshotConfig
+from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
@@ -40,33 +42,72 @@ from vit_jax.training.step import TrainState, make_train_step, start_state
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A recipe. Exactly one of `steps` and `epochs` says how long."""
+    """A pretraining recipe.
+
+    Attributes:
+      image_size: pixels, the side of a square.
+      batch_size: images a step, over all processes.
+      steps, epochs: the length of the run; exactly one of them is set.
+      seed: of the initial parameters, the data's order and dropout.
+      masked_patches: options of the loss of that name.
+      augmentation: on the device, inside the step; the host's is `data.preprocess`.
+      ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
+      accumulation: microbatches; a step takes the mean of their gradients.
+      resume: a checkpoint of another workdir to continue from, with all its state.
+      compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
+      profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
+      log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
+      evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
+      early_stopping: ends the run after so many evaluations without a better accuracy.
+      watch: the evaluator that early stopping watches; may be omitted where there is only one.
+      stop: a step to end at, before the schedule does.
+    """
 
     model: ModelConfig
     data: DataConfig
-    image_size: int  # pixels, of a square
-    batch_size: int  # of all processes
+    image_size: int
+    batch_size: int
     schedule: ScheduleConfig
     steps: int | None = None
     epochs: float | None = None
-    seed: int = 0  # of the initial parameters, the data's order and dropout
+    seed: int = 0
     loss: LossConfig = LossConfig()
-    masked_patches: MaskedPatchConfig = MaskedPatchConfig()  # of the loss of that name
-    augmentation: AugmentationConfig = AugmentationConfig()  # on the device; data's is the host's
+    masked_patches: MaskedPatchConfig = MaskedPatchConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema_decay: float | None = None  # of a running average of the parameters (Polyak), evaluated
-    accumulation: int = 1  # microbatches of which a step takes the mean gradient
-    resume: str = ""  # a checkpoint to go on from, with all its state, in a workdir of its own
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    compilation_cache: str = "workdir"  # or a folder to share; "": none, see `compiled_kept`
-    profile_steps: str = ""  # "100:105": an XProf trace of steps 100 to 105
-    log_every: int = 50
-    eval_every: int | None = None  # steps; None: at the end alone
-    early_stopping: int | None = None  # evaluations in a row without a better accuracy; then ends
-    stop: int | None = None  # a step to end at, before the schedule does
-    classification: dict[str, ClassificationConfig] = dataclasses.field(default_factory=dict)
-    fewshot: dict[str, FewshotConfig] = dataclasses.field(default_factory=dict)
+    ema_decay: float | None = None
+    accumulation: int = setting(1, changes="speed")
+    resume: str = ""
+    mesh: MeshConfig = setting(MeshConfig(), changes="speed")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), changes="speed")
+    compilation_cache: str = setting("workdir", changes="speed")
+    profile_steps: str = setting("", changes="speed")
+    log_every: int = setting(50, changes="speed")
+    eval_every: int | None = setting(None, changes="records")
+    early_stopping: int | None = None
+    watch: str = ""
+    stop: int | None = None
+    evaluators: dict[str, EvaluatorConfig] = setting(factory=dict, changes="records")
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced."""
+        evaluators = dict(values.get("evaluators", {}))
+        for protocol in ("classification", "fewshot"):
+            for name, fields in values.get(protocol, {}).items():
+                evaluators[name] = {"protocol": protocol, **fields}
+        kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
+        return {**kept, "evaluators": evaluators}
+
+    @property
+    def objective(self) -> LossConfig | MaskedPatchConfig:
+        """What the model is trained for."""
+        return self.masked_patches if self.loss.masks_patches else self.loss
+
+    @property
+    def watched(self) -> str:
+        """The metric that early stopping watches: "validation/accuracy"."""
+        return f"{self.watch or next(iter(self.evaluators), '')}/accuracy"
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -79,6 +120,13 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.early_stopping and not self.eval_every:
             raise ValueError("early_stopping counts evaluations: set eval_every, too")
+        if self.early_stopping and not self.watch and len(self.evaluators) != 1:
+            raise ValueError(
+                "early_stopping needs an evaluator to watch: set watch to one of "
+                f"{', '.join(self.evaluators) or 'the evaluators (there are none)'}"
+            )
+        if self.watch and self.watch not in self.evaluators:
+            raise unknown("evaluator to watch", self.watch, self.evaluators)
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.augmentation.mixes and self.loss.masks_patches:

@@ -11,17 +11,16 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from vit_jax.config import build
+from vit_jax.config import build, covered, fields_where
 from vit_jax.parallel.multihost import is_main
-from vit_jax.training.checkpoint import saved_steps
-from vit_jax.training.fields import covered
+from vit_jax.weights.trained import saved_steps
 
 
-def open_workdir(workdir: str, config: Any, *, may_change: tuple[str, ...]) -> tuple[Path, int]:
+def open_workdir(workdir: str, config: Any) -> tuple[Path, int]:
     """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
 
-    `config` is the run's, a dataclass; `may_change` names the fields (dotted; a prefix covers what
-    is below it) that a restart may set otherwise. Raises ValueError for an empty name, and for a
+    `config` is the run's, a dataclass, whose metadata say which fields a restart may set otherwise
+    (`config.setting`). Raises ValueError for an empty name, and for a
     folder with checkpoints of a run whose config differs in anything else, showing the differences;
     OSError if it can't be written.
     """
@@ -41,7 +40,7 @@ def open_workdir(workdir: str, config: Any, *, may_change: tuple[str, ...]) -> t
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
     step = max(saved_steps(path), default=0)
     if step:
-        _check_same(path / "config.json", config, may_change, f", at step {step}")
+        _check_same(path / "config.json", config, f", at step {step}")
     return path, step
 
 
@@ -50,9 +49,9 @@ def keep_config(workdir: Path, config: dict[str, Any]) -> None:
     _keep(workdir / "config.json", config)
 
 
-def keep_same(file: Path, config: Any, *, may_change: tuple[str, ...]) -> None:
+def keep_same(file: Path, config: Any) -> None:
     """Writes a dataclass; ValueError if the file holds another one, as for `open_workdir`."""
-    _check_same(file, config, may_change)
+    _check_same(file, config)
     _keep(file, dataclasses.asdict(config))
 
 
@@ -63,9 +62,12 @@ def _keep(file: Path, config: dict[str, Any]) -> None:
         partial.replace(file)
 
 
-def _check_same(file: Path, config: Any, may_change: tuple[str, ...], when: str = "") -> None:
+def _check_same(file: Path, config: Any, when: str = "") -> None:
     if not file.exists():
         return
+    may_change = [
+        name for what in ("speed", "records") for name in fields_where(type(config), changes=what)
+    ]
     there = json.loads(file.read_text())
     # What an older version wrote lacks the fields that are newer: it ran as by their defaults.
     with suppress(ValueError):  # a field that there is no more is shown as a difference

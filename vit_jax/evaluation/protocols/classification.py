@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig, open_data
+from vit_jax.data.pipeline import open_data
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.calibration import bin_confidences, calibration_error
 from vit_jax.evaluation.features import make_batches
+from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig, example_losses, make_targets
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassificationConfig:
+class Config(EvaluatorConfig):
     """What to evaluate on.
 
     A prediction is right if it is one of the image's labels; images without any aren't counted:
@@ -27,8 +28,7 @@ class ClassificationConfig:
     of the 1,000. Logits are divided by `temperature`, see `calibration.fit_temperature`.
     """
 
-    data: DataConfig
-    batch_size: int = 256
+    protocol: str = "classification"
     only_present: bool = False
     temperature: float = 1.0
 
@@ -37,8 +37,8 @@ class ClassificationConfig:
             raise ValueError(f"temperature = {self.temperature}: expected more than 0")
 
 
-def make_classification(
-    config: ClassificationConfig, model: Model, mesh: Mesh, loss: LossConfig
+def make(
+    config: Config, model: Model, mesh: Mesh, loss: LossConfig = LossConfig()
 ) -> Callable[[dict], dict[str, float]]:
     """params -> {"accuracy": share in [0, 1], "loss": mean, "ece": in [0, 1], "examples": count}.
 

@@ -13,28 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig
 from vit_jax.evaluation.features import extract_split, open_single_label
+from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
 
 BIAS = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class FewshotConfig:
+class Config(EvaluatorConfig):
     """Shots are drawn from `split`; accuracy is measured on all of `test_split`.
 
     Of several `l2`, each number of shots takes the one with the best mean accuracy on `dev_split`
     over the seeds; without a `dev_split`, on those examples of `split` that aren't among the shots.
     """
 
-    data: DataConfig
+    protocol: str = "fewshot"
     test_split: str = "test"
     shots: tuple[int, ...] = (1, 5, 10, 25)
     seeds: int = 3
     l2: float | tuple[float, ...] = 1024.0
     dev_split: str | None = None
-    batch_size: int = 256
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -110,8 +109,8 @@ def _standardise(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     return jnp.pad((x - mean) / std, ((0, 0), (0, 1)), constant_values=BIAS)
 
 
-def make_fewshot(
-    config: FewshotConfig, model: Model, mesh: Mesh
+def make(
+    config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
 ) -> Callable[[dict], dict[str, float]]:
     """params -> {"5shot": mean accuracy over seeds, "5shot_std": ..., ...}.
 

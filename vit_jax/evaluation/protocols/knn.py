@@ -12,22 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax.data.pipeline import DataConfig
 from vit_jax.evaluation.features import extract_split, open_single_label
+from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
 
 BLOCK = 256  # test examples at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class KnnConfig:
+class Config(EvaluatorConfig):
     """Neighbours are sought in `split`; accuracy is measured on all of `test_split`."""
 
-    data: DataConfig
+    protocol: str = "knn"
     test_split: str = "test"
     neighbours: tuple[int, ...] = (1, 10, 20)
     temperature: float = 0.07
-    batch_size: int = 256
 
 
 def nearest_neighbours(
@@ -73,7 +72,9 @@ def _vote(features, targets, test_features, num_classes, neighbours, *, temperat
     return [votes[:, :k].sum(axis=1).argmax(axis=1) for k in neighbours]
 
 
-def make_knn(config: KnnConfig, model: Model, mesh: Mesh) -> Callable[[dict], dict[str, float]]:
+def make(
+    config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
+) -> Callable[[dict], dict[str, float]]:
     """params -> {"20nn": accuracy in [0, 1], ..., "examples": count}."""
     names = {"train": config.data.split, "test": config.test_split}
     sources = {

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import optimize
 
-from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.stratified import stratified_split
 from vit_jax.evaluation.features import extract_split, open_single_label
+from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
 
 ITERATIONS = 1000  # at most, as CLIP's
@@ -24,18 +24,17 @@ L2 = tuple(10.0**k for k in range(-6, 3))
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
+class Config(EvaluatorConfig):
     """Trained on `split`; accuracy is measured on all of `test_split`.
 
     Without a `dev_split`, a tenth of each class of `split`, drawn with `seed`, takes its place.
     """
 
-    data: DataConfig
+    protocol: str = "linear"
     test_split: str = "test"
     dev_split: str | None = None
     l2: tuple[float, ...] = L2
     seed: int = 0
-    batch_size: int = 256
 
 
 def fit_logistic(
@@ -124,7 +123,9 @@ def probe_head(
     return kernel.astype(np.float32), (w[-1] - mean @ kernel).astype(np.float32), chosen
 
 
-def make_probe(config: ProbeConfig, model: Model, mesh: Mesh) -> Callable[[dict], dict[str, float]]:
+def make(
+    config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
+) -> Callable[[dict], dict[str, float]]:
     """params -> {"accuracy": in [0, 1], "l2": the chosen one, "dev_accuracy", "examples"}."""
     names = {"train": config.data.split, "test": config.test_split}
     if config.dev_split:

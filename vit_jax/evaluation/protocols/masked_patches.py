@@ -1,5 +1,6 @@
 """How well a model predicts masked patches, over a whole dataset."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,14 +10,21 @@ from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import open_data
 from vit_jax.evaluation.features import make_batches
-from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import replicated
 
 
-def make_masked(
-    config: ClassificationConfig, model: Model, mesh: Mesh, masked: MaskedPatchConfig
+@dataclasses.dataclass(frozen=True)
+class Config(EvaluatorConfig):
+    """What to evaluate on."""
+
+    protocol: str = "masked_patches"
+
+
+def make(
+    config: Config, model: Model, mesh: Mesh, masked: MaskedPatchConfig
 ) -> Callable[[dict], dict[str, float]]:
     """params -> {"accuracy": of corrupted patches, "loss": mean, "examples": count}.
 

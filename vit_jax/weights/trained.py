@@ -1,0 +1,365 @@
+"""A trained model: parameters with everything that is needed to use them, read and written.
+
+`load` reads one from a workdir, a checkpoint, a foreign file or a published name. Letters in
+shapes: B images, H W image size, D features, C classes.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from vit_jax.config import unknown
+from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.decode import decode_image
+from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
+from vit_jax.parallel.mesh import MeshConfig, batch_parts, batch_sharding, make_mesh, replicated
+from vit_jax.parallel.mesh import put_tree, use_mesh
+from vit_jax.weights import formats, published
+
+FORMATS = ("orbax", *formats.FORMATS)
+BATCH = 64  # images at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The classes predicted for one image, or the reason why it can't be read."""
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: np.ndarray | None  # [C]; None if the image can't be read
+    error: str = ""
+
+    @property
+    def label(self) -> str | None:
+        """The most probable class."""
+        return self.top(1)[0][0] if self.probabilities is not None else None
+
+    def top(self, count: int = 3) -> list[tuple[str, float]]:
+        """Returns the most probable classes with their probabilities; none for an error."""
+        if self.probabilities is None:
+            return []
+        best = np.argsort(-self.probabilities, kind="stable")[:count]
+        return [(self.classes[i], float(self.probabilities[i])) for i in best]
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} {p:.1%}" for name, p in self.top()) or f"error: {self.error}"
+        return f"{self.image}: {found}"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """A network with its parameters, and what is known of how to use it.
+
+    Attributes:
+      architecture: the network: its config, `init` and `apply`.
+      params: nested dict of arrays, named as in big_vision.
+      names: the classes' names; empty if unknown.
+      preprocessing: how images become the network's input: see `data.augment.parse_preprocess`.
+      temperature: the logits' divisor that calibrates the probabilities.
+      origin: what `load` was given.
+    """
+
+    architecture: Model
+    params: dict
+    names: tuple[str, ...] = ()
+    preprocessing: str = "resize"
+    temperature: float = 1.0
+    origin: str = ""
+
+    @classmethod
+    def from_description(
+        cls, params: dict, description: dict[str, Any], origin: str = ""
+    ) -> "TrainedModel":
+        """Builds a model from parameters and the JSON that is kept beside them."""
+        return cls(
+            architecture=described_model(description),
+            params=params,
+            names=tuple(description.get("class_names", ())),
+            preprocessing=description.get("preprocess", "resize"),
+            temperature=description.get("temperature", 1.0),
+            origin=origin,
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The inverse of `from_description`, without the parameters."""
+        known = {
+            "class_names": list(self.names),
+            "preprocess": self.preprocessing if self.preprocessing != "resize" else None,
+            "temperature": self.temperature if self.temperature != 1.0 else None,
+        }
+        return self.architecture.description | {k: v for k, v in known.items() if v}
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture's options."""
+        return self.architecture.config
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return self.architecture.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a model without a head."""
+        return self.architecture.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names, "class 0", "class 1", ... if they are unknown."""
+        return self.names or tuple(f"class {i}" for i in range(self.num_classes))
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers `params` holds."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        origin = f", from {self.origin}" if self.origin else ""
+        return (
+            f"TrainedModel({self.config.variant}, {height}x{width} pixels, "
+            f"{self.num_classes} classes, {self.num_parameters:,} parameters{origin})"
+        )
+
+    def apply(self, params: dict, images: jax.Array, keys: jax.Array | None = None) -> Output:
+        """Runs the network with any parameters, for use inside `jit` and `grad`.
+
+        `images` are uint8 or float in [-1, 1], [B, H, W, 3]. With `keys` [B], a PRNG key an image,
+        dropout is on.
+        """
+        return self.architecture.apply(params, images, keys)
+
+    def logits(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+        """Computes logits: uint8 [B, H, W, 3] -> float32 [B, C]. ValueError without a head.
+
+        `mesh`: by default all devices of this process, with a part of each batch.
+        """
+        self._check_head()
+        return self._outputs(images, "logits", mesh)
+
+    def features(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+        """Computes the head's input: uint8 [B, H, W, 3] -> float32 [B, D]."""
+        return self._outputs(images, "features", mesh)
+
+    def probabilities(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+        """Computes softmax(logits / temperature): uint8 [B, H, W, 3] -> float32 [B, C]."""
+        return np.asarray(jax.nn.softmax(self.logits(images, mesh) / self.temperature))
+
+    def preprocess(self, image: str | os.PathLike | bytes | np.ndarray) -> np.ndarray:
+        """Turns a file, its bytes or pixels uint8 [h, w, 3] into an input uint8 [H, W, 3].
+
+        Raises ValueError for an image that can't be decoded, OSError for one that can't be read.
+        """
+        if not isinstance(image, np.ndarray):
+            image = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+        prepared = parse_preprocess(self.preprocessing, self.image_size)(
+            image, np.random.default_rng(0)
+        )
+        if prepared.shape != (*self.image_size, 3):
+            raise ValueError(
+                f"preprocessing {self.preprocessing!r} gives an image of shape {prepared.shape}, "
+                f"expected {(*self.image_size, 3)}: add `resize` or a crop"
+            )
+        return prepared
+
+    def predict(
+        self, images: Sequence[str | os.PathLike], batch_size: int = BATCH
+    ) -> list[Prediction]:
+        """Classifies image files. An image that can't be read has an `error` in its prediction.
+
+        Raises ValueError for a model without a head.
+        """
+        return list(self.iterate_predictions(images, batch_size))
+
+    def iterate_predictions(
+        self, images: Iterable[str | os.PathLike], batch_size: int = BATCH
+    ) -> Iterator[Prediction]:
+        """Does the same as `predict`, one prediction after another."""
+        self._check_head()
+        images = list(images)
+        batch_size = max(1, min(batch_size, len(images)))
+
+        def read(image: str | os.PathLike) -> np.ndarray | str:
+            try:
+                return self.preprocess(image)
+            except (OSError, ValueError) as error:
+                return str(error)
+
+        with ThreadPoolExecutor(8) as threads:
+            for start in range(0, len(images), batch_size):
+                group = images[start : start + batch_size]
+                read_images = list(threads.map(read, group))
+                good = [image for image in read_images if not isinstance(image, str)]
+                rows = iter(self.probabilities(np.stack(good)) if good else ())
+                for name, image in zip(group, read_images, strict=True):
+                    failed = isinstance(image, str)
+                    yield Prediction(
+                        image=os.fspath(name),
+                        classes=self.class_names,
+                        probabilities=None if failed else next(rows),
+                        error=image if failed else "",
+                    )
+
+    def with_random_weights(self, seed: int = 0) -> "TrainedModel":
+        """Returns the same architecture with fresh parameters: a baseline."""
+        params = jax.device_get(jax.jit(self.architecture.init)(jax.random.key(seed)))
+        return dataclasses.replace(self, params=params, origin=f"random weights of seed {seed}")
+
+    def save(self, path: str | os.PathLike, format: str = "orbax") -> None:
+        """Writes the model in one of `FORMATS`; what `load` reads back is equal to the bit.
+
+        Raises ValueError, and writes nothing, for a model that the format can't hold, or if there
+        is something at `path`.
+        """
+        if format not in FORMATS:
+            raise unknown("format", format, FORMATS)
+        if "://" in os.fspath(path):
+            raise ValueError(f"{path}: expected a local path; copy what is written from there")
+        if Path(path).exists():
+            raise ValueError(f"{path} exists: choose another path, or remove it")
+        if format == "orbax":
+            _write_orbax(Path(path), self.params, self.description)
+        else:
+            formats.write(path, self.params, self.description, format)
+
+    def _check_head(self) -> None:
+        if not self.num_classes:
+            raise ValueError(
+                f"{self.origin or self.config.variant} has no head: transfer it to your classes "
+                "first, or take its features"
+            )
+
+    def _outputs(self, images: np.ndarray, name: str, mesh: Mesh | None) -> np.ndarray:
+        images = np.asarray(images)
+        if images.shape[1:] != (*self.image_size, 3) or images.dtype != np.uint8:
+            raise ValueError(
+                f"images of shape {images.shape} and dtype {images.dtype}: expected uint8 "
+                f"[B, {self.image_size[0]}, {self.image_size[1]}, 3]; `preprocess` makes such images"
+            )
+        mesh = mesh or self._local_mesh
+        params, sharding = self._placed(mesh), batch_sharding(mesh)
+        parts = batch_parts(mesh)
+        size = -(-min(BATCH, max(len(images), 1)) // parts) * parts
+        found = []
+        with use_mesh(mesh):
+            for start in range(0, len(images), size):
+                batch = images[start : start + size]
+                padding = np.zeros((size - len(batch), *images.shape[1:]), np.uint8)
+                padded = jax.device_put(np.concatenate([batch, padding]), sharding)
+                outputs = getattr(self._forward(params, padded), name)
+                found.append(np.asarray(outputs, np.float32)[: len(batch)])
+        if not found:
+            shape = jax.eval_shape(self._forward, params, np.zeros((1, *images.shape[1:]), np.uint8))
+            return np.zeros((0, *getattr(shape, name).shape[1:]), np.float32)
+        return np.concatenate(found)
+
+    @cached_property
+    def _forward(self) -> Any:
+        return jax.jit(self.architecture.apply)
+
+    @cached_property
+    def _local_mesh(self) -> Mesh:
+        return make_mesh(MeshConfig(), jax.local_devices())
+
+    @cached_property
+    def _copies(self) -> dict[Mesh, dict]:
+        return {}
+
+    def _placed(self, mesh: Mesh) -> dict:
+        """The parameters on every device of the mesh, put there once."""
+        if mesh not in self._copies:
+            shardings = jax.tree.map(lambda _: replicated(mesh), self.params)
+            self._copies[mesh] = put_tree(self.params, shardings)
+        return self._copies[mesh]
+
+
+def create_model(
+    variant: str, num_classes: int, image_size: int | tuple[int, int] = 224, seed: int = 0, **options
+) -> TrainedModel:
+    """Returns a model with random weights, such as `create_model("ViT-B/16", 10)`.
+
+    Args:
+      variant: an architecture's name: see `models.variants.ModelConfig`.
+      num_classes: number of classes; 0 for a model without a head.
+      image_size: the side of square images, or (height, width).
+      seed: of the parameters.
+      **options: any other field of `ModelConfig`.
+
+    Raises ValueError for a name or an option that doesn't exist, and for sizes that don't fit.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    architecture = build_model(ModelConfig(variant, **options), num_classes, size)
+    return TrainedModel(architecture, {}).with_random_weights(seed)
+
+
+def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> TrainedModel:
+    """Reads a trained model.
+
+    Args:
+      path: a run's workdir, whose newest checkpoint is taken; the folder of one checkpoint; a file
+        or folder that `formats.read` reads (.npz, timm's and Hugging Face's safetensors), local,
+        gs:// or hf://; or a published name: see `weights.published`.
+      image_size: (height, width), where a foreign file doesn't tell.
+
+    The running average (EMA) of the parameters is taken where the run kept one.
+
+    Raises:
+      FileNotFoundError: there is nothing at the path, or no complete checkpoint.
+      ValueError: what is there is damaged, or no model.
+    """
+    resolved = published.resolve(path)
+    folder = Path(resolved).absolute()
+    if "://" in str(resolved) or folder.is_file() or (folder / formats.WEIGHTS).is_file():
+        params, description = formats.read(resolved, image_size)
+    else:
+        params, description = _read_orbax(find_checkpoint(resolved))
+    return TrainedModel.from_description(params, description, os.fspath(path))
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """Returns the folder of one checkpoint: `path` itself, or the newest of a run's workdir."""
+    folder = Path(path).absolute()
+    if (folder / "checkpoints").is_dir():
+        if not (steps := saved_steps(folder)):
+            raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
+        folder = folder / "checkpoints" / str(max(steps))
+    if not (folder / "params").is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
+            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
+        )
+    return folder
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints: orbax names a folder once it is complete."""
+    folder = workdir / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
+    name = "ema" if (folder / "ema").is_dir() else "params"
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
+        tree = handler.metadata(folder / name).tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        params = reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return params, reader.restore(folder / "model", args=ocp.args.JsonRestore())
+
+
+def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
+    items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(path.absolute(), args=ocp.args.Composite(**items))
