@@ -21,7 +21,8 @@ from absl import app, flags
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.protocols.fewshot import Config as FewshotConfig, draw_shots, least_squares
+from vit_jax.evaluation.protocols.fewshot import Config as FewshotConfig
+from vit_jax.evaluation.protocols.fewshot import draw_shots, least_squares
 from vit_jax.training.metrics import read_metrics
 
 mpl.use("Agg")

@@ -36,11 +36,12 @@ from vit_jax.evaluation.features import extract_split
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.evaluation.protocols.fewshot import draw_shots, least_squares
 from vit_jax.evaluation.protocols.linear import L2, linear_probe
-from vit_jax.models.variants import ModelConfig, build_model, described_model
+from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
 from vit_jax.training import loop
-from vit_jax.training.checkpoint import CheckpointConfig, load_checkpoint
+from vit_jax.training.checkpoint import CheckpointConfig
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
+from vit_jax.weights.trained import load
 
 STROKES = flags.DEFINE_string("strokes", "", "Workdir of configs/pretrain/formula.py.")
 FRACTALS = flags.DEFINE_string("fractals", "", "The same with dataset=fractals.")
@@ -164,7 +165,7 @@ def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float
         run = dataclasses.replace(
             final,
             seed=seed,
-            classification={"test": ClassificationConfig(test, 64)},
+            evaluators={"test": ClassificationConfig(test, 64)},
             compilation_cache=shared,
         )
         last = loop.train(prepare(run, str(folder / f"{start}_seed{seed}")))
@@ -175,8 +176,8 @@ def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float
 def frozen(images: Images, init: str) -> dict[str, list[float]]:
     """Few-shot and linear probe on the features of a checkpoint, or of random weights."""
     if init:
-        params, description = load_checkpoint(init)
-        model = described_model(description)
+        trained = load(init)
+        params, model = trained.params, trained.architecture
     else:
         model = build_model(ModelConfig("ViT-nano/8", dtype="float32"), 10, (SIDE, SIDE))
         params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))

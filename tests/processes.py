@@ -20,8 +20,8 @@ TINY = (
     "--config.checkpoint.every=4",
     "--config.log_every=1",
     "--config.eval_every=10",
-    "--config.classification.validation.data.split=validation[:20]",
-    "--config.classification.validation.batch_size=8",
+    "--config.evaluators.validation.data.split=validation[:20]",
+    "--config.evaluators.validation.batch_size=8",
 )
 
 

@@ -15,7 +15,7 @@ SPREAD = (
 )
 SHORT = (
     "--config.eval_every=12",
-    "--config.classification.validation.batch_size=16",
+    "--config.evaluators.validation.batch_size=16",
     f"--config.checkpoint.every={STEPS // 2}",
 )
 

@@ -128,7 +128,7 @@ def test_another_config_is_refused(tmp_path):
         (["--config.epochs=3.0"], "set exactly one of them"),
         (["--config=configs/pretrain/none.py"], "configs/pretrain/none.py"),
         (
-            ["--config.classification.validation.data.preprocess=crop"],
+            ["--config.evaluators.validation.data.preprocess=crop"],
             "unknown preprocessing op 'crop'",
         ),
         (["--workdir="], "say where to keep this run with --workdir"),

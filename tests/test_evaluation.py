@@ -6,11 +6,16 @@ import pytest
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig, make as make_classification
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
+from vit_jax.evaluation.protocols.classification import make as make_classification
 from vit_jax.evaluation.protocols.fewshot import (
     Config as FewshotConfig,
+)
+from vit_jax.evaluation.protocols.fewshot import (
     draw_shots,
     least_squares,
+)
+from vit_jax.evaluation.protocols.fewshot import (
     make as make_fewshot,
 )
 from vit_jax.losses.classification import LossConfig

@@ -12,10 +12,10 @@ import pytest
 
 from vit_jax.models.transformer import stack_layers
 from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import flatten
 from vit_jax.weights.describe import describe
+from vit_jax.weights.trained import TrainedModel, load
 
 SMALL = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 STEM = {"stages": (3, 4, 9), "stem_width": 64}
@@ -162,14 +162,14 @@ def test_command(tmp_path):
     """Our checkpoint -> Hugging Face -> ours, and what is said about it."""
     params, description = make("token")
     ours, exported, again = (str(tmp_path / name) for name in ("ours", "exported", "again"))
-    save_checkpoint(ours, params, description)
+    TrainedModel.from_description(params, description).save(ours)
     done = command(f"--input={ours}", f"--output={exported}", "--format=hugging_face")
     assert done.returncode == 0, done.stderr
     assert "ViT-mu/8, 32x32 pixels, 5 classes" in done.stdout
     assert json.loads((tmp_path / "exported/config.json").read_text())["num_hidden_layers"] == 2
     done = command(f"--input={exported}", f"--output={again}")
     assert done.returncode == 0, done.stderr
-    chex.assert_trees_all_equal(load_checkpoint(again)[0], params)
+    chex.assert_trees_all_equal(load(again).params, params)
     done = command(f"--input={exported}", f"--output={again}")
     assert done.returncode == 1
     assert "again exists: choose another --output" in done.stderr

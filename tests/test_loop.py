@@ -14,9 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import build
 from vit_jax.training import loop, workdir
-from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.metrics import CLOCK, Metrics, read_metrics
 from vit_jax.training.step import init_state
+from vit_jax.weights.trained import load
 
 
 def config(**changes):
@@ -66,7 +66,7 @@ def stop_at(monkeypatch, step):
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 8, "min_size": 64}])
 def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, mesh, ema_decay):
     evaluation = {
-        "classification": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
+        "evaluators": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
         "eval_every": 3,
         "ema_decay": ema_decay,
         "mesh": mesh,
@@ -77,7 +77,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, mesh, ema_decay
         run(tmp_path / "stopped", **evaluation)
     assert saved_steps(tmp_path / "stopped") == [3]
     run(tmp_path / "stopped", **evaluation)
-    ours, theirs = (load_checkpoint(tmp_path / name)[0] for name in ("whole", "stopped"))
+    ours, theirs = (load(tmp_path / name).params for name in ("whole", "stopped"))
     chex.assert_trees_all_equal(ours, theirs)
     ours, theirs = (read_metrics(tmp_path / name) for name in ("whole", "stopped"))
     assert deterministic(ours) == deterministic(theirs)
@@ -118,7 +118,7 @@ def test_nothing_is_compiled_after_the_first_steps(tmp_path, monkeypatch):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        run(tmp_path, classification={"test": evaluation}, eval_every=2)
+        run(tmp_path, evaluators={"test": evaluation}, eval_every=2)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert "compiled" in compiled[: compiled.index(1)]
@@ -186,8 +186,9 @@ def test_a_real_divergence_is_noticed(tmp_path):
 def test_what_is_kept(tmp_path):
     run(tmp_path, steps=10, checkpoint={"every": 1, "keep_last": 2, "keep_every": 4})
     assert saved_steps(tmp_path) == [4, 8, 9, 10]
-    params, description = load_checkpoint(tmp_path / "checkpoints" / "4")
-    newest, _ = load_checkpoint(tmp_path)
+    trained = load(tmp_path / "checkpoints" / "4")
+    params, description = trained.params, trained.description
+    newest = load(tmp_path).params
     assert np.abs(params["embedding"]["kernel"] - newest["embedding"]["kernel"]).max() > 0
     assert description["num_classes"] == 10 and description["image_size"] == [16, 16]
     assert description["model"]["variant"] == "ViT-nano/8"
@@ -241,7 +242,7 @@ def test_speed_may_change(tmp_path, monkeypatch):
         model={**model, "remat": "full"},
     )
     run(tmp_path / "b")
-    ours, theirs = (load_checkpoint(tmp_path / name)[0] for name in "ab")
+    ours, theirs = (load(tmp_path / name).params for name in "ab")
     chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=0)
 
 
@@ -336,10 +337,10 @@ def test_a_trace_that_the_run_ends_within(tmp_path):
 
 def test_checkpoints_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 def test_workdirs(tmp_path, monkeypatch):

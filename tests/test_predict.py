@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from PIL import Image
 from processes import command
 
-from vit_jax.evaluation.labelling import find_images, predict
-from vit_jax.training.checkpoint import save_checkpoint
+from vit_jax.data.files import find_images
+from vit_jax.weights.trained import TrainedModel
 
 NAMES = ["ant", "bee, wasp", *"cdefghij"]
 
@@ -34,8 +35,11 @@ def test_batches_do_not_matter(model, params, folder):
     files = find_images([folder])
     names = ["0.png", "1.png", "2.png", "3.png", "broken.jpg", "grey.png", "text.png"]
     assert [file.name for file in files] == names
-    whole = dict(predict(model, params, files, batch_size=8))
-    split = dict(predict(model, params, files, batch_size=2))
+    trained = TrainedModel(model, params)
+    whole, split = (
+        {Path(p.image): p.error or p.probabilities for p in trained.predict(files, batch_size=n)}
+        for n in (8, 2)
+    )
     assert list(whole) == files
     for file in files:
         if file.name in ("broken.jpg", "text.png"):
@@ -50,7 +54,7 @@ def test_batches_do_not_matter(model, params, folder):
 def test_command(model, params, folder, tmp_path):
     """JSON, CSV and the table say the same; a missing file is listed, too."""
     description = {**model.description, "class_names": NAMES, "preprocess": "resize"}
-    save_checkpoint(tmp_path / "model", params, description)
+    TrainedModel.from_description(params, description).save(tmp_path / "model")
     arguments = ("predict", f"--model={tmp_path / 'model'}", folder, tmp_path / "missing.png")
     code, out, err = command(*arguments, "--format=json", "--top=2")
     assert code == 0, err

@@ -14,11 +14,16 @@ from vit_jax.data.stratified import stratified_split
 from vit_jax.evaluation import calibration, features
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.evaluation.protocols import classification
-from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig, make as make_classification
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
+from vit_jax.evaluation.protocols.classification import make as make_classification
 from vit_jax.evaluation.protocols.fewshot import (
     Config as FewshotConfig,
+)
+from vit_jax.evaluation.protocols.fewshot import (
     draw_shots,
     least_squares,
+)
+from vit_jax.evaluation.protocols.fewshot import (
     make as make_fewshot,
 )
 from vit_jax.evaluation.protocols.knn import nearest_neighbours

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.weights import files
 from vit_jax.weights.published import PUBLISHED, resolve
+from vit_jax.weights.trained import load
 
 
 def test_addresses():
@@ -38,7 +38,7 @@ def test_no_network(monkeypatch, name, message):
 
     monkeypatch.setattr("fsspec.url_to_fs", lambda path: (Disconnected(), path))
     with pytest.raises(ConnectionError, match=rf"RuntimeError: no route to host(.|\n)*{message}"):
-        load_checkpoint(name)
+        load(name)
 
 
 def test_package_that_is_missing(monkeypatch):

@@ -85,8 +85,8 @@ def reduce(values):
         values["schedule"]["cooldown"] = 1
     values["data"].update(dataset="strokes/4", split="train[:100]")
     # One evaluation is compiled; they differ in their splits alone.
-    values["classification"] = dict(list(values.get("classification", {}).items())[:1])
-    for evaluation in values["classification"].values():
+    values["evaluators"] = dict(list(values.get("evaluators", {}).items())[:1])
+    for evaluation in values["evaluators"].values():
         evaluation["data"].update(dataset="strokes/4", split="validation[:12]")
         evaluation["batch_size"] = 8
     return values
@@ -107,7 +107,7 @@ def test_recipe_builds_at_full_size(path, argument):
     params = jax.eval_shape(model.init, jax.random.key(0))
     schedule = make_schedule(config.schedule, config.steps or 90_000)
     make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
-    for data in (config.data, *(c.data for c in config.classification.values())):
+    for data in (config.data, *(c.data for c in config.evaluators.values())):
         parse_preprocess(data.preprocess, size)
 
 
@@ -118,7 +118,7 @@ def test_recipe_trains(path, argument, tmp_path):
     config = build(config_class(path), reduce(load(path, argument)))
     final = loop.train(loop.prepare(config, str(tmp_path)))
     assert final["step"] == 2
-    assert all(f"{name}/accuracy" in final for name in config.classification)
+    assert all(f"{name}/accuracy" in final for name in config.evaluators)
     assert read_metrics(tmp_path)
 
 

@@ -16,8 +16,8 @@ from processes import cluster, command, equal_runs, finish, pretrain, records, s
 from vit_jax.config import build
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
 from vit_jax.training import loop
-from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.metrics import Metrics, read_metrics
+from vit_jax.weights.trained import load
 
 
 def run(workdir, **changes):
@@ -31,7 +31,7 @@ def run(workdir, **changes):
         "checkpoint": {"every": 2},
         "log_every": 1,
         "eval_every": 3,
-        "classification": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
+        "evaluators": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
         **changes,
     }
     return loop.train(loop.prepare(build(loop.TrainConfig, values), str(workdir)))
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
 
 
 def assert_equal_runs(workdir, other):
-    ours, theirs = (load_checkpoint(path)[0] for path in (workdir, other))
+    ours, theirs = (load(path).params for path in (workdir, other))
     chex.assert_trees_all_equal(ours, theirs)
     assert records(workdir) == records(other)
 
@@ -208,7 +208,7 @@ def test_branching_off_a_checkpoint(whole, tmp_path):
     """The same recipe in a workdir of its own ends as the run; a longer one goes on from there."""
     step = whole / "checkpoints" / "6"
     run(tmp_path / "same", resume=str(step))
-    ours, theirs = (load_checkpoint(path)[0] for path in (tmp_path / "same", whole))
+    ours, theirs = (load(path).params for path in (tmp_path / "same", whole))
     chex.assert_trees_all_equal(ours, theirs)
     assert read_metrics(tmp_path / "same")[0]["step"] == 6  # evaluated, as it begins
 

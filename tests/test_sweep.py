@@ -76,9 +76,7 @@ def test_finished_trials_are_not_repeated(tmp_path):
 
 
 def test_the_best_step_where_it_stops_early(tmp_path):
-    config = dataclasses.replace(
-        CONFIG, early_stopping=2, eval_every=1, classification={"dev": None}
-    )
+    config = dataclasses.replace(CONFIG, early_stopping=2, eval_every=1, evaluators={"dev": None})
 
     def run(config, folder, lane):
         folder.mkdir(parents=True)

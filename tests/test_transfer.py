@@ -21,16 +21,15 @@ from vit_jax.classifier.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import find_images
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.labelling import find_images, predict
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.multihost import PREEMPTED
 from vit_jax.training import loop
-from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
-from vit_jax.weights import formats
+from vit_jax.weights.trained import TrainedModel, load
 
 COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -94,14 +93,15 @@ def test_results(finished, folder):
     assert resolved["data"]["split"] == "train+dev"
     assert resolved["schedule"]["peak"] == best["values"]["schedule.peak"]
 
-    params, description = load_checkpoint(finished)
+    trained = load(finished)
+    params, description = trained.params, trained.description
     assert description["class_names"] == ["bright", "dark"]
     assert description["preprocess"] == "resize"
     table = (finished / "data" / "splits.csv").read_text().splitlines()[1:]
     files = [row.split(",")[0] for row in table if row.endswith(",test")]
-    found = list(predict(described_model(description), params, find_images(files)))
-    assert [p.argmax() for _, p in found] == list(logits.argmax(1))
-    exported, _ = load_checkpoint(finished / "exported" / "hugging_face")
+    found = trained.predict(find_images(files))
+    assert [p.probabilities.argmax() for p in found] == list(logits.argmax(1))
+    exported = load(finished / "exported" / "hugging_face").params
     np.testing.assert_array_equal(exported["head"]["kernel"], params["head"]["kernel"])
 
 
@@ -136,7 +136,7 @@ def test_onnxruntime_predicts_the_same(finished, tested, tmp_path):
     pytest.importorskip("jax2onnx")
     import onnxruntime
 
-    formats.write(tmp_path / "model.onnx", *load_checkpoint(finished), "onnx")
+    load(finished).save(tmp_path / "model.onnx", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (logits,) = session.run(["logits"], {"images": tested[0]})
     np.testing.assert_allclose(logits, tested[1], atol=1e-4)
@@ -274,7 +274,7 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     )
     finetune.load_init.cache_clear()
     params = model.init(jax.random.key(0))
-    save_checkpoint(tmp_path / "up", params, model.description)
+    TrainedModel.from_description(params, model.description).save(tmp_path / "up")
     values = {
         "init": str(tmp_path / "up"),
         "data": {"dataset": "digits"},

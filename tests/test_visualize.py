@@ -10,7 +10,7 @@ from processes import command
 
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.pictures import figures
-from vit_jax.training.checkpoint import save_checkpoint
+from vit_jax.weights.trained import TrainedModel
 
 PICTURES = ("filters", "positions", "attention_distance", "rollout")
 
@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
     model = build_model(config, 3, (32, 32))
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     folder = tmp_path_factory.mktemp("model") / "vit"
-    save_checkpoint(folder, params, model.description)
+    TrainedModel.from_description(params, model.description).save(folder)
     return folder
 
 

@@ -208,6 +208,16 @@ def pretraining_data(dataset: str, preprocess: str = "inception_crop|flip") -> d
     }
 
 
+def numbers(name: str, value: Any, kind: type) -> Any:
+    """Converts the texts of a list flag to a tuple of numbers; other values pass."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return tuple(map(kind, value))
+    except ValueError as error:
+        raise ValueError(f"--{name}={','.join(value)}: expected numbers, {error}") from error
+
+
 def define_config_flag():
     """The flag --config=FILE.py[:ARGUMENT], with --config.field=value for any field of the recipe.
 
@@ -224,6 +234,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
     # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
     argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
+    old = re.compile(r"^--?config\.(classification|fewshot)\.")
+    for name in sorted({match[1] for text in argv if (match := old.match(text))}):
+        print(f"--config.{name} is now --config.evaluators", file=sys.stderr)
+    argv[:] = [old.sub("--config.evaluators.", text) for text in argv]
     with explained_errors():
         try:
             arguments = app.parse_flags_with_usage(argv)

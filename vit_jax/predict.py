@@ -8,6 +8,7 @@ inside. Files that can't be read are listed at the end and don't stop the others
 """
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -15,20 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.evaluation.labelling import find_images, predict
-from vit_jax.models.variants import described_model
-from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.data.files import find_images
+from vit_jax.weights.trained import load
 
 MODEL = flags.DEFINE_string("model", None, "A run's workdir, or any checkpoint.")
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "How to write labels.")
 OUTPUT = flags.DEFINE_string("output", None, "File to write to, not the terminal.")
 TOP = flags.DEFINE_integer("top", 3, "Labels an image, the most probable first.")
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Divides the logits: a transfer's report.html says which is honest."
+    "temperature", None, "Divides the logits; by default the one that was fitted on dev images."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.")
 PREPROCESS = flags.DEFINE_string(
@@ -38,24 +37,22 @@ flags.mark_flag_as_required("model")
 
 
 def label_files(files: list[Path]) -> tuple[list[dict], list[dict]]:
-    """({"file", "labels": [[name, probability], ...]}, {"file", "error"}), as the flags say."""
-    params, description = load_checkpoint(MODEL.value)
-    model = described_model(description)
-    if not model.num_classes:
-        raise ValueError(f"{MODEL.value} has no head: transfer it to your classes first")
-    if TOP.value < 1 or BATCH_SIZE.value < 1 or TEMPERATURE.value <= 0:
+    """Returns ({"file", "labels": [[name, probability], ...]}, {"file", "error"}) for the flags."""
+    model = load(MODEL.value)
+    if TOP.value < 1 or BATCH_SIZE.value < 1 or (TEMPERATURE.value or 1.0) <= 0:
         raise ValueError("--top, --batch_size, --temperature: expected numbers greater than 0")
-    names = description.get("class_names") or [f"class {i}" for i in range(model.num_classes)]
-    preprocess = PREPROCESS.value or description.get("preprocess", "resize")
-    options = {"temperature": TEMPERATURE.value, "batch_size": min(BATCH_SIZE.value, len(files))}
+    model = dataclasses.replace(
+        model,
+        temperature=TEMPERATURE.value or model.temperature,
+        preprocessing=PREPROCESS.value or model.preprocessing,
+    )
     labelled, unreadable = [], []
-    for file, found in predict(model, params, files, preprocess, **options):
-        if isinstance(found, str):
-            unreadable.append({"file": str(file), "error": found})
-            continue
-        best = np.argsort(-found, kind="stable")[: TOP.value]
-        labels = [[names[i], round(float(found[i]), 6)] for i in best]
-        labelled.append({"file": str(file), "labels": labels})
+    for found in model.iterate_predictions(files, BATCH_SIZE.value):
+        if found.error:
+            unreadable.append({"file": found.image, "error": found.error})
+        else:
+            labels = [[name, round(p, 6)] for name, p in found.top(TOP.value)]
+            labelled.append({"file": found.image, "labels": labels})
     return labelled, unreadable
 
 

@@ -24,9 +24,9 @@ from vit_jax import config as configuration
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.sources import open_source
-from vit_jax.models.variants import Model, described_model
+from vit_jax.models.variants import Model
 from vit_jax.pictures import attention, figures
-from vit_jax.training.checkpoint import load_checkpoint
+from vit_jax.weights.trained import load
 
 MODEL = flags.DEFINE_string("model", None, "A run's workdir, a checkpoint, a file or its URL.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the pictures.")
@@ -76,8 +76,8 @@ def look(
 
 def visualize(paths: list[str]) -> tuple[dict[str, Figure], dict]:
     """The pictures by name, and their numbers."""
-    params, description = load_checkpoint(MODEL.value)
-    model = described_model(description)
+    trained = load(MODEL.value)
+    model, params = trained.architecture, trained.params
     components, shares = attention.filter_components(attention.rgb_filters(model, params))
     pictures = {"filters": figures.draw_filters(components, shares)}
     numbers: dict = {"filter_variance_shares": shares.tolist()}

@@ -92,7 +92,7 @@ def _compile(
     names = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume"}
     fields = {k: v for k, v in run.config.items() if k in names}
     fields |= {"seed": 0, "data": {"dataset": run.config["data"]["dataset"]}}
-    fields |= {"classification": {}, "fewshot": {}}
+    fields |= {"evaluators": {}}
     fields |= {"steps": None, "epochs": 1.0, "schedule": {"peak": 1.0, "warmup": 0}}
     config = build(TrainConfig, fields)
     program = f"{config} {classes} {topology}"  # learning rates, seeds and budgets share it

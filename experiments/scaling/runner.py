@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.claims import LEASE, Claims, write_atomically
-from experiments.scaling.study import Run, Study, differences, expand, flatten, machine_fields, merge
+from experiments.scaling.study import (
+    Run,
+    Study,
+    differences,
+    expand,
+    flatten,
+    machine_fields,
+    merge,
+)
 from vit_jax.config import covered
 
 DEATHS = 3  # a run over which so many processes died is taken for their murderer

@@ -37,26 +37,20 @@ from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.evaluation.protocols.linear import L2, probe_head
-from vit_jax.models.variants import Model, described_model
+from vit_jax.models.variants import Model, ModelConfig
 from vit_jax.parallel import multihost
 from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
-from vit_jax.training.checkpoint import load_checkpoint
 from vit_jax.training.clock import Clock
-from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.workdir import compiled_kept, keep_same
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt, flatten
+from vit_jax.weights.trained import TrainedModel, load
 
-# Of the checkpoint's model, these are how it was trained and not what it is.
-OF_TRAINING = (
-    *("representation_size", "head_bias", "dropout", "attention_dropout", "stochastic_depth"),
-    *("scan", "remat"),
-)
 _LOADING = threading.Lock()  # trials that go side by side download and read it once
 
 
@@ -64,7 +58,7 @@ _LOADING = threading.Lock()  # trials that go side by side download and read it 
 class TransferConfig(TrainConfig):
     """A recipe that starts from a checkpoint."""
 
-    init: str = ""  # whatever `training.checkpoint.load_checkpoint` reads; empty: random weights
+    init: str = ""  # whatever `weights.trained.load` reads; empty: random weights
     reinitialize: tuple[str, ...] = REINITIALIZE  # regexes of tensors to start afresh
     drop: tuple[str, ...] = DROP  # regexes of the checkpoint's tensors to leave out
     head: str = "zero"  # what to begin with: zero, or probe: logistic regression on the features
@@ -86,10 +80,10 @@ class TransferConfig(TrainConfig):
                 raise configuration.unknown("export format", name, formats.FORMATS)
 
 
-@cache  # trials start from the same one
-def load_init(path: str) -> tuple[dict, dict]:
-    """The checkpoint to start from."""
-    return load_checkpoint(path)
+@cache
+def load_init(path: str) -> TrainedModel:
+    """Reads the checkpoint to start from, once for all trials."""
+    return load(path)
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
@@ -104,11 +98,12 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
             "no init, and the recipe names no model: give --config.init=CHECKPOINT, or both "
             "--config.model.variant and --config.image_size to start from random weights"
         )
-    _, description = load_init(values["init"])
+    source = load_init(values["init"])
     if "variant" not in model:
-        kept = {k: v for k, v in description["model"].items() if k not in OF_TRAINING}
-        model = {**kept, **model}
-    height, width = description["image_size"]
+        of_training = set(configuration.fields_where(ModelConfig, inherited=False))
+        fields = dataclasses.asdict(source.config).items()
+        model = {**{k: v for k, v in fields if k not in of_training}, **model}
+    height, width = source.image_size
     if "image_size" not in values and height != width:
         raise ValueError(
             f"{values['init']} is for images of {height} x {width}: say the side of the square "
@@ -127,8 +122,7 @@ def prepare(
 
     def load(model: Model, shapes: dict) -> dict:
         with _LOADING:
-            params, description = load_init(config.init)
-        source = described_model(description)
+            source = load_init(config.init)
         # What no tensor's name or shape would betray.
         for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
             there, here = getattr(source.config, name), getattr(model.config, name)
@@ -138,10 +132,10 @@ def prepare(
                     f"{here!r}: set --config.model.{name}={there}"
                 )
         adapted, report = adapt(
-            params,
+            source.params,
             shapes,
             grid=model.grid,
-            source_grid=source.grid,
+            source_grid=source.architecture.grid,
             reinitialize=config.reinitialize,
             drop=config.drop,
         )
@@ -195,7 +189,7 @@ def _choose_and_train(config: TransferConfig, workdir: Path, command: str) -> No
     for_trials, lanes = spread(config, whole, splits, len(trials))
     config = whole
     on_train, on_both = trial_recipe(for_trials, splits), final_recipe(config, splits)
-    keep_same(workdir / "sweep.json", on_both, may_change=MAY_CHANGE)
+    keep_same(workdir / "sweep.json", on_both)
     for values in trials:
         with_values(on_both, values)  # what can't be is known before the first trial
 
@@ -258,7 +252,8 @@ def trial_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
         config,
         data=data,
         sweep=None,
-        classification={"dev": ClassificationConfig(dev, config.batch_size)},
+        evaluators={"dev": ClassificationConfig(dev, config.batch_size)},
+        watch="dev",
     )
 
 
@@ -267,7 +262,7 @@ def final_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
     split = f"{splits.train}+{splits.dev}"
     data = dataclasses.replace(config.data, dataset=splits.dataset, split=split)
     return dataclasses.replace(
-        config, data=data, sweep=None, classification={}, early_stopping=None
+        config, data=data, sweep=None, evaluators={}, early_stopping=None, watch=""
     )
 
 
@@ -275,12 +270,12 @@ def train_trial(config: TransferConfig, folder: Path, lane: Lane = ALONE) -> Non
     """Trains a trial, and keeps its logits on dev: the temperature is fitted to them."""
     run = prepare(config, str(folder), lane=lane)
     loop.train(run)
-    logits_of(run, folder, config.classification["dev"].data, folder / "dev.npz")
+    logits_of(run, folder, config.evaluators["dev"].data, folder / "dev.npz")
 
 
 def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tuple:
     """(logits, labels) of a split by the run's last checkpoint: what others will load."""
-    params, _ = load_checkpoint(folder)
+    params = load(folder).params
     source = open_source(data.dataset, data.split, data.data_dir)
     with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
         shardings = state_shardings(run.mesh, run.config.mesh, params)
@@ -307,11 +302,11 @@ def report(
         run.config.data, split=splits.test, preprocess=config.eval_preprocess
     )
     logits, labels = logits_of(run, workdir, data, workdir / "test.npz")
-    params, description = load_checkpoint(workdir)  # of several processes all read, or none can
+    model = load(workdir)  # orbax reads on all processes at once
     if not multihost.is_main():
         return
     names, scores = audit.class_names, score(logits, labels, temperature)
-    files = export(config, workdir, params, description)
+    files = export(config, workdir, model)
     results_file = {
         **scores,
         "dev_accuracy": chosen.accuracy,
@@ -351,7 +346,7 @@ def report(
             "final": read_metrics(workdir),
         },
         mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
-        attention=where_it_looks(run.model, params, source, config.eval_preprocess, 6),
+        attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),
         files=files,
     )
     (workdir / "report.html").write_text(render(page), "utf-8")
@@ -364,9 +359,7 @@ def report(
     )
 
 
-def export(
-    config: TransferConfig, workdir: Path, params: dict, description: dict
-) -> dict[str, str]:
+def export(config: TransferConfig, workdir: Path, model: TrainedModel) -> dict[str, str]:
     """Writes the formats asked for to `exported/`: {path: what it is, or why it isn't there}."""
     files = {
         "checkpoints/": "the model: predict --model, evaluate --checkpoint and convert read it",
@@ -383,7 +376,7 @@ def export(
         path.parent.mkdir(exist_ok=True)
         try:
             if not path.exists():
-                formats.write(path, params, description, name)
+                model.save(path, name)
             files[shown] = f"the model as {name}"
         except ValueError as error:  # that format has no place for this model
             files[shown] = f"not written: {error}"

@@ -5,6 +5,7 @@ The rest of the package sees only `build_model` and, on the model, `init`, `appl
 """
 
 import dataclasses
+import fnmatch
 import re
 from typing import Any
 
@@ -78,6 +79,11 @@ POOLS = ("token", "gap", "map")
 DTYPES = ("float32", "bfloat16")
 
 
+def list_models(pattern: str = "*") -> list[str]:
+    """Returns the architectures' names that match a pattern, such as "*B/16*"."""
+    return sorted(fnmatch.filter(KNOWN, pattern))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """An architecture: "ViT-B/16", "R50x1", "R50+ViT-B/16", "R26+S/32", "Mixer-B/16", ...
@@ -106,7 +112,9 @@ class ModelConfig:
     position_at: str | None = None  # stem | layers | shared; None: the stem, or inside every layer
     registers: int = 0  # learned tokens without a place in the image (arXiv 2309.16588)
 
-    dropout: float = setting(0.0, inherited=False)  # after every dense layer but q, k, v, and after the position embeddings
+    dropout: float = setting(
+        0.0, inherited=False
+    )  # after every dense layer but q, k, v, and after the position embeddings
     attention_dropout: float = setting(0.0, inherited=False)  # of the attention weights
     # The last block's rate of dropped branches; linear from 0 at the first.
     stochastic_depth: float = setting(0.0, inherited=False)

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous, atomic, resumable. 
+"""Checkpoints: asynchronous, atomic, resumable.
 
 A checkpoint is a folder `workdir/checkpoints/STEP` of four items: `params`, `ema` (when kept),
 `training` (the step and the optimizer's state) and `model`, a JSON description with which the

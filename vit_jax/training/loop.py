@@ -9,16 +9,19 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from vit_jax.config import build
 from vit_jax.costs.chips import num_chips
 from vit_jax.costs.flops import training_flops
 from vit_jax.data.pipeline import open_data, train_batches
@@ -41,7 +44,7 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
-from vit_jax.training.checkpoint import Checkpoints, find_checkpoint
+from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
@@ -50,6 +53,8 @@ from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir
+from vit_jax.weights.trained import TrainedModel, find_checkpoint
+from vit_jax.weights.trained import load as load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,39 @@ class Run(Training):
     clock: Clock
     lane: Lane
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run that has come to its end."""
+
+    workdir: Path
+    metrics: dict[str, float]  # the newest value of everything recorded, and the last "step"
+
+    @property
+    def model(self) -> TrainedModel:
+        """The model of the newest checkpoint, read anew."""
+        return load_model(self.workdir)
+
+
+def pretrain(
+    config: Mapping[str, Any] | TrainConfig, workdir: str | os.PathLike, clock: Clock | None = None
+) -> Trained:
+    """Trains a model from random weights, or continues the run that is in the workdir.
+
+    Args:
+      config: a recipe, such as `vit_jax.recipe` returns, or the dataclass.
+      workdir: the folder of the run.
+      clock: one that runs already, if the time before this call counts too.
+
+    Raises ValueError or FileNotFoundError, before anything is compiled, for a recipe or data that
+    don't fit; otherwise as `train`.
+    """
+    if not isinstance(config, TrainConfig):
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        config = build(TrainConfig, values)
+    run = prepare(config, os.fspath(workdir), clock=clock)
+    return Trained(run.workdir, train(run))
 
 
 def prepare(
@@ -86,6 +124,7 @@ def prepare(
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
     clock = clock or Clock()
+    _ = config.watched  # a recipe that watches nothing is an error now
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)

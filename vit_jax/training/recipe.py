@@ -106,8 +106,20 @@ class TrainConfig:
 
     @property
     def watched(self) -> str:
-        """The metric that early stopping watches: "validation/accuracy"."""
-        return f"{self.watch or next(iter(self.evaluators), '')}/accuracy"
+        """The metric that early stopping watches: "validation/accuracy"; "" without it.
+
+        Raises ValueError if the recipe doesn't tell which evaluator it is.
+        """
+        if not self.early_stopping:
+            return ""
+        if not self.watch and len(self.evaluators) != 1:
+            raise ValueError(
+                "early_stopping needs an evaluator to watch: set watch to one of "
+                f"{', '.join(self.evaluators) or 'the evaluators (there are none)'}"
+            )
+        if self.watch and self.watch not in self.evaluators:
+            raise unknown("evaluator to watch", self.watch, self.evaluators)
+        return f"{self.watch or next(iter(self.evaluators))}/accuracy"
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -120,13 +132,6 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.early_stopping and not self.eval_every:
             raise ValueError("early_stopping counts evaluations: set eval_every, too")
-        if self.early_stopping and not self.watch and len(self.evaluators) != 1:
-            raise ValueError(
-                "early_stopping needs an evaluator to watch: set watch to one of "
-                f"{', '.join(self.evaluators) or 'the evaluators (there are none)'}"
-            )
-        if self.watch and self.watch not in self.evaluators:
-            raise unknown("evaluator to watch", self.watch, self.evaluators)
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.augmentation.mixes and self.loss.masks_patches:

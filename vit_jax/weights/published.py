@@ -5,6 +5,7 @@ big_vision. Of AugReg ("How to train your ViT?", arXiv 2106.10270) each name is 
 checkpoint that its authors recommend for the size.
 """
 
+import fnmatch
 import os
 import re
 
@@ -30,6 +31,11 @@ PUBLISHED: dict[str, str] = {
         for size in _VIT_1K
     },
 }
+
+
+def list_checkpoints(pattern: str = "*") -> list[str]:
+    """Returns the published names that match a pattern, such as "*B/16*"."""
+    return sorted(fnmatch.filter(PUBLISHED, pattern))
 
 
 def resolve(name: str | os.PathLike) -> str:

@@ -21,8 +21,15 @@ from vit_jax.config import unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
-from vit_jax.parallel.mesh import MeshConfig, batch_parts, batch_sharding, make_mesh, replicated
-from vit_jax.parallel.mesh import put_tree, use_mesh
+from vit_jax.parallel.mesh import (
+    MeshConfig,
+    batch_parts,
+    batch_sharding,
+    make_mesh,
+    put_tree,
+    replicated,
+    use_mesh,
+)
 from vit_jax.weights import formats, published
 
 FORMATS = ("orbax", *formats.FORMATS)
@@ -92,12 +99,12 @@ class TrainedModel:
     @property
     def description(self) -> dict[str, Any]:
         """The inverse of `from_description`, without the parameters."""
-        known = {
-            "class_names": list(self.names),
-            "preprocess": self.preprocessing if self.preprocessing != "resize" else None,
-            "temperature": self.temperature if self.temperature != 1.0 else None,
-        }
-        return self.architecture.description | {k: v for k, v in known.items() if v}
+        description = {**self.architecture.description, "preprocess": self.preprocessing}
+        if self.names:
+            description["class_names"] = list(self.names)
+        if self.temperature != 1.0:
+            description["temperature"] = self.temperature
+        return description
 
     @property
     def config(self) -> ModelConfig:
@@ -224,10 +231,7 @@ class TrainedModel:
         """
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
-        if "://" in os.fspath(path):
-            raise ValueError(f"{path}: expected a local path; copy what is written from there")
-        if Path(path).exists():
-            raise ValueError(f"{path} exists: choose another path, or remove it")
+        check_output(path)
         if format == "orbax":
             _write_orbax(Path(path), self.params, self.description)
         else:
@@ -245,7 +249,7 @@ class TrainedModel:
         if images.shape[1:] != (*self.image_size, 3) or images.dtype != np.uint8:
             raise ValueError(
                 f"images of shape {images.shape} and dtype {images.dtype}: expected uint8 "
-                f"[B, {self.image_size[0]}, {self.image_size[1]}, 3]; `preprocess` makes such images"
+                f"[B, {self.image_size[0]}, {self.image_size[1]}, 3], as `preprocess` makes them"
             )
         mesh = mesh or self._local_mesh
         params, sharding = self._placed(mesh), batch_sharding(mesh)
@@ -260,8 +264,9 @@ class TrainedModel:
                 outputs = getattr(self._forward(params, padded), name)
                 found.append(np.asarray(outputs, np.float32)[: len(batch)])
         if not found:
-            shape = jax.eval_shape(self._forward, params, np.zeros((1, *images.shape[1:]), np.uint8))
-            return np.zeros((0, *getattr(shape, name).shape[1:]), np.float32)
+            one = jax.ShapeDtypeStruct((1, *images.shape[1:]), np.uint8)
+            shape = getattr(jax.eval_shape(self._forward, params, one), name).shape
+            return np.zeros((0, *shape[1:]), np.float32)
         return np.concatenate(found)
 
     @cached_property
@@ -284,8 +289,20 @@ class TrainedModel:
         return self._copies[mesh]
 
 
+def check_output(path: str | os.PathLike) -> None:
+    """ValueError unless a model can be written to the path: local, with nothing there."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: write to a local path and copy it from there")
+    if Path(path).exists():
+        raise ValueError(f"{path} exists: choose another path, or remove it")
+
+
 def create_model(
-    variant: str, num_classes: int, image_size: int | tuple[int, int] = 224, seed: int = 0, **options
+    variant: str,
+    num_classes: int,
+    image_size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    **options: Any,
 ) -> TrainedModel:
     """Returns a model with random weights, such as `create_model("ViT-B/16", 10)`.
 

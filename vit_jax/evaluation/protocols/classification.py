@@ -38,7 +38,7 @@ class Config(EvaluatorConfig):
 
 
 def make(
-    config: Config, model: Model, mesh: Mesh, loss: LossConfig = LossConfig()
+    config: Config, model: Model, mesh: Mesh, loss: LossConfig
 ) -> Callable[[dict], dict[str, float]]:
     """params -> {"accuracy": share in [0, 1], "loss": mean, "ece": in [0, 1], "examples": count}.
 

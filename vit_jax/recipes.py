@@ -1,0 +1,55 @@
+"""Recipes by name: `pretrain/paper:ViT-B/16` is `configs/pretrain/paper.py` with its argument."""
+
+import fnmatch
+import runpy
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from vit_jax.config import unknown
+
+FOLDER = Path(__file__).parent.parent / "configs"
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Returns the names of the recipes that match a pattern, such as "transfer/*"."""
+    names = (str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/*.py"))
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file of a recipe's name or path, without its argument.
+
+    Raises ValueError for a name that doesn't exist, FileNotFoundError for such a path.
+    """
+    if name.endswith(".py"):
+        if not (path := Path(name)).is_file():
+            raise FileNotFoundError(f"there is no recipe {name}")
+        return path
+    if name not in (known := list_recipes()):
+        raise unknown("recipe", name, known)
+    return FOLDER / f"{name}.py"
+
+
+def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
+    """Returns a recipe as a config that can be changed.
+
+    Args:
+      name: "pretrain/paper:ViT-B/16", or a path "my_recipe.py:ARGUMENT".
+      **fields: values that replace the recipe's: `batch_size=1024`, or for a field of a group
+        `**{"model.variant": "ViT-S/16"}`.
+
+    Raises ValueError or FileNotFoundError for a recipe that doesn't exist. A misspelt field is an
+    error when the config is used.
+    """
+    path, _, argument = name.partition(":")
+    config = runpy.run_path(str(find_recipe(path)))["get_config"](argument or None)
+    config = ml_collections.ConfigDict(config.to_dict())
+    for field, value in fields.items():
+        *groups, last = field.split(".")
+        group = config
+        for part in groups:
+            group = group[part] if part in group else group.__setitem__(part, {}) or group[part]
+        group[last] = value
+    return config
