@@ -172,4 +172,4 @@ def test_command(tmp_path):
     chex.assert_trees_all_equal(load(again).params, params)
     done = command(f"--input={exported}", f"--output={again}")
     assert done.returncode == 1
-    assert "again exists: choose another --output" in done.stderr
+    assert "again exists: choose another path" in done.stderr

@@ -15,5 +15,5 @@ from vit_jax.training.workdir import open_workdir
 def test_what_is_no_folder_is_told_what_to_do(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        open_workdir(name, {}, may_change=())
+        open_workdir(name, {})
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Vision Transformers in JAX: pretraining at scale, transfer, and the paper's scaling plots.
 
-    model = vit_jax.load("runs/mine")      # a workdir, a checkpoint, a foreign file, a published name
+    model = vit_jax.load("runs/mine")      # a workdir, checkpoint, foreign file, published name
     model.logits(images)                   # uint8 [B, H, W, 3] -> float32 [B, C]
     model.predict(["a.jpg", "b.png"])      # classes with probabilities
 
@@ -40,7 +40,7 @@ _HOMES = {  # public name -> its module
     "pretrain": "training.loop",
     "recipe": "recipes",
 }
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
