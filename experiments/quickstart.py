@@ -21,7 +21,7 @@ from absl import app, flags
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares
+from vit_jax.evaluation.protocols.fewshot import FewshotConfig, draw_shots, least_squares
 from vit_jax.training.metrics import read_metrics
 
 mpl.use("Agg")

@@ -27,20 +27,20 @@ from absl import app, flags
 from PIL import Image
 from scipy import stats
 
+from vit_jax.classifier.splits import SplitConfig, Splits
+from vit_jax.classifier.start import TransferConfig, choose_and_train, final_recipe, prepare
+from vit_jax.classifier.sweep import SweepConfig, with_values
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.data.splits import SplitConfig, Splits
-from vit_jax.evaluation.classification import ClassificationConfig
 from vit_jax.evaluation.features import extract_split
-from vit_jax.evaluation.fewshot import draw_shots, least_squares
-from vit_jax.evaluation.probe import L2, linear_probe
+from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.protocols.fewshot import draw_shots, least_squares
+from vit_jax.evaluation.protocols.linear import L2, linear_probe
 from vit_jax.models.variants import ModelConfig, build_model, described_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
 from vit_jax.training import loop
 from vit_jax.training.checkpoint import CheckpointConfig, load_checkpoint
-from vit_jax.training.finetune import TransferConfig, choose_and_train, final_recipe, prepare
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
-from vit_jax.training.sweep import SweepConfig, with_values
 
 STROKES = flags.DEFINE_string("strokes", "", "Workdir of configs/pretrain/formula.py.")
 FRACTALS = flags.DEFINE_string("fractals", "", "The same with dataset=fractals.")

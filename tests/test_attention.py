@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.analysis.attention import (
+from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.pictures.attention import (
     attention_maps,
     cosine_similarity,
     filter_components,
@@ -15,7 +16,6 @@ from vit_jax.analysis.attention import (
     rgb_filters,
     rollout,
 )
-from vit_jax.models.variants import ModelConfig, build_model
 
 SMALL = {"width": 32, "depth": 2, "mlp_dim": 32, "num_heads": 2, "dtype": "float32"}
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import audit
-from vit_jax.data.audit import look_at
+from vit_jax.classifier import audit
+from vit_jax.classifier.audit import look_at
+from vit_jax.classifier.splits import SplitConfig, settle_splits
 from vit_jax.data.sources import Source, open_source
-from vit_jax.data.splits import SplitConfig, settle_splits
 
 
 def paint(path, number):

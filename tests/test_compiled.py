@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.analysis.chips import CHIPS, PEAK_FLOPS
-from vit_jax.analysis.compiled import (
+from vit_jax.costs.chips import CHIPS, PEAK_FLOPS
+from vit_jax.costs.compiled import (
     Collective,
     Kernel,
     OutOfMemory,

@@ -6,10 +6,15 @@ import pytest
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.evaluation.classification import ClassificationConfig, make_classification
-from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares, make_fewshot
+from vit_jax.evaluation.protocols.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.protocols.fewshot import (
+    FewshotConfig,
+    draw_shots,
+    least_squares,
+    make_fewshot,
+)
+from vit_jax.losses.classification import LossConfig
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, replicated, use_mesh
-from vit_jax.training.step import LossConfig
 
 SPLIT = "test[:100]"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax.evaluation.fewshot import draw_shots, least_squares
+from vit_jax.evaluation.protocols.fewshot import draw_shots, least_squares
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vit_jax.analysis.flops import (
+from vit_jax.costs.flops import (
     MISPRINT,
     TABLE_6,
     forward_macs,
@@ -153,7 +153,7 @@ def test_the_papers_compute(variant, epochs, paper):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "vit_jax.analysis.flops", *arguments],
+        [sys.executable, "-m", "vit_jax.costs.flops", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

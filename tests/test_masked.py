@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.training.masked import (
+from vit_jax.losses.masked_patches import (
     MASK,
     MaskedPatchConfig,
     colors_4x4,
@@ -19,6 +18,7 @@ from vit_jax.training.masked import (
     quantize,
     split_patches,
 )
+from vit_jax.models.variants import ModelConfig, build_model
 
 CONFIG = MaskedPatchConfig()
 SMALL = {"width": 32, "depth": 1, "mlp_dim": 32, "num_heads": 2, "dtype": "float32", "pool": "gap"}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vit_jax.analysis.compiled import memory
+from vit_jax.costs.compiled import memory
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig
 from vit_jax.parallel.mesh import MeshConfig, make_mesh

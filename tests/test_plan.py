@@ -11,11 +11,11 @@ import jax
 import pytest
 from processes import command
 
-from vit_jax.analysis import topology
-from vit_jax.analysis.chips import CHIPS
-from vit_jax.analysis.compiled import Collective, Kernel, OutOfMemory
-from vit_jax.analysis.flops import TABLE_2, device_days, pretraining_exaflops, training_flops
-from vit_jax.analysis.report import (
+from vit_jax.costs import topology
+from vit_jax.costs.chips import CHIPS
+from vit_jax.costs.compiled import Collective, Kernel, OutOfMemory
+from vit_jax.costs.flops import TABLE_2, device_days, pretraining_exaflops, training_flops
+from vit_jax.costs.report import (
     collectives_report,
     device_bytes,
     kernels_report,
@@ -25,7 +25,7 @@ from vit_jax.analysis.report import (
     show,
     show_ranked,
 )
-from vit_jax.analysis.topology import parse_topology
+from vit_jax.costs.topology import parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh

@@ -8,17 +8,23 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from vit_jax.analysis.intervals import accuracy_interval
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source
-from vit_jax.data.splits import stratified_split
-from vit_jax.evaluation import calibration, classification, features
-from vit_jax.evaluation.classification import ClassificationConfig, make_classification
-from vit_jax.evaluation.fewshot import FewshotConfig, draw_shots, least_squares, make_fewshot
-from vit_jax.evaluation.knn import nearest_neighbours
-from vit_jax.evaluation.probe import fit_logistic, linear_probe
+from vit_jax.data.stratified import stratified_split
+from vit_jax.evaluation import calibration, features
+from vit_jax.evaluation.intervals import accuracy_interval
+from vit_jax.evaluation.protocols import classification
+from vit_jax.evaluation.protocols.classification import ClassificationConfig, make_classification
+from vit_jax.evaluation.protocols.fewshot import (
+    FewshotConfig,
+    draw_shots,
+    least_squares,
+    make_fewshot,
+)
+from vit_jax.evaluation.protocols.knn import nearest_neighbours
+from vit_jax.evaluation.protocols.linear import fit_logistic, linear_probe
+from vit_jax.losses.classification import LossConfig
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, replicated, use_mesh
-from vit_jax.training.step import LossConfig
 
 CLASSES = 10
 
@@ -164,9 +170,9 @@ def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
     (x, y), _, (test, test_y) = blobs
     sets = {"train": (x, y), "test": (test, test_y)}
     monkeypatch.setattr(
-        "vit_jax.evaluation.fewshot.extract_split", lambda *_: lambda _, name: sets[name]
+        "vit_jax.evaluation.protocols.fewshot.extract_split", lambda *_: lambda _, name: sets[name]
     )
-    monkeypatch.setattr("vit_jax.evaluation.fewshot.open_single_label", lambda data: None)
+    monkeypatch.setattr("vit_jax.evaluation.protocols.fewshot.open_single_label", lambda data: None)
     config = FewshotConfig(DataConfig("mine"), shots=(5,), seeds=2, l2=(1.0, 100.0, 1e6))
     result = make_fewshot(config, model, make_mesh(MeshConfig()))(params)
     on_dev, on_test = np.zeros((2, 3)), np.zeros((2, 3))

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from vit_jax.classifier.start import TransferConfig
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.models.variants import build_model
 from vit_jax.training import loop
-from vit_jax.training.finetune import TransferConfig
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 

@@ -13,8 +13,8 @@ from experiments.scaling.figures import draw_paper, paper
 from experiments.scaling.study import expand, flatten, load_study
 from experiments.scaling.style import HUES, ORDER, Looks, new_figure, save
 from experiments.scaling.table import Point, average_tasks, points, read_csv
-from vit_jax.analysis.topology import parse_topology
 from vit_jax.config import build
+from vit_jax.costs.topology import parse_topology
 from vit_jax.models.variants import build_model
 from vit_jax.training.recipe import TrainConfig
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from vit_jax.analysis.compiled import memory
+from vit_jax.costs.compiled import memory
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from vit_jax.analysis.compiled import Program
+from vit_jax.costs.compiled import Program
+from vit_jax.losses.masked_patches import MaskedPatchConfig
 from vit_jax.models.transformer import unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
@@ -24,7 +25,6 @@ from vit_jax.parallel.mesh import (
     use_mesh,
 )
 from vit_jax.training.augmentation import AugmentationConfig
-from vit_jax.training.masked import MaskedPatchConfig
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,

@@ -6,14 +6,7 @@ import json
 import jax
 import pytest
 
-from vit_jax.data.pipeline import DataConfig
-from vit_jax.models.variants import ModelConfig
-from vit_jax.parallel.lanes import ALONE
-from vit_jax.parallel.mesh import MeshConfig
-from vit_jax.training.early_stopping import has_waited
-from vit_jax.training.optimizer import ScheduleConfig
-from vit_jax.training.recipe import TrainConfig
-from vit_jax.training.sweep import (
+from vit_jax.classifier.sweep import (
     SweepConfig,
     Trial,
     best_trial,
@@ -24,6 +17,13 @@ from vit_jax.training.sweep import (
     trial_name,
     with_values,
 )
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.models.variants import ModelConfig
+from vit_jax.parallel.lanes import ALONE
+from vit_jax.parallel.mesh import MeshConfig
+from vit_jax.training.early_stopping import has_waited
+from vit_jax.training.optimizer import ScheduleConfig
+from vit_jax.training.recipe import TrainConfig
 
 CONFIG = TrainConfig(
     ModelConfig("ViT-mu/8"), DataConfig("digits"), 8, 8, ScheduleConfig(0.1, warmup=0), steps=4

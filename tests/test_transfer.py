@@ -14,21 +14,22 @@ import pytest
 from PIL import Image
 from processes import checkpoint_arrays, cluster, command, equal_runs, finish, records, start
 
+from vit_jax.classifier import start as finetune
+from vit_jax.classifier.splits import Splits
+from vit_jax.classifier.start import TransferConfig, choose_and_train, complete
+from vit_jax.classifier.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.data.splits import Splits
 from vit_jax.evaluation.labelling import find_images, predict
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.multihost import PREEMPTED
-from vit_jax.training import finetune, loop
+from vit_jax.training import loop
 from vit_jax.training.checkpoint import load_checkpoint, save_checkpoint
-from vit_jax.training.finetune import TransferConfig, choose_and_train, complete
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
-from vit_jax.training.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.weights import formats
 
 COMMAND = "python -m vit_jax.transfer --config=configs/transfer/folder.py"

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from processes import command
 
-from vit_jax.analysis import figures
 from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.pictures import figures
 from vit_jax.training.checkpoint import save_checkpoint
 
 PICTURES = ("filters", "positions", "attention_distance", "rollout")

@@ -20,24 +20,24 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from vit_jax import config as configuration
-from vit_jax.analysis.intervals import accuracy_interval
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.calibration import fit_temperature
-from vit_jax.evaluation.classification import (
+from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
+from vit_jax.evaluation.intervals import accuracy_interval
+from vit_jax.evaluation.protocols.classification import (
     ClassificationConfig,
     check_class_names,
     make_classification,
 )
-from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
-from vit_jax.evaluation.fewshot import FewshotConfig, make_fewshot
-from vit_jax.evaluation.knn import KnnConfig, make_knn
-from vit_jax.evaluation.probe import ProbeConfig, make_probe
+from vit_jax.evaluation.protocols.fewshot import FewshotConfig, make_fewshot
+from vit_jax.evaluation.protocols.knn import KnnConfig, make_knn
+from vit_jax.evaluation.protocols.linear import ProbeConfig, make_probe
+from vit_jax.losses.classification import LossConfig
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training.checkpoint import load_checkpoint
-from vit_jax.training.step import LossConfig
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
 DATASET = flags.DEFINE_string("dataset", None, "Name, as in a recipe's data.dataset.")

@@ -34,10 +34,10 @@ import jax
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.analysis.chips import GIB
-from vit_jax.analysis.compiled import OutOfMemory, Program, memory
-from vit_jax.analysis.flops import training_flops
-from vit_jax.analysis.report import (
+from vit_jax.costs.chips import GIB
+from vit_jax.costs.compiled import OutOfMemory, Program, memory
+from vit_jax.costs.flops import training_flops
+from vit_jax.costs.report import (
     collectives_report,
     kernels_report,
     memory_report,
@@ -45,7 +45,7 @@ from vit_jax.analysis.report import (
     show,
     show_ranked,
 )
-from vit_jax.analysis.topology import Topology, open_topology, parse_topology
+from vit_jax.costs.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import dataset_size
 from vit_jax.models.transformer import further_remat
 from vit_jax.models.variants import build_model

@@ -19,10 +19,10 @@ from pathlib import Path
 from absl import app, flags
 
 from vit_jax import config as configuration
+from vit_jax.classifier.start import TransferConfig, choose_and_train, complete, prepare
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
-from vit_jax.training.finetune import TransferConfig, choose_and_train, complete, prepare
 
 CONFIG = configuration.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")

@@ -21,11 +21,11 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from vit_jax import config as configuration
-from vit_jax.analysis import attention, figures
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.sources import open_source
 from vit_jax.models.variants import Model, described_model
+from vit_jax.pictures import attention, figures
 from vit_jax.training.checkpoint import load_checkpoint
 
 MODEL = flags.DEFINE_string("model", None, "A run's workdir, a checkpoint, a file or its URL.")

@@ -12,7 +12,7 @@ from pathlib import Path
 KERNELS = """
 import sys
 import jax, jax.numpy as jnp
-from vit_jax.analysis.topology import open_topology, parse_topology
+from vit_jax.costs.topology import open_topology, parse_topology
 from vit_jax.models.attention import flash_attention
 from vit_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, use_mesh
 shape = tuple(map(int, sys.argv[2:]))

@@ -33,11 +33,11 @@ from absl import app, flags
 
 from experiments.benchmarks.bundles import attention_bundles, kernel_name
 from experiments.benchmarks.step_table import table
-from vit_jax.analysis.chips import GIB
-from vit_jax.analysis.compiled import Instruction, Program, memory
-from vit_jax.analysis.flops import training_flops
-from vit_jax.analysis.report import collectives_report
-from vit_jax.analysis.topology import Topology, open_topology, parse_topology
+from vit_jax.costs.chips import GIB
+from vit_jax.costs.compiled import Instruction, Program, memory
+from vit_jax.costs.flops import training_flops
+from vit_jax.costs.report import collectives_report
+from vit_jax.costs.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.scaling.study import Run, Study, expand
-from vit_jax.analysis.flops import training_flops
-from vit_jax.analysis.report import run_report
-from vit_jax.analysis.topology import Topology, open_topology, parse_topology
 from vit_jax.config import build
+from vit_jax.costs.flops import training_flops
+from vit_jax.costs.report import run_report
+from vit_jax.costs.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
 

@@ -305,9 +305,10 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """
     import jax
 
-    from vit_jax.analysis.flops import training_flops
+    from vit_jax.classifier import start as finetune
     from vit_jax.config import build
-    from vit_jax.training import finetune, loop
+    from vit_jax.costs.flops import training_flops
+    from vit_jax.training import loop
     from vit_jax.training.metrics import read_metrics
 
     if run.kind == "transfer":

@@ -1,4 +1,4 @@
-"""Does a confidence of 0.8 mean right in 8 of 10?"""
+"""Calibration: how well confidences match accuracies, and the temperature that corrects them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,28 +7,43 @@ import numpy as np
 BINS = 15  # as in Guo et al., arXiv 1706.04599
 
 
-def bin_confidences(confidence: jax.Array, correct: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sums over equally wide bins, for jit: [B], bool [B], bool [B] -> [3, BINS].
+def bin_index(confidence: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Returns each confidence's bin, int [B]: bin m holds (m/BINS, (m+1)/BINS]."""
+    xp = jnp if isinstance(confidence, jax.Array) else np
+    return xp.clip(xp.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
-    Of examples, of right ones, of confidences. Bin m has the confidences in (m/BINS, (m+1)/BINS].
+
+def bin_confidences(confidence: jax.Array, correct: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sums examples, correct ones and confidences per bin: [B], bool [B], bool [B] -> [3, BINS].
+
+    Usable inside `jit`; rows where `mask` is False don't count.
     """
-    bins = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
     values = jnp.stack([jnp.ones_like(confidence), correct, confidence]) * mask
-    return values @ jax.nn.one_hot(bins, BINS)
+    return values @ jax.nn.one_hot(bin_index(confidence), BINS)
+
+
+def bin_predictions(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Does the same on the host in float64: [N, C], [N] -> [3, BINS]."""
+    confidence = probabilities.max(axis=1)
+    values = (np.ones_like(confidence), probabilities.argmax(axis=1) == labels, confidence)
+    return np.stack([np.bincount(bin_index(confidence), v, minlength=BINS) for v in values])
 
 
 def calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error (equation 3 of the paper above) of [3, BINS] sums, in [0, 1]."""
+    """Returns the expected calibration error of [3, BINS] sums, in [0, 1].
+
+    Equation 3 of Guo et al., arXiv 1706.04599.
+    """
     examples, correct, confidence = bins.astype(np.float64)
     return float(np.abs(correct - confidence).sum() / max(examples.sum(), 1))
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T > 0 for which softmax(logits / T) has the least cross-entropy: [N, C], [N] -> T.
+    """Returns the T > 0 that minimises the cross-entropy of softmax(logits / T): [N, C], [N] -> T.
 
-    Temperature scaling (section 4.2 of the paper above): it changes no prediction. To be fitted on
-    a dev split. The loss is convex in 1 / T; T stays in [0.01, 100] where labels are all predicted
-    right, or no better than by chance.
+    Temperature scaling (Guo et al., section 4.2) changes no prediction. Fit it on a dev split. The
+    loss is convex in 1 / T. T is limited to [0.01, 100], which it reaches where all labels are
+    predicted correctly, or no better than by chance.
     """
     from scipy import optimize, special  # a third of a second, which pretraining need not wait for
 

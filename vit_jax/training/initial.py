@@ -1,8 +1,8 @@
-"""The state that a run begins with: random, loaded or restored, and born where it belongs."""
+"""The state that a run begins with: random, loaded or restored, created with its shardings."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,48 +12,45 @@ from vit_jax.training.checkpoint import restore, restore_newest
 from vit_jax.training.recipe import Training
 from vit_jax.training.step import TrainState, init_state, start_state
 
-if TYPE_CHECKING:
-    from vit_jax.training.loop import Run
-
 
 def fresh_state(training: Training) -> Callable[[jax.Array], TrainState]:
-    """A PRNG key -> the state of a random start, born sharded, as a jitted function.
+    """Returns a jitted function from a PRNG key to a random, sharded state.
 
-    No device, and no host, ever holds more than its part, and a layer.
+    Each device holds its shard plus at most one layer.
     """
     use_ema = training.config.ema_decay is not None
     init = partial(init_state, training.model, training.optimizer, use_ema=use_ema)
     return jax.jit(init, out_shardings=training.shardings)
 
 
-def first_state(run: "Run") -> tuple[TrainState, list[str]]:
-    """The state to begin with, and what there is to say about it."""
-    if run.resumes:
-        as_placed = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(
-                shape.shape, shape.dtype, sharding=sharding
-            ),
-            run.shapes,
-            run.shardings,
-        )
-        if run.resumes == run.workdir:
-            return restore_newest(run.workdir, as_placed)
-        return restore(run.resumes, as_placed), []
-    use_ema = run.config.ema_decay is not None
-    key = jax.random.key(run.config.seed)
-    if run.loaded is None:
-        return fresh_state(run)(key), []
-    fresh = jax.jit(run.model.init, out_shardings=run.shardings.params)(key)
+def loaded_state(training: Training, loaded: dict) -> TrainState:
+    """Returns step 0 from loaded parameters: numpy arrays, or shapes for those to initialise."""
+    key = jax.random.key(training.config.seed)
+    fresh = jax.jit(training.model.init, out_shardings=training.shardings.params)(key)
     params = jax.tree.map(
-        lambda loaded, new, sharding: (
-            put_tree(loaded, sharding) if isinstance(loaded, np.ndarray) else new
+        lambda given, new, sharding: (
+            put_tree(given, sharding) if isinstance(given, np.ndarray) else new
         ),
-        run.loaded,
+        loaded,
         fresh,
-        run.shardings.params,
+        training.shardings.params,
     )
-    born = jax.jit(
-        partial(start_state, optimizer=run.optimizer, use_ema=use_ema),
-        out_shardings=run.shardings,
-    )
-    return born(params), []
+    use_ema = training.config.ema_decay is not None
+    start = partial(start_state, optimizer=training.optimizer, use_ema=use_ema)
+    return jax.jit(start, out_shardings=training.shardings)(params)
+
+
+def first_state(
+    training: Training, loaded: dict | None, resumes: Path | None, workdir: Path
+) -> tuple[TrainState, list[str]]:
+    """Returns the state to begin with, and notes about checkpoints that can't be read.
+
+    `resumes`: the workdir itself, whose newest readable checkpoint is restored, or the folder of
+    one checkpoint of another run. Without it the state is `loaded`'s, or random.
+    """
+    if resumes is None:
+        if loaded is not None:
+            return loaded_state(training, loaded), []
+        return fresh_state(training)(jax.random.key(training.config.seed)), []
+    placed = training.placed_shapes
+    return restore_newest(workdir, placed) if resumes == workdir else (restore(resumes, placed), [])

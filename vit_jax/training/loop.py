@@ -19,13 +19,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vit_jax.analysis.chips import num_chips
-from vit_jax.analysis.flops import training_flops
+from vit_jax.costs.chips import num_chips
+from vit_jax.costs.flops import training_flops
 from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
-from vit_jax.evaluation.classification import make_classification
-from vit_jax.evaluation.fewshot import make_fewshot
-from vit_jax.evaluation.masked import make_masked
+from vit_jax.evaluation.protocols.classification import make_classification
+from vit_jax.evaluation.protocols.fewshot import make_fewshot
+from vit_jax.evaluation.protocols.masked_patches import make_masked
 from vit_jax.models.variants import Model
 from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import (
@@ -163,7 +163,7 @@ def train(run: Run) -> dict[str, float]:
         enter(compiled_kept(run.workdir, config.compilation_cache))
         preemption = run.lane.preemption or enter(Preemption())
         with clock.within("restore" if run.resumes else "start"):
-            state, notes = first_state(run)
+            state, notes = first_state(run, run.loaded, run.resumes, run.workdir)
             start = int(state.step)
         patience = (run.workdir, f"{next(iter(config.classification), '')}/accuracy")
         patience += (config.early_stopping,)

@@ -9,7 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from vit_jax.analysis.compiled import OutOfMemory, compile_for, memory
+from vit_jax.costs.compiled import OutOfMemory, compile_for, memory
 from vit_jax.models.transformer import further_remat
 from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
 from vit_jax.training.initial import fresh_state
@@ -41,13 +41,8 @@ def compile_step(training: Training) -> jax.stages.Compiled:
         "label": ((config.batch_size,), jnp.int32),
     }
     shapes = {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in batch.items()}
-    state = jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-        training.shapes,
-        training.shardings,
-    )
     with use_mesh(training.mesh):
-        return compile_for(training.lower(state, shapes))
+        return compile_for(training.lower(training.placed_shapes, shapes))
 
 
 def compile_init(training: Training) -> jax.stages.Compiled:

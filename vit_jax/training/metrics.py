@@ -14,7 +14,7 @@ from types import TracebackType
 import jax
 from tqdm import tqdm
 
-from vit_jax.analysis.chips import PEAK_FLOPS
+from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 

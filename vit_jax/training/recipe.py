@@ -13,8 +13,10 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.evaluation.classification import ClassificationConfig
-from vit_jax.evaluation.fewshot import FewshotConfig
+from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.protocols.fewshot import FewshotConfig
+from vit_jax.losses.classification import LossConfig
+from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -25,7 +27,6 @@ from vit_jax.parallel.mesh import (
 )
 from vit_jax.training.augmentation import AugmentationConfig
 from vit_jax.training.checkpoint import CheckpointConfig
-from vit_jax.training.masked import MaskedPatchConfig, predicting
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -34,7 +35,7 @@ from vit_jax.training.optimizer import (
     match_rules,
 )
 from vit_jax.training.profile import parse_window
-from vit_jax.training.step import LossConfig, TrainState, make_train_step, start_state
+from vit_jax.training.step import TrainState, make_train_step, start_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,15 @@ class Training:
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
+
+    @property
+    def placed_shapes(self) -> TrainState:
+        """The state as `jax.ShapeDtypeStruct`s with shardings."""
+        return jax.tree.map(
+            lambda shape, at: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=at),
+            self.shapes,
+            self.shardings,
+        )
 
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """The step for arrays, or shapes with shardings, like these; `state` is donated.

@@ -11,11 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.config import unknown
+from vit_jax.losses.classification import (
+    LossConfig,
+    example_losses,
+    make_targets,
+    share_targets,
+)
+from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
 from vit_jax.training.augmentation import AugmentationConfig, augment, draw
-from vit_jax.training.masked import MaskedPatchConfig, masked_patch_losses
 
 
 @jax.tree_util.register_dataclass
@@ -27,56 +32,6 @@ class TrainState:
     params: dict
     opt_state: Any
     ema: dict | None  # the parameters' running average (Polyak), or None
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """`softmax` cross-entropy, or `sigmoid`: binary cross-entropies, summed over the classes.
-
-    `masked_patches` needs no labels: see `training.masked`.
-    """
-
-    name: str = "softmax"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        if self.name not in (known := ("softmax", "sigmoid", "masked_patches")):
-            raise unknown("loss", self.name, known)
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
-        if self.label_smoothing and self.masks_patches:
-            raise ValueError("label_smoothing: masked_patches has no labels to smooth")
-
-    @property
-    def masks_patches(self) -> bool:
-        """Whether it looks at patches and not at labels."""
-        return self.name == "masked_patches"
-
-
-def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Classes [B], or [B, K] padded with -1 for several an image -> [B, C] of 0 and 1."""
-    one_hot = jax.nn.one_hot(labels, num_classes)
-    return one_hot if labels.ndim == 1 else one_hot.max(axis=1)
-
-
-def share_targets(config: LossConfig, targets: jax.Array) -> jax.Array:
-    """Softmax shares the probability equally among an image's labels: [B, C] -> [B, C]."""
-    if config.name == "softmax":
-        targets = targets / jnp.maximum(targets.sum(-1, keepdims=True), 1.0)
-    return targets
-
-
-def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The loss of each example: logits [B, C], targets [B, C] -> [B].
-
-    Label smoothing e moves the targets to t * (1 - e) + e / C.
-    """
-    num_classes = logits.shape[-1]
-    targets = share_targets(config, targets)
-    targets = targets * (1.0 - config.label_smoothing) + config.label_smoothing / num_classes
-    if config.name == "softmax":
-        return optax.softmax_cross_entropy(logits, targets)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
 
 
 def init_state(

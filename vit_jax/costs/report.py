@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from vit_jax.analysis.chips import GIB, Chip
-from vit_jax.analysis.compiled import Collective, Kernel, OutOfMemory, memory
-from vit_jax.analysis.topology import Topology
+from vit_jax.costs.chips import GIB, Chip
+from vit_jax.costs.compiled import Collective, Kernel, OutOfMemory, memory
+from vit_jax.costs.topology import Topology
 
 
 def device_bytes(shapes: Any, shardings: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.analysis.chips import Chip
+from vit_jax.costs.chips import Chip
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)?(?:e\d+m\d+\w*)?\[([\d,]*)\]")

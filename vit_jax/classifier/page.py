@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax.analysis.intervals import accuracy_interval
+from vit_jax.evaluation.calibration import BINS, bin_index
+from vit_jax.evaluation.intervals import accuracy_interval
 
 MISTAKES = 24
 CELLS = 20  # classes up to which every cell of the confusion matrix has its number
@@ -175,14 +176,6 @@ def model_card(report: Report) -> str:
     return "\n".join(lines)
 
 
-def overlay(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] darkened where attention [rows, columns] is low: uint8 [H, W, 3]."""
-    mask = (seen - seen.min()) / max(float(np.ptp(seen)), 1e-12)
-    size = (pixels.shape[1], pixels.shape[0])
-    mask = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    return (pixels * (0.15 + 0.85 * np.asarray(mask)[:, :, None])).astype(np.uint8)
-
-
 def _recall_rows(matrix: np.ndarray) -> list[tuple[int, int, float]]:
     """(right, images, recall) of each class; the recall of a class without images is nan."""
     right, images = matrix.diagonal(), matrix.sum(axis=1)
@@ -233,14 +226,14 @@ def _confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 def _calibration(report: Report) -> str:
     scores = report.scores
     lines = [
-        f"<p>Expected calibration error {scores['ece']:.3f} (15 bins)",
+        f"<p>Expected calibration error {scores['ece']:.3f} ({BINS} bins)",
         f", {scores['ece_at_temperature']:.3f} with logits divided by the temperature "
         f"{scores['temperature']:.3f}, which was fitted to the dev split: "
         f"<code>predict --temperature={scores['temperature']:.3f}</code>.</p>",
     ]
     confidence = report.probabilities.max(axis=1)
     right = report.probabilities.argmax(axis=1) == report.labels
-    bins = np.clip(np.ceil(confidence * 15).astype(int) - 1, 0, 14)
+    bins = bin_index(confidence)
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, lw=1)

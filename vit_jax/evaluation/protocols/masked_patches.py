@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import open_data
-from vit_jax.evaluation.classification import ClassificationConfig
 from vit_jax.evaluation.features import make_batches
+from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import replicated
-from vit_jax.training.masked import MaskedPatchConfig, masked_patch_losses
 
 
 def make_masked(

@@ -16,16 +16,27 @@ from jax.sharding import Mesh
 from scipy.special import softmax
 
 from vit_jax import config as configuration
-from vit_jax.analysis.report_html import MISTAKES, Report, model_card, render
-from vit_jax.data.audit import Audit
+from vit_jax.classifier.audit import Audit
+from vit_jax.classifier.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.classifier.page import MISTAKES, Report, model_card, render
+from vit_jax.classifier.splits import SplitConfig, Splits, settle_splits
+from vit_jax.classifier.sweep import (
+    SweepConfig,
+    Trial,
+    best_trial,
+    check_dev,
+    devices_of_a_trial,
+    run_trials,
+    show_trials,
+    trial_name,
+    with_values,
+)
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
-from vit_jax.data.splits import SplitConfig, Splits, settle_splits
 from vit_jax.evaluation.calibration import fit_temperature
-from vit_jax.evaluation.classification import ClassificationConfig
-from vit_jax.evaluation.examine import keep_logits, score, where_it_looks, worst_mistakes
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
-from vit_jax.evaluation.probe import L2, probe_head
+from vit_jax.evaluation.protocols.classification import ClassificationConfig
+from vit_jax.evaluation.protocols.linear import L2, probe_head
 from vit_jax.models.variants import Model, described_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
@@ -37,17 +48,6 @@ from vit_jax.training.fields import MAY_CHANGE
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig, build_training
-from vit_jax.training.sweep import (
-    SweepConfig,
-    Trial,
-    best_trial,
-    check_dev,
-    devices_of_a_trial,
-    run_trials,
-    show_trials,
-    trial_name,
-    with_values,
-)
 from vit_jax.training.workdir import compiled_kept, keep_same
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt, flatten

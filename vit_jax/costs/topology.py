@@ -9,8 +9,8 @@ import re
 import jax
 from jax.experimental import topologies
 
-from vit_jax.analysis.chips import CHIPS, GIB, Chip
 from vit_jax.config import unknown
+from vit_jax.costs.chips import CHIPS, GIB, Chip
 
 # Without the first, libtpu asks a metadata server that only TPU VMs have; the others keep a second
 # process from being refused, and libtpu from complaining that this is no TPU VM.

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.analysis.intervals import accuracy_interval
+from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
 from vit_jax.parallel.multihost import barrier, is_main
 from vit_jax.training.metrics import read_metrics

@@ -1,6 +1,6 @@
 r"""How much arithmetic a model needs, by formula.
 
-python -m vit_jax.analysis.flops [variant ...]
+python -m vit_jax.costs.flops [variant ...]
 
 prints parameters, multiply-accumulates (MACs) and compute of pretraining of the named variants, of
 all of them without a name, the compute column of the paper's Table 6 beside ours, and the MFU that
@@ -15,7 +15,7 @@ import jax
 from absl import app
 
 from vit_jax import config as configuration
-from vit_jax.analysis.chips import CHIPS, Chip
+from vit_jax.costs.chips import CHIPS, Chip
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.resnet import ResNet, StemConfig
 from vit_jax.models.transformer import TransformerConfig

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from scipy import optimize
 
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.data.splits import stratified_split
+from vit_jax.data.stratified import stratified_split
 from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.models.variants import Model
 

@@ -12,9 +12,9 @@ from vit_jax.data.pipeline import DataConfig, open_data
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.calibration import bin_confidences, calibration_error
 from vit_jax.evaluation.features import make_batches
+from vit_jax.losses.classification import LossConfig, example_losses, make_targets
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import replicated
-from vit_jax.training.step import LossConfig, example_losses, make_targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,17 +9,18 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import log_softmax, softmax
 
-from vit_jax.analysis.attention import attention_maps
-from vit_jax.analysis.intervals import accuracy_interval
-from vit_jax.analysis.report_html import Picture, overlay
+from vit_jax.classifier.page import Picture
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source
-from vit_jax.evaluation.calibration import BINS, calibration_error
+from vit_jax.evaluation.calibration import bin_predictions, calibration_error
 from vit_jax.evaluation.features import make_batches, make_extractor
+from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.models.variants import Model
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
+from vit_jax.pictures.attention import attention_maps
+from vit_jax.pictures.figures import overlay
 
 
 def keep_logits(
@@ -57,20 +58,11 @@ def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
         scaled = logits.astype(np.float64) / divisor
         losses = -log_softmax(scaled, axis=1)[np.arange(len(labels)), labels]
         scores[f"loss{name}"] = float(losses.mean())
-        scores[f"ece{name}"] = calibration_error(_bins(softmax(scaled, axis=1), labels))
+        scores[f"ece{name}"] = calibration_error(bin_predictions(softmax(scaled, axis=1), labels))
     if logits.shape[1] > 5:
         top = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         scores["top5"] = float((top == labels[:, None]).any(axis=1).mean())
     return scores
-
-
-def _bins(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """As `calibration.bin_confidences`, in float64 on the host: [3, BINS]."""
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    values = (np.ones_like(confidence), right, confidence)
-    return np.stack([np.bincount(index, weights=v, minlength=BINS) for v in values])
 
 
 def worst_mistakes(

@@ -1,0 +1,1 @@
+"""Losses and their targets, for training and for evaluation."""
