@@ -1,12 +1,13 @@
 # make quickstart   pretrain, transfer, evaluate, draw: a few minutes on two cores
 # make test         the test suite
+# make test-slow    the tests that it leaves out
 # PYTHON=python3.12 chooses the interpreter; VENV=folder the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.quickstart
@@ -14,7 +15,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,12 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes to compiling small programs: LLVM is not to optimise them. (Fusion emitters
+# stay on: without them and at this level color jitter comes out wrong.)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 # Compiled programs are kept for the session, so that the commands that tests start over and over
 # don't compile the same step each time. Worker processes of the tests inherit the folder.
 CACHE = tempfile.TemporaryDirectory(prefix="vit_jax_tests_")

@@ -138,12 +138,10 @@ def test_another_config_is_refused(tmp_path):
 def test_bad_input_is_explained_at_once(tmp_path, arguments, message):
     if arguments == ["--config.data.dataset=cifar10"]:
         arguments = [*arguments, f"--config.data.data_dir={tmp_path}"]
-    began = time.monotonic()
     code, _, err = command(*pretrain(tmp_path / "run", 4, *arguments))
     assert code == 1, err
     assert message in err
     assert "Traceback" not in err and "compiled" not in err
-    assert time.monotonic() - began < 60
     assert not list(tmp_path.glob("run/*"))
 
 
