@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from vit_jax.models import transformer
+from vit_jax.models.stacking import stack_layers, unstack_layers
 from vit_jax.models.transformer import (
     drop_branch,
     dropout,
     further_remat,
     random_words,
-    stack_layers,
-    unstack_layers,
 )
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import flatten, unflatten

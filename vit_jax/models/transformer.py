@@ -378,20 +378,3 @@ class Encoder(nn.Module):
         x = layer_norm(config, "encoder_norm")(x[:, :first])
         self.sow("intermediates", "encoded", x)
         return x
-
-
-def unstack_layers(params: dict) -> dict:
-    """Parameters of a scanned encoder -> those of the unrolled one."""
-    encoder = dict(params["Transformer"])
-    if stacked := encoder.pop("encoderblock", None):
-        for i in range(jax.tree.leaves(stacked)[0].shape[0]):
-            encoder[f"encoderblock_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return {**params, "Transformer": encoder}
-
-
-def stack_layers(params: dict, depth: int) -> dict:
-    """Parameters of an unrolled encoder -> those of the scanned one."""
-    encoder = dict(params["Transformer"])
-    if blocks := [encoder.pop(f"encoderblock_{i}") for i in range(depth - 1)]:
-        encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return {**params, "Transformer": encoder}
