@@ -1,7 +1,8 @@
 """From an architecture's name to a model: `ViT-B/16` -> frozen config -> init and apply.
 
-The rest of the package sees only `build_model` and, on the model, `init`, `apply` and
-`intermediates` on nested dicts: no module of flax's leaves this room.
+The rest of the package builds a model with `build_model` and calls `init`, `apply` and
+`intermediates` on nested dicts. Only the FLOP formulas and the pictures read the flax module's
+sizes (`Model.module`); nothing outside of `models/` calls flax.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax.config import build, unknown
 from vit_jax.models import names
-from vit_jax.models.attention import ATTENTIONS, misfit
+from vit_jax.models.hardware import ATTENTIONS, misfit
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
 from vit_jax.models.resnet import ResNet, StemConfig
