@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes to compiling small programs: LLVM is not to optimise them. (Fusion emitters
-# stay on: without them and at this level color jitter comes out wrong.)
+# Most of the suite's time goes into compiling small programs: LLVM does not optimise them here.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from vit_jax.models.transformer import stack_layers, unstack_layers
+from vit_jax.models.stacking import stack_layers, unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import (
     DROP,

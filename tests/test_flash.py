@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from vit_jax.models import attention, flash
-from vit_jax.models.attention import attention_weights, choose_attention, even_attention
+from vit_jax.models import flash, hardware
+from vit_jax.models.attention import attention_weights, even_attention
+from vit_jax.models.hardware import choose_attention
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -169,13 +170,13 @@ def abstract_device(kind):
     ],
 )
 def test_the_rule(monkeypatch, wanted, on, dtype, head_dim, plain, chosen):
-    monkeypatch.setattr(attention, "platform", on.split()[0].lower)
-    monkeypatch.setattr(attention, "device_kind", lambda: on)
+    monkeypatch.setattr(hardware, "platform", on.split()[0].lower)
+    monkeypatch.setattr(hardware, "device_kind", lambda: on)
     assert choose_attention(wanted, 5, head_dim, dtype, plain=plain) == chosen
 
 
 def test_chips_whose_compiler_refuses_the_kernel(monkeypatch):
-    monkeypatch.setattr(attention, "device_kind", lambda: "TPU v3")
+    monkeypatch.setattr(hardware, "device_kind", lambda: "TPU v3")
     with pytest.raises(ValueError, match=r"'pallas' on TPU v3: .* 'auto' or 'xla'"):
         choose_attention("pallas", 5, 64, jnp.bfloat16, plain=False)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.models.transformer import stack_layers
+from vit_jax.models.stacking import stack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import flatten

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models import transformer
+from vit_jax.models import hardware
+from vit_jax.models.stacking import stack_layers, unstack_layers
 from vit_jax.models.transformer import (
     drop_branch,
     dropout,
     further_remat,
     random_words,
-    stack_layers,
-    unstack_layers,
 )
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import flatten, unflatten
@@ -221,7 +220,7 @@ def test_scan_and_remat_change_no_number(options):
 
 
 def test_remat_really_recomputes(monkeypatch):
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")  # on CPUs some of it always is
+    monkeypatch.setattr(hardware, "platform", lambda: "tpu")  # on CPUs some of it always is
     images = jnp.zeros((2, 32, 32, 3))
 
     def primitives(**options):
@@ -252,7 +251,7 @@ def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
         )
 
     found, kept = gradients_and_hidden_layers()
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    monkeypatch.setattr(hardware, "platform", lambda: "tpu")
     expected, kept_elsewhere = gradients_and_hidden_layers()
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     assert kept < kept_elsewhere, "factors of GELU's derivative are kept"
@@ -261,7 +260,7 @@ def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
 @pytest.mark.parametrize("where", ["cpu", "tpu"])
 def test_what_a_scan_keeps_of_attention(monkeypatch, where):
     """A loop over all layers but the last: of plain attention its result, and never N x N."""
-    monkeypatch.setattr(transformer, "platform", lambda: where)
+    monkeypatch.setattr(hardware, "platform", lambda: where)
     model, images = small(depth=3, scan=True), jnp.zeros((2, 32, 32, 3))
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens, heads = 17, model.config.num_heads

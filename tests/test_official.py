@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vit_jax.models.transformer import stack_layers, unstack_layers
+from vit_jax.models.stacking import stack_layers, unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import adapt, flatten, unflatten
 from vit_jax.weights.files import read_arrays, write_npz

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.models.transformer import stack_layers
+from vit_jax.models.stacking import stack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import path_name
 from vit_jax.training.optimizer import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.models.positions import KINDS, PLACES, rotary_angles, rotate, sincos_2d
-from vit_jax.models.transformer import stack_layers
+from vit_jax.models.stacking import stack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import flatten
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vit_jax.config import build
-from vit_jax.models.transformer import stack_layers
+from vit_jax.models.stacking import stack_layers
 from vit_jax.models.variants import VIT_SIZES, ModelConfig, build_model, normalize
 from vit_jax.weights.adapt import flatten, unflatten
 from vit_jax.weights.hugging_face import from_hugging_face, to_hugging_face

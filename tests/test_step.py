@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from vit_jax.costs.compiled import Program
 from vit_jax.losses.masked_patches import MaskedPatchConfig
-from vit_jax.models.transformer import unstack_layers
+from vit_jax.models.stacking import unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,

@@ -1,12 +1,10 @@
-"""The core of attention, equations 6 and 7 of arXiv 2010.11929, in the way that suits the hardware.
+"""The core of attention, equations 6 and 7 of arXiv 2010.11929. `hardware` chooses how it runs.
 
-- `xla`: plain. Scores and softmax are arrays, in float32; the only way that has the weights
-  themselves, so attention dropout, what `intermediates` shows and the decoder (masks, a cache) need
-  it.
-- `pallas`: our kernel for TPUs (`models.flash`); elsewhere interpreted, for tests.
+- `xla`: plain attention. Scores and softmax are float32 arrays. Attention dropout, `intermediates`
+  and the decoder (masks, a cache) need the weights themselves, so they use it.
+- `pallas`: the TPU kernel of `models.flash`. Other platforms interpret it, for tests.
 - `cudnn`: NVIDIA's flash attention, in bfloat16.
-- `auto`: in bfloat16 our kernel on TPUs from v4 on and cuDNN's on GPUs, otherwise plain. It is the
-  platform that is compiled for which counts (`parallel.mesh.platform`), not the one that compiles.
+- `auto`: in bfloat16 `pallas` on TPUs from v4 on and `cudnn` on GPUs; otherwise `xla`.
 
 Letters in shapes: B images, N tokens, M tokens attended to, H heads, K head's width.
 """
@@ -17,44 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import flash
-from vit_jax.parallel.mesh import device_kind, map_images_and_heads, platform
-
-ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
-_FASTEST = {"tpu": "pallas", "gpu": "cudnn"}
-_WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses its products
-
-
-def choose_attention(
-    wanted: str, tokens: int, head_dim: int, dtype: jax.typing.DTypeLike, *, plain: bool
-) -> str:
-    """What computes it: "xla", "pallas" or "cudnn". `plain`: whether only the plain way will do.
-
-    Raises ValueError if `wanted` can't be compiled for the device.
-    """
-    if plain or tokens > flash.MAX_TOKENS:
-        return "xla"
-    without_kernel = device_kind() in _WITHOUT_KERNEL
-    if wanted == "pallas" and without_kernel:
-        raise ValueError(
-            f"attention 'pallas' on {device_kind()}: its compiler refuses the kernel's matrix "
-            "products; set model.attention to 'auto' or 'xla'"
-        )
-    if wanted != "auto":
-        return wanted
-    fastest = "xla" if without_kernel else _FASTEST.get(platform(), "xla")
-    fits = dtype == jnp.bfloat16 and not misfit(fastest, head_dim, dtype)
-    return fastest if fits else "xla"
-
-
-def misfit(attention: str, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-    """Why `attention` can't compute heads that are `head_dim` wide; None if it can."""
-    if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
-        return f"cuDNN's needs dtype bfloat16, found {jnp.dtype(dtype).name}"
-    if attention == "cudnn" and (head_dim % 8 or head_dim > 128):
-        return f"cuDNN's needs heads with a multiple of 8 features up to 128, found {head_dim}"
-    if attention == "pallas" and head_dim > 128:
-        return f"the kernel needs heads with up to 128 features, found {head_dim}"
-    return None
+from vit_jax.models.hardware import interprets_pallas
+from vit_jax.parallel.mesh import map_images_and_heads
 
 
 def attention_weights(
@@ -64,15 +26,22 @@ def attention_weights(
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights softmax(q k / sqrt(K) + bias) of [B, N, H, K], [B, M, H, K], in two parts.
+    """Computes softmax(q k / sqrt(K) + bias) as a numerator and a denominator.
 
-    They are exp(scores - the largest), float32 [B, H, N, M], over their sums, [B, H, N, 1]. What
-    they weigh can be divided instead, which has K features and not M tokens.
+    A caller can divide the weighted values, which have K features, instead of the weights, which
+    have M tokens.
 
-    `bias` [B, H, N, M]; `mask`, which broadcasts to that, is True where attention is allowed.
+    Args:
+        query: [B, N, H, K].
+        key: [B, M, H, K].
+        bias: [B, H, N, M], added to the scores.
+        mask: broadcasts to [B, H, N, M]; True where attention is allowed.
+
+    Returns:
+        exp(scores - maximum), float32 [B, H, N, M], and its sum over tokens, [B, H, N, 1].
     """
     query *= query.shape[-1] ** -0.5
-    # Scores and softmax in float32 whatever the dtype of what they are made from.
+    # Scores and softmax are float32 for inputs of any dtype.
     scores = jnp.einsum("bnhk,bmhk->bhnm", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores += bias
@@ -86,7 +55,10 @@ def attention_weights(
 def flash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """[B, N, H, K], [B, M, H, K] twice -> [B, N, H, K] without weights in memory; cuDNN: N = M."""
+    """Attention without the weights in memory: [B, N, H, K], [B, M, H, K] twice -> [B, N, H, K].
+
+    cuDNN requires N = M.
+    """
     if implementation == "pallas":
         heads = query.shape[2]
         flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
@@ -97,15 +69,15 @@ def flash_attention(
 def pallas_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array, heads: int
 ) -> jax.Array:
-    """Our kernel on every device: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
+    """Runs `flash.flash_attention` on each device: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
 
-    `biases`, none or three [H K], are yet to be added to query, key and value.
+    Adds `biases` (none or three, [H K]) to query, key and value.
     """
     batch, _, features = query.shape
     kernel = functools.partial(
-        flash.flash_attention, head_dim=features // heads, interpret=platform() != "tpu"
+        flash.flash_attention, head_dim=features // heads, interpret=interprets_pallas()
     )
-    # One for each image, whose gradients XLA adds up.
+    # One bias per image: XLA adds up their gradients.
     biases = tuple(jnp.broadcast_to(b.astype(jnp.float32), (batch, 1, features)) for b in biases)
     return map_images_and_heads(lambda q, k, v, *b: kernel(q, k, v, b or None), heads)(
         query, key, value, *biases
@@ -115,7 +87,7 @@ def pallas_attention(
 def even_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """jax's attention, as `flash_attention`, with one more token, masked, where N is odd.
+    """Like `flash_attention`, with jax's attention; pads an odd N with one masked token.
 
     cuDNN refuses odd numbers of tokens (197, 577) in training.
     """

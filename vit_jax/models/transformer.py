@@ -2,8 +2,8 @@
 
 Letters in shapes: B images, N tokens, M tokens attended to, D width, H heads, K = D / H, L layers.
 
-Randomness comes as `keys`, one PRNG key an image ([B], or None: deterministic). A dropout mask is
-then a function of (seed, step, position in the global batch) alone: the same on every mesh, with
+`keys` are PRNG keys, one per image ([B]); None makes the network deterministic. So a dropout mask
+depends only on (seed, step, position in the global batch): it is the same on every mesh, with
 accumulation, scan and remat on or off.
 """
 
@@ -18,28 +18,25 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models.attention import (
-    attention_weights,
-    choose_attention,
-    flash_attention,
-    pallas_attention,
-)
+from vit_jax.models.attention import attention_weights, flash_attention, pallas_attention
 from vit_jax.models.dense import Dense
+from vit_jax.models.hardware import choose_attention, recomputed_on_cpu
 from vit_jax.models.positions import Positions, position_table, rotate
-from vit_jax.parallel.mesh import constrain_batch, platform
+from vit_jax.parallel.mesh import constrain_batch
 
 
 def keeps_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: what matrix units or an attention kernel computed is kept.
+    """A `jax.checkpoint` policy that saves what is expensive to recompute.
 
-    But for the scores of plain attention, a product for each image; `name`: what is marked as such.
+    Saves matmuls, convolutions, kernels and `checkpoint_name`d values; recomputes plain attention's
+    scores.
     """
     kernels = ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper", "name")
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return primitive.name in kernels or bool(dots(primitive, *arguments, **parameters))
 
 
-# What a block keeps for its backward pass; everything else is computed again there.
+# What a block saves for its backward pass; the backward pass recomputes everything else.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "dots": keeps_products,
@@ -50,7 +47,7 @@ MLPS = ("gelu_tanh", "gelu", "swiglu")
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """What the blocks are made of. The options have their sources in `variants.ModelConfig`."""
+    """Sizes and options of the blocks; `variants.ModelConfig` documents them with their sources."""
 
     width: int
     depth: int
@@ -71,11 +68,11 @@ class TransformerConfig:
 
 
 class Output(NamedTuple):
-    """What a classifier computes, in float32."""
+    """The outputs of a classifier, in float32."""
 
     logits: jax.Array  # [B, classes]
     features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
-    patches: jax.Array | None = None  # [B, N, K]: what masked patch prediction predicts
+    patches: jax.Array | None = None  # [B, N, K]: the outputs of masked patch prediction
 
 
 def fold_keys(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
@@ -92,13 +89,14 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def random_words(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 [B, *shape] of keys [B]: a random word a column plus one a row, hashed.
+    """Random uint32 words [B, *shape] for keys [B].
 
-    Of two dimensions the first rows are the same, however many there are.
+    Draws one random word per column and one per row, adds them and hashes each sum with the
+    finalizer of MurmurHash3, with Wellons' constants (lowbias32,
+    nullprogram.com/blog/2018/07/31). For 2-D shapes, a shorter first axis gives a prefix.
 
-    As good for a mask as `jax.random.bits`, at a tenth of its operations, which cost a ViT-B/16 43%
-    of its step on a TPU. The hash lets every bit of a sum change every bit: it is the finalizer of
-    MurmurHash3 with Wellons' constants (lowbias32, nullprogram.com/blog/2018/07/31).
+    Takes a tenth of the operations of `jax.random.bits`, which took 43% of a ViT-B/16's step on a
+    TPU.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
     draw = jax.vmap(lambda key: jax.random.bits(key, (columns + rows,), jnp.uint32))
@@ -111,9 +109,9 @@ def random_words(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def drop_branch(y: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-    """Stochastic depth (arXiv 1603.09382): zeroes all of an image's branch y [B, N, D].
+    """Stochastic depth (arXiv 1603.09382): zeroes whole images of a branch y [B, N, D].
 
-    With probability `rate` []; the kept ones are scaled by 1/(1 - rate).
+    Drops each image with probability `rate` [] and scales the others by 1/(1 - rate).
     """
     if keys is None:
         return y
@@ -122,19 +120,18 @@ def drop_branch(y: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Ar
 
 
 def layer_norm(config: TransformerConfig, name: str, use_bias: bool = True) -> nn.Module:
-    """LayerNorm, statistics in float32. Without bias or centring in ViT-22B's parallel blocks."""
+    """LayerNorm with float32 statistics; RMSNorm in ViT-22B's parallel blocks."""
     options = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "name": name}
     if config.parallel:
         return nn.RMSNorm(**options)
-    layer = nn.remat(nn.LayerNorm) if platform() == "cpu" else nn.LayerNorm  # as GELU, see below
-    return layer(use_bias=use_bias, **options)
+    return recomputed_on_cpu(nn.LayerNorm)(use_bias=use_bias, **options)
 
 
 def rematted(block: type[nn.Module], policy: str, in_scan: bool = False) -> type[nn.Module]:
-    """The block, computed again in the backward pass but for what the policy keeps.
+    """Wraps a block so that the backward pass recomputes all but what the policy saves.
 
-    A scan keeps products alone even with "none": it would else stack every factor of every
-    derivative in memory, which cost a ViT-B/16 more than to compute them again.
+    In a scan, "none" means "dots": a scan without remat stacks every factor of every derivative in
+    memory, which takes a ViT-B/16 longer than recomputing them.
     """
     policy = "dots" if in_scan and policy == "none" else policy
     if policy == "none":
@@ -144,17 +141,18 @@ def rematted(block: type[nn.Module], policy: str, in_scan: bool = False) -> type
 
 
 def further_remat(policy: str, scan: bool) -> list[str]:
-    """`policy`, and those that keep less than it, in turn."""
+    """Returns `policy` and the policies that save less, in descending order of memory."""
     policies = list(REMAT_POLICIES)[list(REMAT_POLICIES).index(policy) :]
     if scan and policy == "none":
-        policies.remove("dots")  # which a scan does anyway
+        policies.remove("dots")  # the same as "none" in a scan
     return policies
 
 
 def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
-    """The linear head that every family ends in, zero at first (section 3.2).
+    """Applies the linear head of every family, initialised to zero (section 3.2).
 
-    Without classes the features [B, D] stand for logits. Called inside a module, whose head it is.
+    Call it inside a module, which then owns the head. With `num_classes` = 0 it returns the
+    features [B, D] as logits.
     """
     features = constrain_batch(features)
     if not num_classes:
@@ -165,17 +163,22 @@ def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
         bias_init=nn.initializers.constant(bias),
         name="head",
     )
-    # Or else XLA splits the logits as FSDP splits the head, by classes, and gathers the batch.
+    # Without the constraint XLA splits the logits by classes, as FSDP does the head.
     return Output(logits=constrain_batch(head(features)), features=features)
 
 
 class MultiHeadAttention(nn.Module):
     """Appendix A, equations 5 to 8: x [B, N, D] attends to context [B, M, D] -> [B, N, D].
 
-    `offsets` [N, M, H, K] are keys of relative positions, `angles` [M, K / 2] rotate queries and
-    keys, where x are the first N of the M tokens; `mask` [N, M] is True where attention is
-    allowed. With `cache_length` keys and values go to the collection "cache" at `index`, and those
-    already there are attended to as well.
+    With `cache_length`, the collection "cache" holds the keys and values of so many tokens. A call
+    writes its own at `index` and attends to all of them.
+
+    Call arguments:
+        keys: PRNG keys [B] for attention dropout; None turns it off.
+        offsets: keys of relative positions, [N, M, H, K].
+        angles: rotations of queries and keys, [M, K / 2]; x must be the first N of the M tokens.
+        mask: [N, M], True where attention is allowed.
+        index: position of the first token in the cache.
     """
 
     config: TransformerConfig
@@ -202,7 +205,7 @@ class MultiHeadAttention(nn.Module):
         )
         out = Dense((config.width,), inputs=2, name="out", **options)
 
-        plain = (  # the weights themselves are needed, or it is more than self-attention
+        plain = (  # kernels don't return the weights and support no bias, mask or cache
             self.is_mutable_collection("intermediates")
             or (config.attention_dropout > 0 and keys is not None)
             or not (offsets is None and mask is None and self.cache_length is None)
@@ -250,7 +253,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers, a GELU between, or SwiGLU (arXiv 2002.05202): [B, N, D] -> [B, N, D]."""
+    """Two dense layers with GELU, or SwiGLU (arXiv 2002.05202): [B, N, D] -> [B, N, D]."""
 
     config: TransformerConfig
     kernel_init: Callable = nn.initializers.xavier_uniform()
@@ -274,21 +277,21 @@ class MlpBlock(nn.Module):
             y = y * nn.silu(dense(config.mlp_dim, "gate")(x))
         else:
             gelu = functools.partial(nn.gelu, approximate=config.mlp == "gelu_tanh")
-            # XLA's CPU compiler keeps each factor of the derivative in memory: it takes less time
-            # to compute them again.
-            y = (jax.checkpoint(gelu) if platform() == "cpu" else gelu)(y)
+            y = recomputed_on_cpu(gelu)(y)
         y = dropout(y, config.dropout, fold_keys(keys, 0))
         y = dense(x.shape[-1], "Dense_1", to_nonlinearity=False)(y)
         return dropout(y, config.dropout, fold_keys(keys, 1))
 
 
 class EncoderBlock(nn.Module):
-    """Equations 2 and 3. Returns (x, None), the carry and the output that `nn.scan` asks for.
+    """Equations 2 and 3. Returns (x, None): the carry and the output that `nn.scan` expects.
 
-    `layer` is what differs from block to block: `keys` [B], `drop` [], the rate of stochastic
-    depth, and `here` [], which is 0 where the shared position table isn't used. `table` is that
-    table, see `positions.position_table`. With `first` only so many tokens come out: all others
-    are attended to, and nothing more is computed of them.
+    With `first`, the block returns only the first so many tokens; they attend to all tokens.
+
+    Call arguments:
+        layer: inputs that differ between blocks: `keys` [B], `drop` [] (the rate of stochastic
+            depth) and `here` [] (0 where the block doesn't use the shared position table).
+        table: the shared position table, see `positions.position_table`.
     """
 
     config: TransformerConfig
@@ -299,7 +302,7 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, layer: dict[str, Any], table: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        # Or else XLA splits activations as FSDP splits the kernels, along features.
+        # Without the constraint XLA splits activations along features, like FSDP's kernels.
         x = constrain_batch(x)
         config, positions, keys = self.config, self.positions, layer["keys"]
         if positions.at == "layers":
@@ -308,7 +311,7 @@ class EncoderBlock(nn.Module):
             table = table * layer["here"].astype(table.dtype)
         x, relative = positions.add(x, table)
 
-        def branch(y, number):  # what happens to a branch before it joins the residual stream
+        def branch(y, number):  # LayerScale and stochastic depth, before the residual addition
             if config.layer_scale is not None:
                 init = nn.initializers.constant(config.layer_scale)
                 y = y * self.param(f"layer_scale_{number}", init, (config.width,)).astype(y.dtype)
@@ -332,11 +335,11 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """L blocks and a last LayerNorm: [B, N, D] -> [B, N, D], or its `first` tokens alone.
+    """L blocks and a final LayerNorm: [B, N, D] -> [B, N, D], or only the `first` tokens.
 
-    With `scan` all blocks but the last are one loop over stacked parameters (`encoderblock`,
-    leading axis L - 1), which compiles faster; otherwise all are unrolled (`encoderblock_0` ...).
-    The numbers agree.
+    With `scan`, all blocks but the last are one loop over stacked parameters (`encoderblock`,
+    leading axis L - 1), which compiles faster. Otherwise all are unrolled (`encoderblock_0` ...).
+    The results agree.
     """
 
     config: TransformerConfig
@@ -358,7 +361,7 @@ class Encoder(nn.Module):
             "here": (number == 0) | (self.positions.at != "stem"),
         }
         arguments = (config, self.positions)
-        # Initial values come from one loop over all.
+        # Initialisation loops over all blocks, so that parameters don't depend on `scan`.
         looped = 0 if not config.scan else depth if self.is_initializing() else depth - 1
         if looped:
             scanned = nn.scan(
@@ -378,20 +381,3 @@ class Encoder(nn.Module):
         x = layer_norm(config, "encoder_norm")(x[:, :first])
         self.sow("intermediates", "encoded", x)
         return x
-
-
-def unstack_layers(params: dict) -> dict:
-    """Parameters of a scanned encoder -> those of the unrolled one."""
-    encoder = dict(params["Transformer"])
-    if stacked := encoder.pop("encoderblock", None):
-        for i in range(jax.tree.leaves(stacked)[0].shape[0]):
-            encoder[f"encoderblock_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return {**params, "Transformer": encoder}
-
-
-def stack_layers(params: dict, depth: int) -> dict:
-    """Parameters of an unrolled encoder -> those of the scanned one."""
-    encoder = dict(params["Transformer"])
-    if blocks := [encoder.pop(f"encoderblock_{i}") for i in range(depth - 1)]:
-        encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return {**params, "Transformer": encoder}

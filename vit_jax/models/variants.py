@@ -1,7 +1,8 @@
 """From an architecture's name to a model: `ViT-B/16` -> frozen config -> init and apply.
 
-The rest of the package sees only `build_model` and, on the model, `init`, `apply` and
-`intermediates` on nested dicts: no module of flax's leaves this room.
+The rest of the package builds a model with `build_model` and calls `init`, `apply` and
+`intermediates` on nested dicts. Only the FLOP formulas and the pictures read the flax module's
+sizes (`Model.module`); nothing outside of `models/` calls flax.
 """
 
 import dataclasses
@@ -14,17 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.config import build, setting, unknown
-from vit_jax.models.attention import ATTENTIONS, misfit
+from vit_jax.models import names
+from vit_jax.models.hardware import ATTENTIONS, misfit
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
 from vit_jax.models.resnet import ResNet, StemConfig
+from vit_jax.models.stacking import flatten, stack_layers, unstack, unstack_layers
 from vit_jax.models.transformer import (
     MLPS,
     REMAT_POLICIES,
     Output,
     TransformerConfig,
-    stack_layers,
-    unstack_layers,
 )
 from vit_jax.models.vit import ViT
 
@@ -214,14 +215,13 @@ class Model:
         _, state = self.module.apply(
             {"params": params}, normalize(images), mutable=["intermediates"]
         )
-        encoder = unstack_layers(state["intermediates"])["Transformer"]
-        every = [encoder[f"encoderblock_{i}"] for i in range(self.module.config.depth)]
-        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
-        attention = blocks["MultiHeadDotProductAttention_0"]["attention"][0]
+        found = unstack(flatten(state["intermediates"]))
+        weights = f"{names.ATTENTION}/attention/0"
+        blocks = [names.ENCODER_BLOCK.format(i) for i in range(self.module.config.depth)]
         return {
-            "blocks": blocks["output"][0],
-            "attention": attention,
-            "encoded": encoder["encoded"][0],
+            "blocks": jnp.stack([found[f"{block}output/0"] for block in blocks]),
+            "attention": jnp.stack([found[f"{block}{weights}"] for block in blocks]),
+            "encoded": found["Transformer/encoded/0"],
         }
 
 
@@ -302,14 +302,11 @@ def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
         family, stages = "ResNet", RESNET_STAGES.get(match[1])
         sizes = stages and {"stages": stages, "stem_width": 64 * int(match[2] or 1)}
     elif match := re.fullmatch(r"Mixer-(\w+)/(\d+)", name):
-        family, patch, names = (
-            "Mixer",
-            int(match[2]),
-            ("width", "depth", "token_mlp_dim", "mlp_dim"),
-        )
+        family, patch = "Mixer", int(match[2])
+        fields = ("width", "depth", "token_mlp_dim", "mlp_dim")
         if match[1] in MIXER_SIZES:
             # A Mixer has no attention: one head stands for none.
-            sizes = dict(zip(names, MIXER_SIZES[match[1]], strict=True))
+            sizes = dict(zip(fields, MIXER_SIZES[match[1]], strict=True))
     if sizes is None or patch == 0 or sizes.get("stem_width") == 0:
         raise unknown("variant", name, KNOWN)
     for field in dataclasses.fields(ModelConfig):

@@ -24,13 +24,11 @@ import numpy as np
 import optax
 
 from vit_jax.config import unknown
+from vit_jax.models.names import KERNELS, block_number, follows_blocks, is_stacked
 from vit_jax.parallel.mesh import path_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
-
-_LOOPED, _SCANNED = r"(?:Transformer/encoderblock|MixerBlock)_(\d+)/", "Transformer/encoderblock/"
-_AFTER_BLOCKS = "Transformer/encoder_norm|MAPHead_0|pre_logits|pre_head|head|patch_head"
 
 DECAYS = ("constant", "linear", "cosine", "rsqrt", "staircase")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
@@ -105,7 +103,7 @@ class OptimizerConfig:
     momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
     weight_decay: float = 0.0
     weight_decay_convention: str = "multiplied"
-    weight_decay_rules: Rules = ((".*/kernel", 1.0), (".*", 0.0))  # factors of weight_decay
+    weight_decay_rules: Rules = ((KERNELS, 1.0), (".*", 0.0))  # factors of weight_decay
     lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
     layer_decay: float = 1.0  # of the rate, from each block to the one below: see `layer_factors`
     clip_norm: float | None = 1.0
@@ -244,19 +242,19 @@ def layer_factors(decay: float, params: Any) -> Any:
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     named = [(path_name(keys), leaf) for keys, leaf in leaves]
-    looped = [int(m[1]) + 1 for name, _ in named if (m := re.match(_LOOPED, name))]
-    scanned = [leaf.shape[0] for name, leaf in named if re.match(_SCANNED, name)]
+    looped = [n + 1 for name, _ in named if (n := block_number(name)) is not None]
+    scanned = [leaf.shape[0] for name, leaf in named if is_stacked(name)]
     depth = max((*looped, *scanned), default=0)
     if not depth:
         raise ValueError("layer_decay: the model has no Transformer or Mixer blocks, leave it at 1")
 
     def factor(name: str, leaf: jax.Array) -> float | np.ndarray:
-        if match := re.match(_LOOPED, name):
-            return decay ** (depth - int(match[1]))
-        if re.match(_SCANNED, name):
+        if (number := block_number(name)) is not None:
+            return decay ** (depth - number)
+        if is_stacked(name):
             rates = decay ** np.arange(depth, depth - leaf.shape[0], -1, dtype=np.float32)
             return rates.reshape(-1, *[1] * (leaf.ndim - 1))
-        return 1.0 if re.match(_AFTER_BLOCKS, name) else decay ** (depth + 1)
+        return 1.0 if follows_blocks(name) else decay ** (depth + 1)
 
     return tree.unflatten([factor(name, leaf) for name, leaf in named])
 

@@ -7,35 +7,30 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
 
-import jax
 import numpy as np
 
 from vit_jax.config import unknown
-from vit_jax.parallel.mesh import path_name
+from vit_jax.models import names
+from vit_jax.models.stacking import flatten, stack, unflatten, unstack
 
 # The paper's fine-tuning (section 3.2): a new head, and none of the pretraining head's other layer,
 # nor of what masked patch prediction needs (appendix B.1.2).
-REINITIALIZE = ("head/.*",)
-DROP = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
+REINITIALIZE = (names.HEAD,)
+DROP = names.PRETRAINING_ONLY
 
-_POSITIONS = r"(.*/)?pos_embedding"  # learned_1d; learned_2d adds _rows and _columns
-_RELATIVE = r"(.*/)?relative_embedding"
-_PATCH_KERNEL = r"(embedding|stem)/kernel"  # of a ViT or hybrid, of a Mixer
-_LOOPED, _SCANNED = r"Transformer/encoderblock_(\d+)/(.*)", r"Transformer/encoderblock/(.*)"
 _ADVICE = {  # on tensors whose shape doesn't fit
-    _POSITIONS: "The checkpoint's position embeddings are taken for those of a square "
+    names.POSITIONS: "The checkpoint's position embeddings are taken for those of a square "
     "grid of patches: if they are of another, say which in source_grid.",
-    _RELATIVE: "Relative positions belong to one grid of patches and cannot be resized: add "
-    "'.*relative_embedding' to reinitialize.",
-    r".*/token_mixing/.*": "A Mixer's token mixing belongs to one number of patches and cannot be "
+    names.RELATIVE_POSITIONS: "Relative positions belong to one grid of patches and cannot be "
+    "resized: add '.*relative_embedding' to reinitialize.",
+    names.TOKEN_MIXING: "A Mixer's token mixing belongs to one number of patches and cannot be "
     "resized: choose an image size that gives as many.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class AdaptReport:
     """What became of every tensor: names, sorted."""
 
     loaded: tuple[str, ...]
@@ -46,26 +41,9 @@ class Report:
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors"]
         for kind in ("resized", "initialised", "dropped"):
-            if names := getattr(self, kind):
-                lines.append(f"{kind} {len(names)}: " + ", ".join(names))
+            if listed := getattr(self, kind):
+                lines.append(f"{kind} {len(listed)}: " + ", ".join(listed))
         return "\n".join(lines)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """A nested dict -> {"a/b": leaf}."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(flat: dict[str, Any]) -> dict:
-    """{"a/b": leaf} -> a nested dict."""
-    tree: dict = {}
-    for name, leaf in flat.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return tree
 
 
 def adapt(
@@ -76,7 +54,7 @@ def adapt(
     source_grid: tuple[int, int] | None = None,
     reinitialize: tuple[str, ...] = REINITIALIZE,
     drop: tuple[str, ...] = DROP,
-) -> tuple[dict, Report]:
+) -> tuple[dict, AdaptReport]:
     """Takes the parameters of `source` into the tree of `target`, a freshly initialised model.
 
     Layers are stacked or unstacked as `target` has them, position embeddings resized to its grid,
@@ -109,7 +87,10 @@ def adapt(
     for name in (target.keys() & source.keys()) - fresh:
         array, shape = source[name], target[name].shape
         old, new = _unfold(name, array.shape, source_grid), _unfold(name, shape, grid)
-        other_grid = re.fullmatch(_RELATIVE, name) and source_grid not in (None, grid)
+        other_grid = re.fullmatch(names.RELATIVE_POSITIONS, name) and source_grid not in (
+            None,
+            grid,
+        )
         if old == new and not other_grid:
             filled[name] = array
             loaded.append(name)
@@ -135,38 +116,38 @@ def adapt(
             + "\nUse the architecture of the checkpoint; name tensors to leave out in drop, "
             + "\n".join(["tensors to start afresh in reinitialize.", *advice])
         )
-    report = Report(*(tuple(sorted(names)) for names in (loaded, resized, fresh, left)))
+    report = AdaptReport(*(tuple(sorted(group)) for group in (loaded, resized, fresh, left)))
     return unflatten(filled), report
 
 
-def _matching(regex: str, names: Iterable[str]) -> set[str]:
-    return {name for name in names if re.fullmatch(regex, name)}
+def _matching(regex: str, among: Iterable[str]) -> set[str]:
+    return {name for name in among if re.fullmatch(regex, name)}
 
 
-def _modules(names: Iterable[str]) -> set[str]:
+def _modules(among: Iterable[str]) -> set[str]:
     """Regexes of what stands at the top: "cls" -> "cls", "head/bias" -> "head/.*"."""
-    return {re.sub("/.*", "/.*", name) for name in names}
+    return {re.sub("/.*", "/.*", name) for name in among}
 
 
 def _suggest(
-    side: str, option: str, given: tuple[str, ...], names: Iterable[str], others: Iterable[str]
+    side: str, option: str, given: tuple[str, ...], among: Iterable[str], others: Iterable[str]
 ) -> list[str]:
     """What one side alone has all of, such as a class token, may well be meant to differ."""
-    extra = sorted(_modules(names) - _modules(others))
+    extra = sorted(_modules(among) - _modules(others))
     value = (*given, *extra)
     return [f"If only the {side} is to have {', '.join(extra)}: {option}={value}."] * bool(extra)
 
 
-def _select(kind: str, regexes: tuple[str, ...], names: Iterable[str]) -> set[str]:
+def _select(kind: str, regexes: tuple[str, ...], among: Iterable[str]) -> set[str]:
     """The names that any of the regexes matches."""
     selected = set()
     for regex in regexes:
         try:
-            matched = _matching(regex, names)
+            matched = _matching(regex, among)
         except re.error as error:
             raise ValueError(f"{kind}: {regex!r} is no regular expression: {error}") from error
         if not matched and regex not in REINITIALIZE + DROP:  # which are for models of all kinds
-            raise unknown(f"tensor in {kind}", regex, _modules(names))
+            raise unknown(f"tensor in {kind}", regex, _modules(among))
         selected |= matched
     return selected
 
@@ -174,40 +155,13 @@ def _select(kind: str, regexes: tuple[str, ...], names: Iterable[str]) -> set[st
 def _match_layout(source: dict, target: dict) -> dict:
     """Stacks or unstacks the source's layers as the target has them."""
     layers = unstack(source)
-    scanned = _matching(_SCANNED, target)
-    return _stack(layers, target[min(scanned)].shape[0]) if scanned else layers
-
-
-def unstack(flat: dict) -> dict:
-    """Scanned layers one by one, as in the unrolled encoder; flat names."""
-    unstacked = {}
-    for name, array in flat.items():
-        if (match := re.fullmatch(_SCANNED, name)) and array.ndim:
-            layers = {f"Transformer/encoderblock_{i}/{match[1]}": x for i, x in enumerate(array)}
-            unstacked.update(layers)
-        else:
-            unstacked[name] = array
-    return unstacked
-
-
-def _stack(flat: dict, depth: int) -> dict:
-    """The first `depth` layers as one; what they don't all have, and alike, keeps its names."""
-    layers: dict[str, dict[int, str]] = {}  # a block's tensor -> layer -> name
-    for name in flat:
-        if match := re.fullmatch(_LOOPED, name):
-            layers.setdefault(match[2], {})[int(match[1])] = name
-    stacked = dict(flat)
-    for inner, numbered in layers.items():
-        names = [numbered[i] for i in range(depth) if i in numbered]
-        if len(names) == depth and len({flat[name].shape for name in names}) == 1:
-            arrays = [stacked.pop(name) for name in names]
-            stacked[f"Transformer/encoderblock/{inner}"] = np.stack(arrays)
-    return stacked
+    stacked = next((target[name] for name in target if names.is_stacked(name)), None)
+    return layers if stacked is None else stack(layers, stacked.shape[0])
 
 
 def _unfold(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, ...]:
     """[..., N, D] of position embeddings -> [..., rows, columns, D], of a grid of N patches."""
-    if not re.fullmatch(_POSITIONS, name) or len(shape) < 3:
+    if not re.fullmatch(names.POSITIONS, name) or len(shape) < 3:
         return shape
     *batch, patches, width = shape
     rows, columns = grid or (math.isqrt(patches),) * 2
@@ -215,12 +169,15 @@ def _unfold(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None) -> 
 
 
 def _resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The tensor in another shape, if a tensor of its kind can be had in it."""
+    """Resizes position embeddings and patch kernels; None for other tensors."""
     old = array.shape
-    if re.fullmatch(_POSITIONS + "(_rows|_columns)?", name) and len(old) == len(shape) >= 4:
+    if (
+        re.fullmatch(f"{names.POSITIONS}|{names.POSITION_AXES}", name)
+        and len(old) == len(shape) >= 4
+    ):
         rest, new = (*old[:-3], old[-1]), (*shape[:-3], shape[-1])
         return resize_positions(array, shape[-3:-1]) if rest == new else None
-    if re.fullmatch(_PATCH_KERNEL, name) and len(old) == 4 and old[2:] == shape[2:]:
+    if re.fullmatch(names.PATCH_KERNEL, name) and len(old) == 4 and old[2:] == shape[2:]:
         return resize_patch_kernel(array, shape[:2])
     return None
 

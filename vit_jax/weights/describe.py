@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from vit_jax.models import names
 from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
 
-_BLOCK = "Transformer/encoderblock_0/"
-_ATTENTION = f"{_BLOCK}MultiHeadDotProductAttention_0/"
+_BLOCK = names.ENCODER_BLOCK.format(0)
+_ATTENTION = f"{_BLOCK}{names.ATTENTION}/"
 
 
 def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
 
     Raises ValueError for weights of which nothing here is made, or of another image size.
     """
-    read = {"embedding/kernel": _vit, "stem/kernel": _mixer, "conv_root/kernel": _resnet}
+    readers = {"ViT": _vit, "Mixer": _mixer, "ResNet": _resnet}
+    read = {names.FAMILIES[family].first_kernel: reader for family, reader in readers.items()}
     reader = next((reader for name, reader in read.items() if name in params), None)
     if reader is None:
         found = ", ".join(sorted(params)[:5])
@@ -49,9 +51,9 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
     return {"model": model, "num_classes": classes, "image_size": list(image_size)}
 
 
-def count(names: Iterable[str], pattern: str) -> int:
+def count(among: Iterable[str], pattern: str) -> int:
     """How many numbers the pattern's group finds at the names' beginning."""
-    return len({m[1] for name in names if (m := re.match(pattern, name))})
+    return len({m[1] for name in among if (m := re.match(pattern, name))})
 
 
 def nearest(table: dict[str, tuple], found: dict[str, int]) -> tuple[str, dict[str, int]]:
@@ -69,7 +71,7 @@ def _vit(params: dict) -> tuple[dict, int, int | None]:
         VIT_SIZES,
         {
             "width": width,
-            "depth": count(params, r"Transformer/encoderblock_(\d+)/"),
+            "depth": count(params, names.FAMILIES["ViT"].block),
             "mlp_dim": params[f"{_BLOCK}MlpBlock_0/Dense_0/bias"].shape[0],
             "num_heads": params[f"{_ATTENTION}query/kernel"].shape[1],
         },
@@ -109,7 +111,7 @@ def _mixer(params: dict) -> tuple[dict, int, int]:
         MIXER_SIZES,
         {
             "width": width,
-            "depth": count(params, r"MixerBlock_(\d+)/"),
+            "depth": count(params, names.FAMILIES["Mixer"].block),
             "token_mlp_dim": token_mlp_dim,
             "mlp_dim": params["MixerBlock_0/channel_mixing/Dense_0/bias"].shape[0],
         },

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from vit_jax.config import unknown
+from vit_jax.models.names import FAMILIES
 from vit_jax.weights import pytorch
 from vit_jax.weights.describe import count
 from vit_jax.weights.pytorch import Pair
@@ -61,7 +62,7 @@ def to_hugging_face(params: dict, description: dict) -> tuple[dict[str, np.ndarr
     params, config = pytorch.exportable(params, description, target)
     if "pos_embedding" in params:
         params = pytorch.with_prefix_slots(params)
-    depth = count(params, r"Transformer/encoderblock_(\d+)/")
+    depth = count(params, FAMILIES["ViT"].block)
     arrays = pytorch.to_torch(params, _pairs(depth) + pytorch.linear("head", "classifier"), target)
 
     patch, _, _, width = params["embedding/kernel"].shape

@@ -10,7 +10,7 @@ from operator import methodcaller
 
 import numpy as np
 
-from vit_jax.weights.adapt import unstack
+from vit_jax.models.stacking import unstack
 
 Arrays = dict[str, np.ndarray]
 

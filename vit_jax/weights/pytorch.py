@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from vit_jax.models.positions import sincos_2d
+from vit_jax.models.stacking import flatten, unstack
 from vit_jax.models.variants import Model, ModelConfig, described_model
-from vit_jax.weights.adapt import flatten, unstack
 from vit_jax.weights.describe import describe
 
 MEAN = STD = (0.5, 0.5, 0.5)  # of pixels in [0, 1]: what takes them to our [-1, 1]

@@ -1,0 +1,62 @@
+"""Patterns on parameter names, and what they say about a parameter.
+
+A name is the "/"-joined path of a parameter, such as
+"Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel". Scanned layers are stacked in one tensor:
+"Transformer/encoderblock/MlpBlock_0/Dense_0/kernel". A new model family adds a row to `FAMILIES`.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """How the parameters of a model family are named. Regexes match from a name's first letter."""
+
+    first_kernel: str  # the kernel that marks the family
+    block: str | None  # regex of a numbered block; None for a family without blocks
+    after_blocks: str  # regex of what follows the last block
+
+
+FAMILIES = {
+    "ViT": Family(
+        "embedding/kernel",
+        r"Transformer/encoderblock_(\d+)/",
+        "Transformer/encoder_norm|MAPHead_0|pre_logits|head|patch_head",
+    ),
+    "Mixer": Family("stem/kernel", r"MixerBlock_(\d+)/", "pre_head|head"),
+    "ResNet": Family("conv_root/kernel", None, "head"),
+}
+
+ENCODER_BLOCK = "Transformer/encoderblock_{}/"  # prefix of an unrolled block, by number
+STACKED_BLOCKS = "Transformer/encoderblock/"  # prefix of scanned blocks
+ATTENTION = "MultiHeadDotProductAttention_0"
+MLP = "MlpBlock_0"
+
+# Whole-name regexes.
+HEAD = "head/.*"
+KERNELS = ".*/kernel"
+PRETRAINING_ONLY = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
+PATCH_KERNEL = "(embedding|stem)/kernel"
+POSITIONS = "(.*/)?pos_embedding"  # learned_1d
+POSITION_AXES = "(.*/)?pos_embedding(_rows|_columns)"  # learned_2d
+RELATIVE_POSITIONS = "(.*/)?relative_embedding"
+TOKEN_MIXING = ".*/token_mixing/.*"
+
+_BLOCK = "|".join(family.block for family in FAMILIES.values() if family.block)
+_AFTER_BLOCKS = "|".join(family.after_blocks for family in FAMILIES.values())
+
+
+def block_number(name: str) -> int | None:
+    """The number of the block that a parameter belongs to; None outside of numbered blocks."""
+    match = re.match(_BLOCK, name)
+    return int(match[match.lastindex]) if match else None
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a parameter holds the layers of a scan along its first axis."""
+    return name.startswith(STACKED_BLOCKS)
+
+
+def follows_blocks(name: str) -> bool:
+    """Whether a parameter belongs to what comes after the last block: final norm, pooling, head."""
+    return re.match(_AFTER_BLOCKS, name) is not None
