@@ -23,7 +23,7 @@ FLOORS = [
     {"losses", "weights", "costs", "pictures"},
     {"models", "data"},
     {"parallel"},
-    {"config"},
+    {"config", "recipes"},
 ]
 # Packages that only these modules may import.
 DOORS = {

@@ -29,7 +29,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
-    """Parses the text behind a recipe's colon: `configs/x.py:ViT-Ti/16,epochs=90`.
+    """Parses the text behind a recipe's colon: `configs/pretrain/augreg.py:ViT-Ti/16,epochs=90`.
 
     The first item may leave out its name; it is then the first default's value. Values take the
     type of their default (`None` and numbers by literal). Raises ValueError for an unknown name

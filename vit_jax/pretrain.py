@@ -1,6 +1,6 @@
 """Pretrains a model on a large dataset, from random weights.
 
-python -m vit_jax.pretrain --config=configs/pretrain/strokes.py --workdir=runs/strokes
+python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/strokes
 
 Any field of the recipe is a flag: --config.batch_size=512 --config.model.variant=ViT-S/16. The same
 command resumes a run that was stopped, at the step of its newest checkpoint.
@@ -15,8 +15,8 @@ from vit_jax.training.clock import Clock, process_age
 from vit_jax.training.recipe import TrainConfig
 
 CONFIG = configuration.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
 
 def main(_) -> None:
@@ -24,8 +24,8 @@ def main(_) -> None:
     clock = Clock(process_age())
     with configuration.explained_errors():
         config = configuration.build(TrainConfig, CONFIG.value.to_dict())
-        multihost.initialize(DISTRIBUTED.value)
-        run = loop.prepare(config, WORKDIR.value, clock=clock)
+        multihost.initialize(flags.FLAGS.distributed)
+        run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 
 

@@ -8,9 +8,9 @@ python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-L/16,dataset=
     --workdir=runs/l16 --distributed
 
 The 28 cells are 7 levels of `augmentation`, `regularization` 0 or 0.1 (dropout, and stochastic
-depth rising linearly to it) and `weight_decay` 0.1 or 0.03. Without an `augmentation` it is
-big_vision's choice for the model (configs/vit_i1k.py, vit_i21k.py), or for hybrids the paper's best
-cell without regularization.
+depth rising linearly to it) and `weight_decay` 0.1 or 0.03. The default `augmentation` is the one
+that big_vision chose for the model (big_vision/configs/vit_i1k.py, vit_i21k.py); for hybrids it is
+the paper's best cell without regularization.
 
 Expected (Table 3): ImageNet alone, 300 epochs, the best cell's validation accuracy at 224 px: L/16
 75.72, B/16 79.84, S/16 79.00, R50+L/32 76.84, R26+S/32 79.61, Ti/16 72.59, B/32 74.42, S/32 72.07,

@@ -8,7 +8,7 @@ Expected, ImageNet validation at 224 px: 76.5, 78.5, 80.0 % after 90, 150, 300 e
 90 epochs took 6.5 hours on a TPUv3-8 (section 3). Batch 1024, Adam (momentum in bfloat16), 1e-3,
 weight decay 1e-4 that follows the schedule alone, cosine, 10k steps of warm-up, clipping at 1,
 RandAugment (2, 10), mixup 0.2, softmax, global average pooling, fixed 2-D sin-cos positions, a tanh
-layer in the head; as published in big_vision's configs/vit_s16_i1k.py.
+layer in the head; as published in big_vision/configs/vit_s16_i1k.py.
 
 Planned for v5e:4x4 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
 plan.md): S/16 1.6 of 15.75 GiB, 18 ms a step, MFU 48 %, 9 chip-hours in all; with

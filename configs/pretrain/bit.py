@@ -10,7 +10,7 @@ On ImageNet (BiT-S) and ImageNet-21k (BiT-M) 90 epochs, the rate a tenth from ep
 on; on any other, larger set (BiT-L, on JFT-300M) 40 epochs, from 10, 23, 30 and 37 on. SGD with
 momentum 0.9, batch 4096, 0.03 a 256 images, 5k steps of warm-up, 224 px. BiT's decay of 1e-4 is a
 term of the loss, so its momentum sums it up to tenfold; ours isn't in the momentum, and is 1e-3, as
-in big_vision's configs/bit_i1k.py. From there too: clipping at 1, and sigmoid but on ImageNet.
+in big_vision/configs/bit_i1k.py. From there too: clipping at 1, and sigmoid but on ImageNet.
 
 Expected: R50x1 76.0 % on ImageNet's validation images (BiT's comparison of norms: GroupNorm and
 weight standardisation, batch 4096); of ImageNet-21k, fine-tuned on ImageNet, R50x1 80.68 and R152x2

@@ -12,7 +12,7 @@ Expected on JFT-3B: G/14 83.0 % on ImageNet with 5 shots (84.86 with 10), 90.45 
 Adafactor without its scaling and with momentum in bfloat16, 8e-4, a reciprocal-square-root schedule
 (timescale 10k, warm-up 10k, cooldown 50k steps), weight decay 3 of the head and 0.03 of the body,
 attention pooling, no class token (section 3); batch, steps, sigmoid loss, clipping and the head's
-bias as published in big_vision's configs/proj/scaling_laws/train_vit_g.py.
+bias as published in big_vision/configs/proj/scaling_laws/train_vit_g.py.
 
 Planned for v5e:16x16 with --config.model.remat=full (the compiler's estimates, libtpu 0.0.42;
 experiments/benchmarks/results/plan.md): g/14 with --config.mesh.fsdp=16 4.6 of 15.75 GiB, 830 ms a

@@ -230,7 +230,7 @@ def spread(
 
 
 def fitted(config: TransferConfig, splits: Splits, lane: Lane = ALONE) -> TransferConfig:
-    """With steps that fit the memory of these devices."""
+    """Returns the config with accumulation and remat chosen to fit these devices."""
     mesh = make_mesh(config.mesh, lane.devices)
     if not config.fit_memory:
         return config

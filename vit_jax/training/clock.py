@@ -73,7 +73,7 @@ class Clock:
             self.turn(before)
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Time that turns out to have been `target`'s."""
+        """Reattributes seconds from `source` to `target`."""
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 

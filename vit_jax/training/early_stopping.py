@@ -9,9 +9,9 @@ from vit_jax.training.metrics import read_metrics
 
 
 def has_waited(workdir: Path, metric: str, patience: int | None) -> bool:
-    """Whether the last `patience` evaluations or more were no better than the best before them.
+    """True once the best result is `patience` evaluations old, on all processes alike.
 
-    Of equal ones the first is the best. None never waits. The same on all processes.
+    Ties don't count as better. None disables it.
     """
     if patience is None:
         return False

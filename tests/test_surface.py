@@ -1,0 +1,156 @@
+"""The public functions: `import vit_jax`, and what its names do."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_jax
+from vit_jax.config import build
+from vit_jax.evaluation.registry import list_protocols
+from vit_jax.training.recipe import TrainConfig
+from vit_jax.weights.trained import FORMATS, TrainedModel
+
+TINY = {"model.depth": 1, "batch_size": 8, "checkpoint.every": 2, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(model, params):
+    """A model with names, preprocessing and a temperature."""
+    return TrainedModel(model, params, tuple("0123456789"), "resize", 2.0)
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+
+
+def test_the_import_is_light_and_commands_hide_no_function():
+    code = (
+        "import sys, vit_jax;"
+        "heavy = {'jax', 'flax', 'numpy', 'absl'} & set(sys.modules); assert not heavy, heavy;"
+        "from vit_jax import config, recipes; import vit_jax.pretrain;"
+        "assert vit_jax.pretrain.__module__ == 'vit_jax.training.loop';"
+        "assert set(vit_jax.__all__) <= set(dir(vit_jax));"
+        "[getattr(vit_jax, name) for name in vit_jax.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = vit_jax.lod
+
+
+def test_outputs_are_the_networks_on_any_mesh(trained, model, params, pixels):
+    from vit_jax.parallel.mesh import MeshConfig, make_mesh
+
+    expected = jax.jit(model.apply)(params, pixels)
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    for mesh in (None, one):
+        np.testing.assert_allclose(trained.logits(pixels, mesh), expected.logits, atol=1e-5)
+        np.testing.assert_allclose(trained.features(pixels, mesh), expected.features, atol=1e-5)
+    np.testing.assert_allclose(
+        trained.probabilities(pixels), jax.nn.softmax(expected.logits / 2.0), atol=1e-5
+    )
+    assert trained.logits(pixels[:0]).shape == (0, 10)
+
+
+def test_other_images_are_refused_with_what_is_expected(trained, pixels):
+    for images in (pixels[0], pixels[:, :4], pixels.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[B, 8, 8, 3\]"):
+            trained.logits(images)
+    headless = vit_jax.create_model("ViT-mu/8", 0, 8)
+    with pytest.raises(ValueError, match="has no head"):
+        headless.logits(pixels)
+    assert headless.features(pixels).shape == (5, 32)
+
+
+def test_predictions_of_files_bytes_and_pixels(trained, pixels, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(pixels[0]).save(file)
+    for image in (file, str(file), file.read_bytes(), pixels[0]):
+        np.testing.assert_array_equal(trained.preprocess(image), pixels[0])
+    good, bad = trained.predict([file, tmp_path / "missing.png"])
+    assert good.label == "0123456789"[trained.logits(pixels[:1]).argmax()]
+    assert [p for _, p in good.top(10)] == sorted(good.probabilities.tolist(), reverse=True)
+    assert bad.probabilities is None and bad.label is None and "missing.png" in repr(bad)
+
+
+@pytest.mark.parametrize("format", ["orbax", "npz", "timm"])
+def test_what_is_saved_loads_equal(trained, pixels, tmp_path, format):
+    path = tmp_path / ("model.npz" if format == "npz" else "model")
+    model = dataclasses.replace(trained, temperature=1.0)
+    model.save(path, format)
+    again = vit_jax.load(path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    if format != "timm":  # which doesn't tell the dtype that is computed in
+        np.testing.assert_array_equal(again.logits(pixels), model.logits(pixels))
+    assert again.class_names == model.class_names and again.image_size == (8, 8)
+    with pytest.raises(ValueError, match="exists"):
+        model.save(path, format)
+
+
+def test_temperature_and_preprocessing_stay_with_the_model(trained, tmp_path):
+    model = dataclasses.replace(trained, preprocessing="resize(12)|central_crop(0.7)")
+    model.save(tmp_path / "model")
+    again = vit_jax.load(tmp_path / "model")
+    assert (again.temperature, again.preprocessing) == (2.0, model.preprocessing)
+
+
+def test_what_does_not_exist_is_named_with_what_does(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a run's workdir"):
+        vit_jax.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"Known: .*timm"):
+        trained.save(tmp_path / "model", "keras")
+    assert "onnx" in FORMATS
+    with pytest.raises(ValueError, match=r"did you mean 'pretrain/paper'"):
+        vit_jax.recipe("pretrain/papr")
+    with pytest.raises(ValueError, match="did you mean 'ViT-B/16'"):
+        vit_jax.create_model("ViT-Bx/16", 10)
+    with pytest.raises(ValueError, match="unknown protocol 'few-shot': did you mean 'fewshot'"):
+        vit_jax.evaluate(trained, "digits", "few-shot")
+    with pytest.raises(ValueError, match="unknown option of knn 'shots'"):
+        vit_jax.evaluate(trained, "digits", "knn", shots=(1,))
+
+
+def test_names_can_be_listed():
+    assert "ViT-B/16" in vit_jax.list_models("*B/16*")
+    assert vit_jax.list_recipes("transfer/p*") == ["transfer/paper"]
+    assert "augreg:S/16" in vit_jax.list_checkpoints("*S/16")
+    assert {"classification", "fewshot", "knn", "linear", "masked_patches"} == {*list_protocols()}
+
+
+def test_from_a_recipe_to_an_evaluation(tmp_path):
+    """A recipe by name, changed, trained, loaded, measured by head and by features."""
+    config = vit_jax.recipe("pretrain/formula:classes=10,steps=2", **TINY)
+    assert config.batch_size == 8 and config.model.depth == 1
+    del config["evaluators"]
+    run = vit_jax.pretrain(config, tmp_path / "run")
+    assert run.metrics["step"] == 2
+    again = vit_jax.pretrain(config, tmp_path / "run")
+    assert again.metrics == run.metrics  # it is finished: nothing is trained
+    found = vit_jax.evaluate(run.model, "strokes/10", split="validation[:20]", batch_size=8)
+    assert found["examples"] == 20 and 0 <= found["accuracy"] <= 1
+    low, high = found["accuracy_interval"]
+    assert low <= found["accuracy"] <= high
+    shots = vit_jax.evaluate(
+        str(tmp_path / "run"), "digits", "fewshot", split="test[:40]", shots=(1,), seeds=1
+    )
+    assert set(shots) >= {"1shot"}
+    with pytest.raises(ValueError, match="did you mean 'batch_size'"):
+        vit_jax.pretrain(vit_jax.recipe("pretrain/formula", batchsize=8), tmp_path / "other")
+
+
+def test_earlier_names_of_the_evaluators_still_work():
+    data = {"dataset": "digits", "split": "test"}
+    values = vit_jax.recipe("pretrain/formula").to_dict()
+    values |= {"evaluators": {"a": {"data": data}}}
+    new = build(TrainConfig, {**values, "evaluators": {
+        "a": {"data": data}, "b": {"data": data, "protocol": "fewshot", "shots": (1,)},
+    }})  # fmt: skip
+    del values["evaluators"]
+    old = {"classification": {"a": {"data": data}}, "fewshot": {"b": {"data": data, "shots": (1,)}}}
+    assert build(TrainConfig, {**values, **old}) == new
+    assert build(TrainConfig, dataclasses.asdict(new)) == new  # as config.json keeps it
