@@ -29,8 +29,8 @@ from vit_jax.costs.topology import parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
-from vit_jax.plan import search_meshes
 from vit_jax.training.optimizer import ScheduleConfig
+from vit_jax.training.plan import search_meshes
 from vit_jax.training.recipe import TrainConfig, build_training
 
 CONFIG = "--config=configs/pretrain/formula.py:ViT-nano/8"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vit_jax.recipes import recipe as recipe
     from vit_jax.training.loop import Trained as Trained
     from vit_jax.training.loop import pretrain as pretrain
+    from vit_jax.training.plan import Plan as Plan
+    from vit_jax.training.plan import plan as plan
     from vit_jax.weights.published import list_checkpoints as list_checkpoints
     from vit_jax.weights.trained import Prediction as Prediction
     from vit_jax.weights.trained import TrainedModel as TrainedModel
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {  # public name -> its module
     "Evaluation": "evaluation.measure",
+    "Plan": "training.plan",
     "Prediction": "weights.trained",
     "Trained": "training.loop",
     "TrainedModel": "weights.trained",
@@ -36,6 +39,7 @@ _HOMES = {  # public name -> its module
     "list_checkpoints": "weights.published",
     "list_models": "models.variants",
     "list_recipes": "recipes",
+    "plan": "training.plan",
     "load": "weights.trained",
     "pretrain": "training.loop",
     "recipe": "recipes",

@@ -86,7 +86,7 @@ def _compile(
 ) -> dict[str, Any]:
     """The plan of vit_jax.plan; of fine-tuning too, whose step is the same."""
     from vit_jax.parallel.mesh import make_mesh
-    from vit_jax.plan import plan
+    from vit_jax.training.plan import plan_step
     from vit_jax.training.recipe import TrainConfig, build_training
 
     names = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume"}
@@ -99,7 +99,7 @@ def _compile(
     if program not in compiled:
         mesh = make_mesh(config.mesh, open_topology(topology))
         training = build_training(config, mesh, classes or 1000, max(examples, 1))
-        compiled[program] = plan(training, topology)
+        compiled[program] = plan_step(training, topology)
     return compiled[program]
 
 

@@ -1,0 +1,263 @@
+"""Plans a run: its step compiled for chips that need not be here, with memory, time and price.
+
+`plan` is the public function; `plan_step` plans one `Training`, `search` ranks meshes.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from vit_jax.config import build
+from vit_jax.costs.chips import GIB
+from vit_jax.costs.compiled import OutOfMemory, Program, memory
+from vit_jax.costs.flops import training_flops
+from vit_jax.costs.report import (
+    collectives_report,
+    kernels_report,
+    memory_report,
+    run_report,
+    show,
+)
+from vit_jax.costs.topology import Topology, open_topology, parse_topology
+from vit_jax.data.pipeline import dataset_size
+from vit_jax.models.transformer import further_remat
+from vit_jax.models.variants import build_model
+from vit_jax.parallel.mesh import MeshConfig, batch_parts, check_batch_size, make_mesh
+from vit_jax.training.memory import compile_init, compile_step
+from vit_jax.training.recipe import TrainConfig, Training, build_training
+
+# Of GPUs, for which XLA estimates no cycles.
+ASSUMED_MFU = 0.4
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Mapping):
+    """What a plan found: a mapping, ready for JSON. As text it is a table."""
+
+    report: dict[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step and the initialisation fit into a device's memory."""
+        return self.report["memory_gib"]["fits"]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.report[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.report)
+
+    def __len__(self) -> int:
+        return len(self.report)
+
+    def __repr__(self) -> str:
+        return show(self.report)
+
+
+def plan(
+    config: Mapping[str, Any] | TrainConfig,
+    topology: str,
+    *,
+    num_slices: int = 1,
+    mfu: float | None = None,
+    price: float | None = None,
+    num_classes: int | None = None,
+    num_examples: int | None = None,
+) -> Plan:
+    """Compiles a recipe's step for a topology, on any machine, and reports what it takes.
+
+    Args:
+      config: a recipe, such as `vit_jax.recipe` returns, or the dataclass.
+      topology: the chips: "v5e:16x16", "h100:8", "h100:32x8" (nodes x GPUs).
+      num_slices: TPU slices, joined by the data center's network.
+      mfu: takes the time of a step from this MFU, not from the compiler's cycles.
+      price: of a chip-hour, in any currency.
+      num_classes, num_examples: of the dataset, if it is not prepared here.
+
+    Raises ValueError for a recipe or topology that doesn't exist or fit, and where the compiler for
+    the chips is not installed.
+    """
+    prepared = prepare_plan(config, topology, num_slices, num_classes, num_examples)
+    training = build_training(
+        prepared.config, make_mesh(prepared.config.mesh, prepared.devices), *prepared.size
+    )
+    return Plan(plan_step(training, prepared.topology, mfu=mfu, price=price))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A recipe with the chips that it is planned for, and its data's (classes, examples)."""
+
+    config: TrainConfig
+    topology: Topology
+    devices: list[jax.Device]
+    size: tuple[int, int]
+
+
+def prepare_plan(
+    config: Mapping[str, Any] | TrainConfig,
+    topology: str,
+    num_slices: int = 1,
+    num_classes: int | None = None,
+    num_examples: int | None = None,
+) -> Prepared:
+    """Checks the arguments of `plan` and opens the topology, without compiling anything."""
+    if not isinstance(config, TrainConfig):
+        config = build(TrainConfig, config.to_dict() if hasattr(config, "to_dict") else config)
+    chips = parse_topology(topology, num_slices)
+    size = dataset_size(config.data, num_classes, num_examples)
+    return Prepared(config, chips, open_topology(chips), size)
+
+
+def plan_step(
+    training: Training,
+    topology: Topology,
+    mfu: float | None = None,
+    price: float | None = None,
+    whole: bool = True,
+) -> dict:
+    """Compiles a step and says all there is to say of it, ready for JSON.
+
+    `whole`: the making of the state too, and what a GPU would need without flash attention.
+    """
+    config, mesh = training.config, training.mesh
+    start = time.perf_counter()
+
+    def peak(compile_program, training):
+        try:
+            return memory(compile_program(training)).peak / GIB
+        except OutOfMemory as error:
+            return error.needed
+
+    try:
+        compiled = compile_step(training)
+    except OutOfMemory as error:
+        compiled = error
+    flops = training_flops(training.model) * config.batch_size
+    report = {
+        "model": config.model.variant,
+        "dataset": config.data.dataset,
+        "num_classes": training.model.num_classes,
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        "topology": str(topology),
+        "chips": topology.num_chips,
+        "devices": topology.num_devices,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+        "accumulation": config.accumulation,
+        "jax": jax.__version__,
+        "memory_gib": memory_report(
+            training.shapes, training.shardings, compiled, topology.chip.device_hbm_gib
+        ),
+        "flops": {"model": flops},
+    }
+    sizes = report["memory_gib"]
+    if whole:
+        sizes["init_peak"] = peak(compile_init, training)
+        sizes["fits"] &= sizes["init_peak"] <= sizes["capacity"]
+    run = {"flops": flops, "batch_size": config.batch_size, "steps": training.steps, "price": price}
+    if not isinstance(compiled, OutOfMemory):
+        slices = range(0, topology.num_devices, topology.num_devices // topology.num_slices)
+        program = Program(compiled.as_text(), tuple(slices))
+        report["collectives"] = collectives_report(program.collectives, topology)
+        waits = [row["roofline_seconds"] for row in report["collectives"]]
+        report["collective_seconds"] = None if None in waits else sum(waits)
+        report["loops_of_unknown_trips"] = program.unknown_loops
+        report["kernels"] = kernels_report(program.kernels, topology.chip)
+        if report["kernels"] and whole and not topology.chip.is_tpu:
+            sizes["without_flash"] = peak(compile_step, without_flash(training))
+        if topology.chip.is_tpu:  # GPUs' matrix products are calls of cuBLAS, without an estimate
+            total = program.flops * topology.num_devices
+            report["flops"] |= {"compiled": total, "recomputed": total / flops - 1}
+            report["cycles"] = program.cycles
+            report["instructions_without_estimate"] = program.without_estimate
+            report["compute_seconds"] = program.cycles / topology.chip.clock
+    if mfu is None and "cycles" in report:  # as if nothing overlapped
+        kernels = sum(row["roofline_seconds"] or 0.0 for row in report["kernels"])
+        waits = report["collective_seconds"] or 0.0
+        run["seconds"] = report["compute_seconds"] + kernels + waits
+        source = "the compiler's estimated cycles" + " and its kernels' rooflines" * (kernels > 0)
+        report["run"] = {"from": source, **run_report(topology, **run)}
+    elif mfu is not None or sizes["fits"]:
+        source = f"an assumed MFU of {ASSUMED_MFU}: --mfu" if mfu is None else f"an MFU of {mfu}"
+        run["mfu"] = mfu or ASSUMED_MFU
+        report["run"] = {"from": source, **run_report(topology, **run)}
+    return report | {"compile_seconds": time.perf_counter() - start}
+
+
+def without_flash(training: Training) -> Training:
+    """The same with plain attention."""
+    config = dataclasses.replace(
+        training.config,
+        model=dataclasses.replace(training.config.model, attention="xla"),
+        steps=training.scheduled,
+        epochs=None,
+    )
+    return build_training(config, training.mesh, training.model.num_classes, num_examples=1)
+
+
+def search_meshes(
+    config: TrainConfig, topology: Topology, num_classes: int
+) -> Iterator[MeshConfig]:
+    """The recipe's, and data alone, all FSDP and the middle between, with tensor 1 and 2.
+
+    FSDP and tensor stay inside a slice or node.
+    """
+    island = topology.num_devices // topology.islands
+    size = (config.image_size, config.image_size)
+    heads = build_model(config.model, num_classes, size).config.num_heads
+    tensors = {1, config.mesh.tensor, 2} if heads and heads % 2 == 0 else {1, config.mesh.tensor}
+    for tensor in sorted(n for n in tensors if island % n == 0):
+        whole = island // tensor
+        middle = 2 ** (int(math.log2(whole)) // 2)
+        for fsdp in sorted({1, config.mesh.fsdp, middle, whole}):
+            if whole % fsdp == 0:
+                yield dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor)
+
+
+def search(prepared: Prepared, **options: Any) -> Iterator[dict]:
+    """Yields plans of meshes x remat x microbatches that may fit; `options` go to `plan_step`.
+
+    More remat or accumulation is tried only where less doesn't fit, since both cost time.
+    """
+    config, topology = prepared.config, prepared.topology
+    devices, size = prepared.devices, prepared.size
+    check_batch_size(config.batch_size, make_mesh(config.mesh, devices))
+    for mesh_config in search_meshes(config, topology, size[0]):
+        mesh = make_mesh(mesh_config, devices)
+        for remat in further_remat("none", config.model.scan):
+            accumulation = 1
+            while config.batch_size % (batch_parts(mesh) * accumulation) == 0:
+                variant = dataclasses.replace(
+                    config,
+                    mesh=mesh_config,
+                    model=dataclasses.replace(config.model, remat=remat),
+                    accumulation=accumulation,
+                )
+                training = build_training(variant, mesh, *size)
+                report = plan_step(training, topology, whole=False, **options)
+                yield report
+                sizes = report["memory_gib"]
+                room = sizes["capacity"] - sizes["parameters"] - sizes["optimizer"]
+                if sizes["fits"] or room <= 0:
+                    break
+                over = (sizes["peak"] - sizes["capacity"] + room) / room
+                accumulation *= 2 ** max(1, math.ceil(math.log2(over)))
+            if sizes["fits"] and accumulation == 1:
+                break
+
+
+def show_searched(report: dict) -> str:
+    """Returns a line on one plan of a search."""
+    fits = "fits" if report["memory_gib"]["fits"] else "does not fit"
+    return (
+        f"mesh {report['mesh']}, remat {report['remat']}, {report['accumulation']} "
+        f"microbatch(es): {report['memory_gib']['peak']:.2f} GiB, {fits} "
+        f"(compiled in {report['compile_seconds']:.0f} s)"
+    )
