@@ -408,7 +408,9 @@ def test_all_is_accounted_for_or_all_that_is_not_is_listed(source, target, drop,
         adapted, report = adapt(arrays, fresh, **options)
     except ValueError as error:
         listed = {line[2:].split(":")[0] for line in str(error).splitlines() if line[:2] == "  "}
-        assert listed == odd
+        # Position embeddings that could have been resized are no problem to list.
+        assert listed <= odd and odd - listed <= {"pos_embedding"}
+        assert all(len(source[name]) == len(target[name]) for name in odd - listed)
         return
     assert odd <= {entry.split()[0] for entry in report.resized}
     assert_accounted(report, arrays, fresh)

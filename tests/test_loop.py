@@ -216,17 +216,17 @@ def test_what_matters_may_not_change(tmp_path, changes, message):
 def test_fields_newer_than_a_run_have_their_defaults(tmp_path):
     """A run that was begun by an older version goes on."""
     file = tmp_path / "config.json"
-    workdir.keep_same(file, config(), may_change=())
+    workdir.keep_same(file, config())
     there = json.loads(file.read_text())
     del there["augmentation"], there["schedule"]["drops"]
     file.write_text(json.dumps(there))
     with pytest.raises(ValueError, match=r"mixup: 0\.0 there, 0\.2 here"):
-        workdir.keep_same(file, config(augmentation={"mixup": 0.2}), may_change=())
-    workdir.keep_same(file, config(), may_change=())
+        workdir.keep_same(file, config(augmentation={"mixup": 0.2}))
+    workdir.keep_same(file, config())
     assert json.loads(file.read_text())["augmentation"]["mixup"] == 0.0
     file.write_text(json.dumps({**there, "gone": 1}))
     with pytest.raises(ValueError, match="gone: 1 there, None here"):
-        workdir.keep_same(file, config(), may_change=())
+        workdir.keep_same(file, config())
 
 
 def test_speed_may_change(tmp_path, monkeypatch):

@@ -84,6 +84,8 @@ def reduce(values):
     if values["schedule"].get("cooldown"):
         values["schedule"]["cooldown"] = 1
     values["data"].update(dataset="strokes/4", split="train[:100]")
+    if values.get("early_stopping"):  # it watches what the sweep's trials are evaluated on
+        values["evaluators"] = {"dev": {"data": {}}}
     # One evaluation is compiled; they differ in their splits alone.
     values["evaluators"] = dict(list(values.get("evaluators", {}).items())[:1])
     for evaluation in values["evaluators"].values():

@@ -94,7 +94,9 @@ def adapt(
         if old == new and not other_grid:
             filled[name] = array
             loaded.append(name)
-        elif (fitted := _resize(name, array.reshape(old), new)) is not None:
+        elif array.ndim == len(shape) and (
+            (fitted := _resize(name, array.reshape(old), new)) is not None
+        ):
             filled[name] = fitted.reshape(shape)
             resized.append(f"{name} {old} -> {new}")
         else:
