@@ -10,6 +10,7 @@ from vit_jax.classifier.start import TransferConfig
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.models.variants import build_model
+from vit_jax.parallel.lanes import Lane
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import make_optimizer, make_schedule
@@ -118,7 +119,8 @@ def test_recipe_builds_at_full_size(path, argument):
 )
 def test_recipe_trains(path, argument, tmp_path):
     config = build(config_class(path), reduce(load(path, argument)))
-    final = loop.train(loop.prepare(config, str(tmp_path)))
+    one = Lane((jax.devices()[0],))  # meshes are tested elsewhere
+    final = loop.train(loop.prepare(config, str(tmp_path), lane=one))
     assert final["step"] == 2
     assert all(f"{name}/accuracy" in final for name in config.evaluators)
     assert read_metrics(tmp_path)
