@@ -1,5 +1,6 @@
 """Starts the commands as their users do, and reads what they left behind."""
 
+import json
 import os
 import socket
 import subprocess
@@ -42,6 +43,44 @@ def command(module, *arguments):
     process = start(module, *arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+# Each command runs in a child of one process that has imported what takes seconds to import.
+FORKS = """
+import json, os, runpy, sys
+import vit_jax.classifier.start
+for module, arguments, out, err in json.load(sys.stdin):
+    if not os.fork():
+        for path, descriptor in ((out, 1), (err, 2)):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+        sys.argv = [module, *arguments]
+        runpy.run_module(f"vit_jax.{module}", run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def commands(folder, cases):
+    """Several commands run to their ends: [(exit code, output, errors)]; `folder` is for logs."""
+    files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(cases))]
+    rows = [
+        [module, list(map(str, arguments)), *map(str, pair)]
+        for (module, *arguments), pair in zip(cases, files, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    codes = map(int, done.stdout.split())
+    return [
+        (code, out.read_text(), err.read_text())
+        for code, (out, err) in zip(codes, files, strict=True)
+    ]
 
 
 def free_port():

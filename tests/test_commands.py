@@ -6,8 +6,7 @@ import signal
 import time
 
 import numpy as np
-import pytest
-from processes import checkpoint_arrays, command, pretrain, records, start
+from processes import checkpoint_arrays, command, commands, pretrain, records, start
 
 from vit_jax.training.metrics import read_metrics
 
@@ -112,37 +111,36 @@ def test_another_config_is_refused(tmp_path):
     assert "is finished: 4 steps" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config.model.variant=ViT-nan/8"], "did you mean 'ViT-nano/8'"),
-        (["--config.data.dataset=digit"], "did you mean 'digits'"),
-        (["--config.data.dataset=cifar10"], "tfds build cifar10 --file_format=array_record"),
-        (["--config.data.split=trian"], "did you mean 'train'"),
-        (["--config.bacth_size=8"], "did you mean 'batch_size'"),
-        (["--config.optimizer.nam=sgd"], "did you mean 'name'"),
-        (["--config.modle.depth=2"], 'Did you mean "model"'),
-        (["--config.accumulation=3"], "does not divide over 1 devices x 3 microbatches"),
-        (["--config.image_size=30"], "use a multiple of 8 (24 or 32)"),
-        (["--config.data.preprocess=resise"], "did you mean 'resize'"),
-        (["--config.epochs=3.0"], "set exactly one of them"),
-        (["--config=configs/pretrain/none.py"], "configs/pretrain/none.py"),
-        (
-            ["--config.evaluators.validation.data.preprocess=crop"],
-            "unknown preprocessing op 'crop'",
-        ),
-        (["--workdir="], "say where to keep this run with --workdir"),
-        (["--workdir=/proc/run"], "/proc/run"),
-    ],
-)
-def test_bad_input_is_explained_at_once(tmp_path, arguments, message):
-    if arguments == ["--config.data.dataset=cifar10"]:
-        arguments = [*arguments, f"--config.data.data_dir={tmp_path}"]
-    code, _, err = command(*pretrain(tmp_path / "run", 4, *arguments))
-    assert code == 1, err
-    assert message in err
-    assert "Traceback" not in err and "compiled" not in err
-    assert not list(tmp_path.glob("run/*"))
+BAD = {
+    "--config.model.variant=ViT-nan/8": "did you mean 'ViT-nano/8'",
+    "--config.data.dataset=digit": "did you mean 'digits'",
+    "--config.data.dataset=cifar10": "tfds build cifar10 --file_format=array_record",
+    "--config.data.split=trian": "did you mean 'train'",
+    "--config.bacth_size=8": "did you mean 'batch_size'",
+    "--config.optimizer.nam=sgd": "did you mean 'name'",
+    "--config.modle.depth=2": 'Did you mean "model"',
+    "--config.accumulation=3": "does not divide over 1 devices x 3 microbatches",
+    "--config.image_size=30": "use a multiple of 8 (24 or 32)",
+    "--config.data.preprocess=resise": "did you mean 'resize'",
+    "--config.epochs=3.0": "set exactly one of them",
+    "--config=configs/pretrain/none.py": "configs/pretrain/none.py",
+    "--config.evaluators.validation.data.preprocess=crop": "unknown preprocessing op 'crop'",
+    "--config.classification.validation.data.preprocess=crop": "is now --config.evaluators",
+    "--workdir=": "say where to keep this run with --workdir",
+    "--workdir=/proc/run": "/proc/run",
+}
+
+
+def test_bad_input_is_explained_at_once(tmp_path):
+    """Before anything is compiled, without a traceback, and with nothing left behind."""
+    data = f"--config.data.data_dir={tmp_path}"
+    folders = [tmp_path / f"run{i}" for i in range(len(BAD))]
+    cases = [pretrain(run, 4, data, bad) for run, bad in zip(folders, BAD, strict=True)]
+    for bad, run, (code, _, err) in zip(BAD, folders, commands(tmp_path, cases), strict=True):
+        assert code == 1, (bad, err)
+        assert BAD[bad] in err, (bad, err)
+        assert "Traceback" not in err and "compiled" not in err, (bad, err)
+        assert not list(run.glob("*")), bad
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):
