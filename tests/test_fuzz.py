@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import restart
+from vit_jax.data import jpeg_markers
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
 
@@ -46,7 +46,7 @@ def whole_files():
         files.append(file.getvalue())
     file = io.BytesIO()
     image.save(file, "JPEG", restart_marker_blocks=2)
-    return [*files, restart.add_index(file.getvalue())]
+    return [*files, jpeg_markers.add_index(file.getvalue())]
 
 
 def mutate(file, rng):

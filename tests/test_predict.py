@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from processes import command
 
-from vit_jax.data.files import find_images
+from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import TrainedModel
 
 NAMES = ["ant", "bee, wasp", *"cdefghij"]

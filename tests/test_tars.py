@@ -6,7 +6,7 @@ import pickle
 import tarfile
 
 import pytest
-from test_image_files import contents
+from test_image_folder import contents
 from test_sources import picture, png
 
 from vit_jax.data.sources import open_path, open_source

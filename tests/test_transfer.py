@@ -21,7 +21,7 @@ from vit_jax.classifier.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import find_images
+from vit_jax.data.listing import find_images
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.models.variants import ModelConfig, described_model

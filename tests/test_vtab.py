@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import sources, vtab
-from vit_jax.data.files import Listing
+from vit_jax.data.listing import Listing
 from vit_jax.data.vtab import TASKS
 
 
@@ -62,13 +62,13 @@ def test_parts(monkeypatch):
         "dtd": {"train": 1_880, "validation": 1_880, "test": 1_880},
     }
 
-    def open_prepared(dataset, data_dir, label=None, num_classes=None):
+    def open_array_records(dataset, data_dir, label=None, num_classes=None):
         splits = {
             split: Fake(split, size) for split, size in sizes[dataset.partition(":")[0]].items()
         }
         return Listing("TFDS dataset", splits, num_classes or 100)
 
-    monkeypatch.setattr(vtab, "open_prepared", open_prepared)
+    monkeypatch.setattr(vtab, "open_array_records", open_array_records)
     for name in ("cifar100", "dsprites_location", "smallnorb_azimuth", "dtd"):
         listing = sources.open_listing(f"vtab/{name}")
         assert len(listing.splits["train"]) == 800 and len(listing.splits["dev"]) == 200

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from processes import command
-from test_image_files import contents, fill, write_table
+from test_image_folder import contents, fill, write_table
 from test_sources import picture, png
 
 from vit_jax.data import writer
+from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.decode import decode_image
 from vit_jax.data.manifest import read_manifest, verify
-from vit_jax.data.prepared import build_with_tfds
 from vit_jax.data.sources import open_path, open_source
 from vit_jax.data.writer import WriteConfig, write_dataset
 

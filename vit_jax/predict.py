@@ -19,7 +19,7 @@ from typing import Any
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.data.files import find_images
+from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import load
 
 MODEL = flags.DEFINE_string("model", None, "A run's workdir, or any checkpoint.")

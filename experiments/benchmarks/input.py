@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from vit_jax.data import restart
+from vit_jax.data import jpeg_markers
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
 from vit_jax.data.pipeline import DataConfig, train_batches
@@ -223,7 +223,7 @@ def main(_) -> None:
     jpegs = make_jpegs(96, WIDTH.value, KILOBYTES.value)
     kinds = {"": jpegs}
     if shutil.which("jpegtran"):
-        kinds[MARKED] = [restart.rewrite(jpeg) for jpeg in jpegs]
+        kinds[MARKED] = [jpeg_markers.add_markers(jpeg) for jpeg in jpegs]
     pipelines, parts = {}, {}
     for kind, files in kinds.items():
         pipelines |= {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.classifier.audit import Audit, look_at
-from vit_jax.data.files import ImageFiles, Listing
+from vit_jax.data.listing import ImageFiles, Listing
 from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
 from vit_jax.data.tables import CLASS_NAMES

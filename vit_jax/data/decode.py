@@ -2,7 +2,7 @@
 
 `decode_image` reads whatever there is (Pillow). `open_image` leaves an ordinary JPEG undecoded, so
 that a random crop can decode less than the whole (libjpeg-turbo through simplejpeg; least with the
-markers of `restart`). Both give the same pixels.
+markers of `jpeg_markers`). Both give the same pixels.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from vit_jax.data import restart
+from vit_jax.data import jpeg_markers
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -65,7 +65,7 @@ class Jpeg:
         if self.height_at is not None:
             # Chroma is interpolated from the rows below; below these, nothing matters.
             enough = bottom + 4 * scale
-            if part := restart.cut(data, self.height_at - 5, box, margin=scale):
+            if part := jpeg_markers.cut(data, self.height_at - 5, box, margin=scale):
                 data, (x, y), (height, width) = part
             elif enough < height:
                 height, data = enough, bytearray(data)

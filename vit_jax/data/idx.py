@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.files import Listing, split_in
+from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import CLASS_NAMES, class_names_beside
 
 _IMAGES = re.compile(r"(.*)images([-.]idx3[-.]ubyte(?:\.gz)?)")

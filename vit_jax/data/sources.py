@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.files import Listing, read_folder
+from vit_jax.data.array_records import METADATA, ArrayRecords, open_array_records
 from vit_jax.data.formula import Fractals, Strokes
 from vit_jax.data.idx import find_idx, read_idx
-from vit_jax.data.prepared import METADATA, PreparedRecords, open_prepared
+from vit_jax.data.image_folder import read_folder
+from vit_jax.data.listing import Listing
 from vit_jax.data.slices import Slice, parse_split, read_split, record_name
 from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
@@ -84,7 +85,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     sizes = {s: len(records) for s, records in listing.splits.items()}
     parts = parse_split(split, sizes, name)
     for records in {s: listing.splits[s] for s, _, _ in parts}.values():
-        if isinstance(records, PreparedRecords):
+        if isinstance(records, ArrayRecords):
             records.check()
     records = read_split(split, sizes, name, lambda s, a, b: Slice(listing.splits[s], a, b))
     return Source(records, listing.num_classes, listing.class_names, listing.labels_per_example)
@@ -98,7 +99,7 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
         return open_vtab(name, data_dir)
     if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
         return open_path(name)
-    return open_prepared(name, data_dir, ("digits", *FORMULAS))
+    return open_array_records(name, data_dir, ("digits", *FORMULAS))
 
 
 def is_path(name: str) -> bool:
@@ -111,8 +112,8 @@ def open_path(path: str) -> Listing:
 
     Raises:
       FileNotFoundError: nothing is there, or no images.
-      ValueError: what is there isn't consistent: see `files.read_folder`, `tables.read_table`,
-        `idx.read_idx` and `tars.read_tars`.
+      ValueError: the dataset is inconsistent: see `image_folder.read_folder`,
+        `tables.read_table`, `idx.read_idx` and `tars.read_tars`.
     """
     found = Path(path).expanduser()
     if found.is_dir():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import unknown
-from vit_jax.data.files import ImageFiles, Listing
+from vit_jax.data.listing import ImageFiles, Listing
 
 TABLES = (".csv", ".tsv", ".jsonl")
 CLASS_NAMES = "classes.txt"  # beside a table or tars: a class a line; labels are checked against it

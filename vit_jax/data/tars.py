@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from vit_jax.data.files import IMAGE_ENDINGS, Listing, split_in
+from vit_jax.data.listing import IMAGE_ENDINGS, Listing, split_in
 from vit_jax.data.tables import class_names_beside, number_labels
 
 SYNSET = re.compile(r"(n\d{8})\.tar")

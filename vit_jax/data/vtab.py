@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import unknown
+from vit_jax.data.array_records import open_array_records
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import Listing
-from vit_jax.data.prepared import open_prepared
+from vit_jax.data.listing import Listing
 from vit_jax.data.slices import Slice, read_split
 
 PREFIX = "vtab/"
@@ -104,11 +104,16 @@ class _Brighter(Sequence):
 
 
 def open_vtab(name: str, data_dir: str | None) -> Listing:
-    """The three parts of a task; raises ValueError for an unknown one, and as `open_prepared`."""
+    """Opens the splits `train`, `dev` and `test` of a task.
+
+    Raises ValueError for an unknown task, and whatever `open_array_records` raises.
+    """
     task = TASKS.get(name.removeprefix(PREFIX))
     if task is None:
         raise unknown("VTAB task", name.removeprefix(PREFIX), TASKS)
-    whole = open_prepared(task.dataset, data_dir, label=task.label, num_classes=task.num_classes)
+    whole = open_array_records(
+        task.dataset, data_dir, label=task.label, num_classes=task.num_classes
+    )
     sizes = {split: len(records) for split, records in whole.splits.items()}
     parts = {}
     for part in ("train", "dev", "test"):

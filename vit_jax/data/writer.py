@@ -25,13 +25,14 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from vit_jax.data import restart
+from vit_jax.data import jpeg_markers
+from vit_jax.data.array_records import MAX_LABELS
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import Listing
 from vit_jax.data.idx import Pixels
-from vit_jax.data.journal import Journal, Plan, Shard, differences, make_plan
+from vit_jax.data.journal import Journal
+from vit_jax.data.listing import Listing
 from vit_jax.data.manifest import MANIFEST, file_list, file_sha256, progress_bar, read_manifest
-from vit_jax.data.prepared import MAX_LABELS
+from vit_jax.data.write_plan import Plan, Shard, differences, make_plan
 
 NAMED = 100  # images that are in two splits which the manifest names
 
@@ -47,7 +48,7 @@ class WriteConfig:
       max_broken: images that cannot be read or decoded are left out, up to so many.
       max_overlap: images that are in two splits, byte for byte, are kept, up to so many.
       restart_markers: whether JPEGs get markers that let a crop skip what it doesn't need: see
-        `restart.rewrite`. Their pixels stay the same.
+        `jpeg_markers.add_markers`. Their pixels stay the same.
       threads: that read and check images; by default as many as there are cores.
     """
 
@@ -92,7 +93,7 @@ def write_dataset(
     version = version or _default_version(name, features)
     plan = make_plan(listing, name, config.shards, config.shuffle)
     if config.restart_markers:
-        restart.jpegtran()
+        jpeg_markers.jpegtran()
         plan.record["restart_markers"] = True
     final, folder = data_dir / name / version, data_dir / name / f"incomplete.{version}"
     if final.exists():
@@ -316,7 +317,7 @@ def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 def _with_markers(image: bytes, pixels: np.ndarray) -> bytes:
     """The image with restart markers; as it is where that can't be done, or changes its pixels."""
-    marked = restart.rewrite(image)
+    marked = jpeg_markers.add_markers(image)
     return marked if marked and np.array_equal(decode_image(marked), pixels) else image
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from test_image_files import fill
+from test_image_folder import fill
 from test_jpeg import encode, photo
 
-from vit_jax.data import restart
+from vit_jax.data import jpeg_markers
 from vit_jax.data.decode import decode_image, open_image
 from vit_jax.data.sources import open_path, open_source
 from vit_jax.data.writer import WriteConfig, write_dataset
@@ -38,7 +38,7 @@ def pair(kind, interval=1):
     options = dict(KINDS[kind][1])
     image = photo().crop((0, 0, WIDTH, HEIGHT)).convert(options.pop("mode", "RGB"))
     marked = encode(image, quality=90, restart_marker_blocks=interval, **options)
-    return encode(image, quality=90, **options), restart.add_index(marked)
+    return encode(image, quality=90, **options), jpeg_markers.add_index(marked)
 
 
 def boxes(count, smallest=1, seed=0):
@@ -64,7 +64,7 @@ def test_any_crop_equals_the_same_part_of_the_whole(kind, interval):
         left, top, right, bottom = box
         found = image.crop(box, (bottom - top, right - left))
         np.testing.assert_array_equal(found, whole[top:bottom, left:right])
-        part = restart.cut(marked, image.height_at - 5, box, margin=1)
+        part = jpeg_markers.cut(marked, image.height_at - 5, box, margin=1)
         smaller += part is not None and len(part[0]) < len(marked)
     assert smaller >= 36
 
@@ -84,7 +84,7 @@ def test_what_a_crop_parses():
     """The segments under the box and its margin, with a header: not a byte of the others."""
     _, marked = pair("420", interval=2)
     frame = open_image(marked).height_at - 5
-    part, origin, size = restart.cut(marked, frame, (65, 33, 95, 47), margin=1)
+    part, origin, size = jpeg_markers.cut(marked, frame, (65, 33, 95, 47), margin=1)
     assert (origin, size) == ((64, 32), (16, 32))
     with Image.open(io.BytesIO(part)) as image:  # by Pillow
         assert image.size == (32, 16)
@@ -92,29 +92,29 @@ def test_what_a_crop_parses():
     assert len(part) < 900 < len(marked) / 7
     assert part.count(b"\xff\xd0") == 0  # a single segment needs no marker
     # A margin of two pixels needs the neighbours.
-    assert restart.cut(marked, frame, (65, 33, 95, 47), margin=2)[1:] == ((32, 16), (48, 96))
+    assert jpeg_markers.cut(marked, frame, (65, 33, 95, 47), margin=2)[1:] == ((32, 16), (48, 96))
     everything = (0, 0, WIDTH, HEIGHT)
-    assert restart.cut(marked, frame, everything, margin=1) is None
+    assert jpeg_markers.cut(marked, frame, everything, margin=1) is None
 
 
 def test_only_a_grid_gets_an_index():
     image = photo().crop((0, 0, WIDTH, HEIGHT))
-    assert restart.add_index(encode(image)) is None
-    assert restart.add_index(encode(image, restart_marker_blocks=3)) is None  # ten in a row
-    assert restart.add_index(encode(image, restart_marker_rows=1))
-    assert restart.add_index(encode(image, progressive=True, restart_marker_blocks=1)) is None
-    assert restart.add_index(encode(image, "PNG")) is None
+    assert jpeg_markers.add_index(encode(image)) is None
+    assert jpeg_markers.add_index(encode(image, restart_marker_blocks=3)) is None  # ten in a row
+    assert jpeg_markers.add_index(encode(image, restart_marker_rows=1))
+    assert jpeg_markers.add_index(encode(image, progressive=True, restart_marker_blocks=1)) is None
+    assert jpeg_markers.add_index(encode(image, "PNG")) is None
     marked = encode(image, restart_marker_blocks=5)
-    assert restart.add_index(marked)
-    assert restart.add_index(marked + b"more") is None
-    assert restart.add_index(marked[:-300]) is None
+    assert jpeg_markers.add_index(marked)
+    assert jpeg_markers.add_index(marked + b"more") is None
+    assert jpeg_markers.add_index(marked[:-300]) is None
 
 
 def test_a_wrong_index_is_not_used():
     plain, marked = pair("420")
     whole, box = decode_image(plain), (30, 20, 90, 70)
     frame = open_image(marked).height_at - 5
-    assert restart.cut(marked, frame, box, 1)
+    assert jpeg_markers.cut(marked, frame, box, 1)
     at = frame + 19 + 4  # the index's name; then 16 bytes of it, the interval, the distance
     lengths = at + 22
     swapped = bytearray(marked)
@@ -128,14 +128,14 @@ def test_a_wrong_index_is_not_used():
         marked + b"more",
     ):
         assert broken != marked
-        assert restart.cut(broken, frame, box, 1) is None
+        assert jpeg_markers.cut(broken, frame, box, 1) is None
         found = open_image(broken).crop(box, (50, 60))
         np.testing.assert_array_equal(found, whole[20:70, 30:90])
     # Moved by one segment, their sum unchanged: the markers aren't where it says.
     moved = marked[:lengths] + marked[lengths + 2 :][:1000] + marked[lengths + 1002 :]
-    assert restart.cut(moved, frame, box, 1) is None
+    assert jpeg_markers.cut(moved, frame, box, 1) is None
     for length in range(frame, len(marked), 97):  # cut off anywhere
-        assert restart.cut(marked[:length], frame, box, 1) is None
+        assert jpeg_markers.cut(marked[:length], frame, box, 1) is None
         with pytest.raises(ValueError, match=f"cannot decode {length} bytes"):
             np.asarray(open_image(marked[:length]))
 
@@ -149,7 +149,7 @@ def test_rewriting_changes_no_pixel(kind, width):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(image, quality=92, exif=exif, **options)
-    marked = restart.rewrite(data)
+    marked = jpeg_markers.add_markers(data)
     whole = decode_image(data)
     np.testing.assert_array_equal(decode_image(marked), whole)
     with Image.open(io.BytesIO(marked)) as read:
@@ -162,9 +162,9 @@ def test_rewriting_changes_no_pixel(kind, width):
         found = rewritten.crop((left, top, right, bottom), (bottom - top, right - left))
         np.testing.assert_array_equal(found, whole[top:bottom, left:right])
     frame = rewritten.height_at - 5
-    assert restart.cut(marked, frame, (0, 0, 1, 1), 1)
+    assert jpeg_markers.cut(marked, frame, (0, 0, 1, 1), 1)
     assert len(marked) < 1.2 * len(data)
-    assert restart.rewrite(data[:-500]) is None  # with a warning
+    assert jpeg_markers.add_markers(data[:-500]) is None  # with a warning
 
 
 # Without jpegtran. Images of even blocks survive being encoded again.
@@ -204,7 +204,7 @@ def test_a_dataset_with_markers(tmp_path, monkeypatch, program):
         np.testing.assert_array_equal(decode_image(after), whole)
         if name.endswith("jpg"):
             image = open_image(after)
-            assert restart.cut(after, image.height_at - 5, (20, 20, 50, 50), 1)
+            assert jpeg_markers.cut(after, image.height_at - 5, (20, 20, 50, 50), 1)
             np.testing.assert_array_equal(
                 image.crop((20, 20, 50, 50), (30, 30)), whole[20:50, 20:50]
             )

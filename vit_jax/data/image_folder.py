@@ -1,82 +1,15 @@
-"""Image folders, read without preparation; what lies at a path, in general."""
+"""Image folders: `class/name.jpg`, or `train/class/name.jpg` beside other splits."""
 
 import os
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from absl import logging
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
-)
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
+from vit_jax.data.listing import IMAGE_ENDINGS, SPLIT_FOLDERS, ImageFiles, Listing
+
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # and whatever begins with a dot
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What lies at a path: its splits, whose examples are read when asked for.
-
-    Attributes:
-      kind: what it is, in words.
-      splits: random-access records {"image": encoded bytes or uint8 pixels, "label": an int or a
-        tuple of them}, with `name(index)`, the file, for messages, and `sizes()`, bytes int64 [N].
-      num_classes, class_names, labels_per_example: as in `sources.Source`.
-      left_out: files that lie there and are no images by their names, or in no class.
-    """
-
-    kind: str
-    splits: Mapping[str, Sequence[Mapping[str, Any]]]
-    num_classes: int
-    class_names: tuple[str, ...] | None = None
-    labels_per_example: int | None = None
-    left_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ImageFiles(Sequence):
-    """Image files that are opened one by one.
-
-    Attributes:
-      folder: what the paths are relative to.
-      paths: of the files.
-      labels: of the files: ints, or tuples of them.
-    """
-
-    folder: str
-    paths: Sequence[str]
-    labels: Sequence[int] | Sequence[tuple[int, ...]]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            with open(os.path.join(self.folder, self.paths[index]), "rb") as file:
-                return {"image": file.read(), "label": self.labels[index]}
-        except OSError as error:
-            raise ValueError(f"cannot read it ({error})") from error
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    def sizes(self) -> np.ndarray:
-        return np.array([os.path.getsize(os.path.join(self.folder, p)) for p in self.paths])
 
 
 def read_folder(root: Path) -> Listing:
@@ -127,12 +60,6 @@ def read_folder(root: Path) -> Listing:
         labels = [label[name] for name in names for _ in found[split].get(name, ())]
         records[split] = ImageFiles(str(root), paths, labels)
     return Listing("image folder", records, len(names), tuple(names), None, tuple(left_out))
-
-
-def split_in(name: str) -> str | None:
-    """The split that a file's name speaks of: `set-train-0000.tar`, `val/0000.tar`."""
-    words = re.split("[^a-z]+", name.lower())
-    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), None)
 
 
 def _holds_splits(folder: Path) -> bool:
@@ -199,15 +126,3 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 def _is_image(file: Path) -> bool:
     return file.name.lower().endswith(IMAGE_ENDINGS)
-
-
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """Files as they are named; of folders all images inside, sorted."""
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
-            found += [p for p in inside if p.is_file() and not p.name.startswith(".")]
-        else:
-            found.append(path)
-    return found

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from vit_jax.config import unknown
-from vit_jax.data.files import Listing
+from vit_jax.data.listing import Listing
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
 METADATA = "features.json"  # is in every folder that holds such a dataset
@@ -17,7 +17,7 @@ MAX_LABELS = 32  # of one example of a multi-label set
 
 
 @dataclass(frozen=True)
-class PreparedRecords(Sequence):
+class ArrayRecords(Sequence):
     """A split.
 
     Attributes:
@@ -89,7 +89,7 @@ class PreparedRecords(Sequence):
                 )
 
 
-def open_prepared(
+def open_array_records(
     name: str,
     data_dir: str | None,
     known: Sequence[str] = (),
@@ -136,7 +136,7 @@ def open_prepared(
     )
 
 
-def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, PreparedRecords]:
+def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, ArrayRecords]:
     import tensorflow_datasets as tfds
 
     # Decoding is ours: parallel, and only of what is used.
@@ -148,7 +148,7 @@ def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, 
         info = data.dataset_info.splits[split]  # which knows the format that was chosen
         starts = tuple(accumulate(info.shard_lengths, initial=0))
         shards = tuple(map(os.fspath, info.filepaths))
-        splits[split] = PreparedRecords(data, shards, starts, label)
+        splits[split] = ArrayRecords(data, shards, starts, label)
     return splits
 
 

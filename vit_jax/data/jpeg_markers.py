@@ -1,10 +1,10 @@
-"""JPEGs out of which a crop is cut without reading the rest.
+"""Restart markers in JPEGs, which let a crop be decoded without the rest of the image.
 
-A JPEG is a chain of Huffman codes, which is read from its first byte: most of the time that a crop
-takes goes into pixels that nobody will see. Restart markers (ITU-T T.81, B.2.4.4) break the chain.
-`rewrite` has jpegtran put them in, which changes no pixel, and lists the lengths of the segments
-between them in an APP9 segment, which other readers pass over. `cut` joins the segments under a box
-into a smaller JPEG.
+A JPEG's Huffman codes can only be decoded from the first one on, so most of the time for a small
+crop is spent on pixels outside it. Restart markers (ITU-T T.81, B.2.4.4) divide the codes into
+segments that are decoded independently. `add_markers` runs jpegtran to insert them, which changes
+no pixel, and stores an index of the segments' lengths in an APP9 segment, which other decoders
+ignore. `cut` joins the segments that a box needs into a smaller JPEG.
 """
 
 import shutil
@@ -30,7 +30,7 @@ def jpegtran() -> str:
     )
 
 
-def rewrite(data: bytes) -> bytes | None:
+def add_markers(data: bytes) -> bytes | None:
     """The same image with markers and index; None for what is no JPEG of 8 bits a channel.
 
     Baseline whatever it was before, with Huffman tables of its own; all metadata stay.

@@ -1,0 +1,95 @@
+"""The splits and examples of a dataset on disk, and the file names that they are found by."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
+)
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset's splits. Examples are read when they are indexed.
+
+    Attributes:
+      kind: the dataset's format, in words.
+      splits: split name -> random-access records {"image": encoded bytes or uint8 pixels, "label":
+        an int or a tuple of ints}. Records have the methods `name(index)`, the example's file, for
+        messages, and `sizes()`, the images' sizes in bytes, int64 [N].
+      num_classes, class_names, labels_per_example: as in `sources.Source`.
+      left_out: files that were ignored because of their names or because they are in no class.
+    """
+
+    kind: str
+    splits: Mapping[str, Sequence[Mapping[str, Any]]]
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    labels_per_example: int | None = None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageFiles(Sequence):
+    """Records of a split whose images are separate files.
+
+    Attributes:
+      folder: the folder that `paths` are relative to.
+      paths: one path per example.
+      labels: one int, or one tuple of ints, per example.
+    """
+
+    folder: str
+    paths: Sequence[str]
+    labels: Sequence[int] | Sequence[tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            with open(os.path.join(self.folder, self.paths[index]), "rb") as file:
+                return {"image": file.read(), "label": self.labels[index]}
+        except OSError as error:
+            raise ValueError(f"cannot read it ({error})") from error
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.path.getsize(os.path.join(self.folder, p)) for p in self.paths])
+
+
+def split_in(name: str) -> str | None:
+    """Returns the split that a file name contains: `set-train-0000.tar`, `val/0000.tar`."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), None)
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """Returns the given files, and for each given folder all images inside it, sorted."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
+            found += [p for p in inside if p.is_file() and not p.name.startswith(".")]
+        else:
+            found.append(path)
+    return found
