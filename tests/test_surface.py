@@ -78,6 +78,17 @@ def test_predictions_of_files_bytes_and_pixels(trained, pixels, tmp_path):
     assert bad.probabilities is None and bad.label is None and "missing.png" in repr(bad)
 
 
+def test_batches_have_one_shape(trained, pixels, tmp_path):
+    """Neither a last, smaller batch nor an unreadable image compiles the network again."""
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image).save(file)
+    model = dataclasses.replace(trained)  # without what was compiled for `trained`
+    found = model.predict([*files, tmp_path / "missing.png"], batch_size=2)
+    assert [bool(p.error) for p in found] == [False] * 5 + [True]
+    assert model._forward._cache_size() == 1
+
+
 @pytest.mark.parametrize("format", ["orbax", "npz", "timm"])
 def test_what_is_saved_loads_equal(trained, pixels, tmp_path, format):
     path = tmp_path / ("model.npz" if format == "npz" else "model")

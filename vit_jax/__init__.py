@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "config"]
+    return sorted({*globals(), *__all__})
 
 
 class _Package(types.ModuleType):

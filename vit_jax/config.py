@@ -98,7 +98,9 @@ def covered(name: str, fields: Iterable[str]) -> bool:
 
 
 def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
-    """Builds the frozen dataclass `cls` from nested mappings (a ConfigDict, or parsed JSON).
+    """Builds the frozen dataclass `cls` from a ConfigDict or nested mappings, such as parsed JSON.
+
+    Returns `values` itself if it is a `cls` already.
 
     A class method `upgrade` of `cls` translates names of earlier versions; `select` chooses the
     class by the values.
@@ -106,6 +108,10 @@ def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
     Raises ValueError that names the full path of a field that is unknown (with the nearest known
     one), missing or of another type.
     """
+    if isinstance(values, cls):
+        return values
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
     if hasattr(cls, "select"):
         cls = cls.select(values)
     if hasattr(cls, "upgrade"):

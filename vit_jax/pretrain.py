@@ -23,7 +23,7 @@ def main(_) -> None:
     """Builds the run from its flags, and trains."""
     clock = Clock(process_age())
     with configuration.explained_errors():
-        config = configuration.build(TrainConfig, CONFIG.value.to_dict())
+        config = configuration.build(TrainConfig, CONFIG.value)
         multihost.initialize(flags.FLAGS.distributed)
         run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)

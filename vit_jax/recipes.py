@@ -1,7 +1,9 @@
 """Recipes by name: `pretrain/paper:ViT-B/16` is `configs/pretrain/paper.py` with its argument."""
 
+import copy
 import fnmatch
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,16 @@ def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
     """
     path, _, argument = name.partition(":")
     config = runpy.run_path(str(find_recipe(path)))["get_config"](argument or None)
-    config = ml_collections.ConfigDict(config.to_dict())
-    for field, value in fields.items():
-        *groups, last = field.split(".")
-        group = config
+    return ml_collections.ConfigDict(merge(config.to_dict(), fields))
+
+
+def merge(recipe: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a nested recipe with dotted fields set; a mapping replaces its group."""
+    merged = copy.deepcopy(dict(recipe))
+    for name, value in fields.items():
+        *groups, field = name.split(".")
+        group = merged
         for part in groups:
-            group = group[part] if part in group else group.__setitem__(part, {}) or group[part]
-        group[last] = value
-    return config
+            group = group.setdefault(part, {})
+        group[field] = copy.deepcopy(value)
+    return merged

@@ -6,7 +6,6 @@ config, which a loop of the package trains, under a key for people and a name th
 of what defines the run. So a grid may grow at any time, and what has run keeps its name.
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import covered, fields_where, unknown
+from vit_jax.recipes import merge
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("ViT", "ResNet", "hybrid")
@@ -272,18 +272,6 @@ def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> It
         yield Run("transfer", names, merge(base, own), init=init)
 
 
-def merge(recipe: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
-    """A copy of a nested recipe with dotted fields set; a mapping replaces what was there."""
-    merged = copy.deepcopy(dict(recipe))
-    for name, value in fields.items():
-        *groups, field = name.split(".")
-        group = merged
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[field] = copy.deepcopy(value)
-    return merged
-
-
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> dotted names, with what JSON would make of tuples."""
     if isinstance(tree, Mapping) and (tree or not prefix):
@@ -301,13 +289,6 @@ def differences(before: Fields, now: Fields) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-
-
-def load_recipe(name: str, **fields: Any) -> dict[str, Any]:
-    """The nested fields of a recipe such as "configs/pretrain/paper.py:ViT-B/16"."""
-    path, _, arg = name.partition(":")
-    recipe = runpy.run_path(str(ROOT / path))["get_config"](arg or None).to_dict()
-    return merge(recipe, fields)
 
 
 def load_study(name: str) -> Study:

@@ -30,7 +30,6 @@ FAMILIES = {
 ENCODER_BLOCK = "Transformer/encoderblock_{}/"  # prefix of an unrolled block, by number
 STACKED_BLOCKS = "Transformer/encoderblock/"  # prefix of scanned blocks
 ATTENTION = "MultiHeadDotProductAttention_0"
-MLP = "MlpBlock_0"
 
 # Whole-name regexes.
 HEAD = "head/.*"

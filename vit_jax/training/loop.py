@@ -69,6 +69,7 @@ class Run(Training):
     loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
     clock: Clock
     lane: Lane
+    watched: str  # the metric of early stopping; "" without it
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
 
 
@@ -98,10 +99,7 @@ def pretrain(
     Raises ValueError or FileNotFoundError, before anything is compiled, for a recipe or data that
     don't fit; otherwise as `train`.
     """
-    if not isinstance(config, TrainConfig):
-        values = config.to_dict() if hasattr(config, "to_dict") else config
-        config = build(TrainConfig, values)
-    run = prepare(config, os.fspath(workdir), clock=clock)
+    run = prepare(build(TrainConfig, config), os.fspath(workdir), clock=clock)
     return Trained(run.workdir, train(run))
 
 
@@ -124,7 +122,6 @@ def prepare(
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
     clock = clock or Clock()
-    _ = config.watched  # a recipe that watches nothing is an error now
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
@@ -169,6 +166,7 @@ def prepare(
         batches=batches,
         clock=clock,
         lane=lane,
+        watched=config.watched,
         description={
             **model.description,
             **({"class_names": list(source.class_names)} if source.class_names else {}),
@@ -197,7 +195,7 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("restore" if run.resumes else "start"):
             state, notes = first_state(run, run.loaded, run.resumes, run.workdir)
             start = int(state.step)
-        patience = (run.workdir, config.watched, config.early_stopping)
+        patience = (run.workdir, run.watched, config.early_stopping)
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise ValueError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "

@@ -106,8 +106,7 @@ def prepare_plan(
     num_examples: int | None = None,
 ) -> Prepared:
     """Checks the arguments of `plan` and opens the topology, without compiling anything."""
-    if not isinstance(config, TrainConfig):
-        config = build(TrainConfig, config.to_dict() if hasattr(config, "to_dict") else config)
+    config = build(TrainConfig, config)
     chips = parse_topology(topology, num_slices)
     size = dataset_size(config.data, num_classes, num_examples)
     return Prepared(config, chips, open_topology(chips), size)

@@ -161,7 +161,7 @@ class TrainedModel:
 
     def probabilities(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
         """Computes softmax(logits / temperature): uint8 [B, H, W, 3] -> float32 [B, C]."""
-        return np.asarray(jax.nn.softmax(self.logits(images, mesh) / self.temperature))
+        return self._softmax(images, mesh)
 
     def preprocess(self, image: str | os.PathLike | bytes | np.ndarray) -> np.ndarray:
         """Turns a file, its bytes or pixels uint8 [h, w, 3] into an input uint8 [H, W, 3].
@@ -208,7 +208,7 @@ class TrainedModel:
                 group = images[start : start + batch_size]
                 read_images = list(threads.map(read, group))
                 good = [image for image in read_images if not isinstance(image, str)]
-                rows = iter(self.probabilities(np.stack(good)) if good else ())
+                rows = iter(self._softmax(np.stack(good), None, batch_size) if good else ())
                 for name, image in zip(group, read_images, strict=True):
                     failed = isinstance(image, str)
                     yield Prediction(
@@ -237,6 +237,13 @@ class TrainedModel:
         else:
             formats.write(path, self.params, self.description, format)
 
+    def _softmax(
+        self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
+    ) -> np.ndarray:
+        self._check_head()
+        logits = self._outputs(images, "logits", mesh, batch_size)
+        return np.asarray(jax.nn.softmax(logits / self.temperature))
+
     def _check_head(self) -> None:
         if not self.num_classes:
             raise ValueError(
@@ -244,7 +251,9 @@ class TrainedModel:
                 "first, or take its features"
             )
 
-    def _outputs(self, images: np.ndarray, name: str, mesh: Mesh | None) -> np.ndarray:
+    def _outputs(
+        self, images: np.ndarray, name: str, mesh: Mesh | None, batch_size: int | None = None
+    ) -> np.ndarray:
         images = np.asarray(images)
         if images.shape[1:] != (*self.image_size, 3) or images.dtype != np.uint8:
             raise ValueError(
@@ -254,7 +263,8 @@ class TrainedModel:
         mesh = mesh or self._local_mesh
         params, sharding = self._placed(mesh), batch_sharding(mesh)
         parts = batch_parts(mesh)
-        size = -(-min(BATCH, max(len(images), 1)) // parts) * parts
+        batch_size = batch_size or max(1, min(BATCH, len(images)))
+        size = -(-batch_size // parts) * parts  # one shape for all batches: one compilation
         found = []
         with use_mesh(mesh):
             for start in range(0, len(images), size):
