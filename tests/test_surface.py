@@ -165,3 +165,13 @@ def test_earlier_names_of_the_evaluators_still_work():
     old = {"classification": {"a": {"data": data}}, "fewshot": {"b": {"data": data, "shots": (1,)}}}
     assert build(TrainConfig, {**values, **old}) == new
     assert build(TrainConfig, dataclasses.asdict(new)) == new  # as config.json keeps it
+    old["classification"] |= {"c": {"data": data}}
+    stops = build(TrainConfig, {**values, **old, "early_stopping": 2, "eval_every": 1})
+    assert stops.watched == "a/accuracy"  # as before, the first
+    named = {"a": {"data": data}, "b": {"data": data}}
+    several = {**values, "evaluators": named, "early_stopping": 2, "eval_every": 1}
+    with pytest.raises(ValueError, match="set watch to one of a, b"):
+        _ = build(TrainConfig, several).watched
+    assert build(TrainConfig, {**several, "watch": "b"}).watched == "b/accuracy"
+    with pytest.raises(ValueError, match="unknown evaluator to watch 'd'"):
+        _ = build(TrainConfig, {**several, "watch": "d"}).watched

@@ -91,12 +91,17 @@ class TrainConfig:
 
     @classmethod
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced."""
+        """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced.
+
+        Early stopping watched the first evaluator of `classification`.
+        """
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
             for name, fields in values.get(protocol, {}).items():
                 evaluators[name] = {"protocol": protocol, **fields}
         kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
+        if kept.get("early_stopping") and "watch" not in kept and values.get("classification"):
+            kept["watch"] = next(iter(values["classification"]))
         return {**kept, "evaluators": evaluators}
 
     @property
