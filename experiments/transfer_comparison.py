@@ -27,9 +27,11 @@ from absl import app, flags
 from PIL import Image
 from scipy import stats
 
+from vit_jax.classifier.recipe import TransferConfig, WorkflowConfig
 from vit_jax.classifier.splits import SplitConfig, Splits
-from vit_jax.classifier.start import TransferConfig, choose_and_train, final_recipe, prepare
+from vit_jax.classifier.start import prepare
 from vit_jax.classifier.sweep import SweepConfig, with_values
+from vit_jax.classifier.workflow import final_recipe, run_workflow
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.features import extract_split
@@ -144,7 +146,7 @@ def recipe(images: Images, init: str) -> TransferConfig:
         log_every=50,
         checkpoint=CheckpointConfig(every=1000, keep_last=1),
         init=init,
-        sweep=SweepConfig((1e-3, 3e-3, 1e-2)),
+        workflow=WorkflowConfig(sweep=SweepConfig((1e-3, 3e-3, 1e-2))),
         split=images.parts,
     )
 
@@ -154,7 +156,7 @@ def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float
     config = recipe(images, init)
     first = folder / f"{start}_sweep"
     if not (first / "report.html").exists():
-        choose_and_train(config, first, "python -m experiments.transfer_comparison")
+        run_workflow(config, first, "python -m experiments.transfer_comparison")
     results = json.loads((first / "results.json").read_text())
     kept = json.loads((first / "data" / "audit.json").read_text())
     final = with_values(final_recipe(config, Splits(**kept["splits"])), results["chosen"])

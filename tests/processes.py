@@ -48,7 +48,7 @@ def command(module, *arguments):
 # Each command runs in a child of one process that has imported what takes seconds to import.
 FORKS = """
 import json, os, runpy, sys
-import vit_jax.classifier.start
+import vit_jax.classifier.workflow
 for module, arguments, out, err in json.load(sys.stdin):
     if not os.fork():
         for path, descriptor in ((out, 1), (err, 2)):

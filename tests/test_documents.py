@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_jax.classifier.start import TransferConfig
+from vit_jax.classifier.recipe import TransferConfig
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("vit_jax", "configs", "experiments")

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from vit_jax.classifier.start import TransferConfig
+from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.models.variants import build_model

@@ -14,11 +14,14 @@ import pytest
 from PIL import Image
 from processes import checkpoint_arrays, cluster, command, equal_runs, finish, records, start
 
-from vit_jax.classifier import start as finetune
+from vit_jax.classifier import recipe as transfer_recipe
+from vit_jax.classifier import workflow
+from vit_jax.classifier.recipe import TransferConfig, WorkflowConfig, complete
 from vit_jax.classifier.splits import Splits
-from vit_jax.classifier.start import TransferConfig, choose_and_train, complete
+from vit_jax.classifier.start import prepare
 from vit_jax.classifier.sweep import SweepConfig, run_trials, trial_name
-from vit_jax.config import build
+from vit_jax.classifier.workflow import run_workflow, trial_recipe
+from vit_jax.config import build, recipe
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.listing import find_images
@@ -65,16 +68,19 @@ def config(folder):
         steps=6,
         eval_every=2,
         log_every=2,
-        sweep=SweepConfig((1e-3, 3e-3)),
-        export=("npz", "hugging_face"),
+        workflow=WorkflowConfig(sweep=SweepConfig((1e-3, 3e-3)), export=("npz", "hugging_face")),
     )
+
+
+def with_rates(config, *rates):
+    return dataclasses.replace(config, workflow=WorkflowConfig(sweep=SweepConfig(rates)))
 
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """The workdir of a whole run."""
     workdir = tmp_path_factory.mktemp("run")
-    choose_and_train(config, workdir, COMMAND)
+    run_workflow(config, workdir, COMMAND)
     return workdir
 
 
@@ -97,6 +103,7 @@ def test_results(finished, folder):
     params, description = trained.params, trained.description
     assert description["class_names"] == ["bright", "dark"]
     assert description["preprocess"] == "resize"
+    assert description["temperature"] == results["temperature"] != 1.0
     table = (finished / "data" / "splits.csv").read_text().splitlines()[1:]
     files = [row.split(",")[0] for row in table if row.endswith(",test")]
     found = trained.predict(find_images(files))
@@ -179,7 +186,7 @@ def browse(page, shot):
 def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
     before = (finished / "results.json").read_text(), checkpoint_arrays(finished)
     monkeypatch.setattr(loop, "_take_steps", None)  # would be called to train
-    choose_and_train(config, finished, COMMAND)
+    run_workflow(config, finished, COMMAND)
     after = json.loads((finished / "results.json").read_text())
     assert after["trials"] == json.loads(before[0])["trials"]
     for name, array in before[1].items():
@@ -200,7 +207,7 @@ def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, m
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=2))
     for _ in range(20):
         try:
-            choose_and_train(config, tmp_path, COMMAND)
+            run_workflow(config, tmp_path, COMMAND)
             break
         except KeyboardInterrupt:
             continue
@@ -220,11 +227,11 @@ def test_trials_side_by_side_equal_one_after_another(config, finished, tmp_path)
     kept = json.loads((finished / "data" / "audit.json").read_text())
     sgd = OptimizerConfig("sgd")
     config = dataclasses.replace(config, steps=2, eval_every=1, log_every=1, optimizer=sgd)
-    recipe = finetune.trial_recipe(config, Splits(**kept["splits"]))
-    trials, lanes = config.sweep.trials(), make_lanes(1)[:2]
+    recipe = trial_recipe(config, Splits(**kept["splits"]))
+    trials, lanes = config.workflow.sweep.trials(), make_lanes(1)[:2]
 
     def run(config, folder, lane):
-        loop.train(finetune.prepare(config, str(folder), lane=lane))
+        loop.train(prepare(config, str(folder), lane=lane))
 
     together = run_trials(recipe, trials, tmp_path / "together", run, lanes)
     assert together == run_trials(recipe, trials, tmp_path / "one by one", run, lanes[:1])
@@ -236,8 +243,8 @@ def test_trials_side_by_side_equal_one_after_another(config, finished, tmp_path)
 
 @pytest.mark.slow
 def test_early_stopping_ends_the_final_run_too(config, tmp_path):
-    config = dataclasses.replace(config, steps=12, early_stopping=1, sweep=SweepConfig(), export=())
-    choose_and_train(config, tmp_path, COMMAND)
+    config = dataclasses.replace(config, steps=12, early_stopping=1, workflow=WorkflowConfig())
+    run_workflow(config, tmp_path, COMMAND)
     (trial,) = json.loads((tmp_path / "results.json").read_text())["trials"]
     evaluations = [r for r in records(tmp_path / "trials/recipe") if "dev/accuracy" in r]
     best = max(evaluations, key=lambda r: (r["dev/accuracy"], -r["dev/loss"]))
@@ -249,21 +256,22 @@ def test_early_stopping_ends_the_final_run_too(config, tmp_path):
 def test_another_recipe_is_refused(config, finished):
     other = dataclasses.replace(config, steps=8)
     with pytest.raises(ValueError, match="steps: 6 there, 8 here"):
-        choose_and_train(other, finished, COMMAND)
-    more = dataclasses.replace(config, sweep=SweepConfig((1e-3, 3e-3, 1e-2, 3e-2)))
+        run_workflow(other, finished, COMMAND)
+    more = with_rates(config, 1e-3, 3e-3, 1e-2, 3e-2)
     with pytest.raises(ValueError, match="12 images, too few to choose among 4 trials"):
-        choose_and_train(more, finished, COMMAND)
+        run_workflow(more, finished, COMMAND)
 
 
 def test_splits_may_change_until_something_was_trained(config, tmp_path, monkeypatch):
     """A dev split that is too small can be enlarged in the same workdir."""
-    monkeypatch.setattr(finetune, "run_trials", None)
-    many = dataclasses.replace(config, sweep=SweepConfig((1e-4, 3e-4, 1e-3, 3e-3)))
+    monkeypatch.setattr(workflow, "run_trials", None)
+    many = with_rates(config, 1e-4, 3e-4, 1e-3, 3e-3)
     with pytest.raises(ValueError, match="12 images, too few to choose among 4 trials"):
-        choose_and_train(many, tmp_path, COMMAND)
-    larger = dataclasses.replace(many, split=dataclasses.replace(many.split, dev_share=0.3))
+        run_workflow(many, tmp_path, COMMAND)
+    split = dataclasses.replace(many.workflow.split, dev_share=0.3)
+    larger = dataclasses.replace(many, workflow=dataclasses.replace(many.workflow, split=split))
     with pytest.raises(TypeError, match="NoneType"):  # it comes to the trials
-        choose_and_train(larger, tmp_path, COMMAND)
+        run_workflow(larger, tmp_path, COMMAND)
 
 
 def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
@@ -272,7 +280,7 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     model = described_model(
         {"model": {"variant": "ViT-mu/8", **fields}, "num_classes": 5, "image_size": [16, 16]}
     )
-    finetune.load_init.cache_clear()
+    transfer_recipe.load_init.cache_clear()
     params = model.init(jax.random.key(0))
     TrainedModel.from_description(params, model.description).save(tmp_path / "up")
     values = {
@@ -288,10 +296,10 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
     given = {**values, "image_size": 32, "model": {"variant": "ViT-B/16"}}
     assert complete(given) == given
 
-    run = finetune.prepare(
+    run = prepare(
         dataclasses.replace(
             config,
-            sweep=None,
+            workflow=None,
             init=values["init"],
             data=DataConfig("digits"),
             model=build(ModelConfig, found["model"]),
@@ -304,8 +312,8 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
 def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
     """It separates the training images at once, on the features of the checkpoint."""
     data = DataConfig(str(finished / "data" / "splits.csv"), num_threads=1)
-    config = dataclasses.replace(config, sweep=None, data=data, init=str(finished), head="probe")
-    run = finetune.prepare(config, str(tmp_path))
+    config = dataclasses.replace(config, workflow=None, data=data, init=str(finished), head="probe")
+    run = prepare(config, str(tmp_path))
     source = run.source
     images = np.stack(
         [
@@ -349,6 +357,23 @@ def test_command_explains_bad_input(folder, tmp_path):
         f"--workdir={tmp_path / 'run'}",
     )
     assert code == 1 and "there is one class, dark" in err and "Traceback" not in err
+
+
+def test_the_workflow_by_its_earlier_names(config):
+    """Its fields were outside the group; a `sweep` began it, and without one they did nothing."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    old = {**values, **values["workflow"]}
+    del old["workflow"]
+    assert build(TransferConfig, old) == config
+    assert build(TransferConfig, recipe(**old)) == config
+    trial = {**old, "sweep": None}  # config.json of a trial
+    assert build(TransferConfig, trial) == dataclasses.replace(config, workflow=None)
+    del old["sweep"]
+    with pytest.raises(ValueError, match="split, fit_memory, memory_gib, export: part of a work"):
+        build(TransferConfig, old)
+    assert build(TransferConfig, {**values, "workflow": {}}).workflow == WorkflowConfig()
+    with pytest.raises(ValueError, match=r"workflow\.memory_gib = 2\.0 changes nothing without"):
+        WorkflowConfig(memory_gib=2.0)
 
 
 @pytest.mark.slow

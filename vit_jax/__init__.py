@@ -13,6 +13,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_jax.classifier.workflow import transfer as transfer
     from vit_jax.evaluation.measure import Evaluation as Evaluation
     from vit_jax.evaluation.measure import evaluate as evaluate
     from vit_jax.models.variants import list_models as list_models
@@ -43,6 +44,7 @@ _HOMES = {  # public name -> its module
     "load": "weights.trained",
     "pretrain": "training.loop",
     "recipe": "recipes",
+    "transfer": "classifier.workflow",
 }
 __all__ = list(_HOMES)
 

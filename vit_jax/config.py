@@ -171,8 +171,24 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+WORKFLOW = ("sweep", "split", "fit_memory", "memory_gib", "export")
+
+
+def with_workflow(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe whose `sweep`, if it has one, is in the group `workflow` with what goes
+    with it: recipes of earlier versions have these fields outside."""
+    if values.get("sweep") is None:
+        return dict(values)
+    old = {name: values[name] for name in WORKFLOW if name in values}
+    rest = {name: value for name, value in values.items() if name not in old}
+    return {**rest, "workflow": {**old, **(values.get("workflow") or {})}}
+
+
 def recipe(**fields: Any) -> ml_collections.ConfigDict:
-    """What a recipe's `get_config` returns: its fields, and room for those of every group."""
+    """Returns a recipe for `get_config`: its fields, and empty groups for flags to set others."""
+    fields = with_workflow(fields)
+    if fields.get("workflow") is not None:
+        fields["workflow"] = {"split": {}, "sweep": {}, **fields["workflow"]}
     groups = (
         "augmentation",
         "checkpoint",
@@ -236,14 +252,22 @@ def define_config_flag():
     return flag
 
 
+_MOVED = [  # flags' names of earlier versions
+    (re.compile(r"^--?config\.(classification|fewshot)(?=\.)"), "--config.evaluators"),
+    (re.compile(rf"^--?config\.({'|'.join(WORKFLOW)})(?=[.=]|$)"), r"--config.workflow.\1"),
+]
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
     # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
     argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
-    old = re.compile(r"^--?config\.(classification|fewshot)\.")
-    for name in sorted({match[1] for text in argv if (match := old.match(text))}):
-        print(f"--config.{name} is now --config.evaluators", file=sys.stderr)
-    argv[:] = [old.sub("--config.evaluators.", text) for text in argv]
+    for old, new in _MOVED:
+        for name in sorted({match[1] for text in argv if (match := old.match(text))}):
+            print(
+                f"--config.{name} is now {old.sub(new, f'--config.{name}.')[:-1]}", file=sys.stderr
+            )
+        argv[:] = [old.sub(new, text) for text in argv]
     with explained_errors():
         try:
             arguments = app.parse_flags_with_usage(argv)

@@ -8,20 +8,19 @@ python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=run
 `--config.init=` with nothing behind it starts from random weights instead, for comparison. What a
 recipe doesn't say of the model (`model.variant`, `image_size`) is the checkpoint's.
 
-A recipe with a `sweep` looks at the data first, cuts the splits that are missing, chooses on dev,
-trains on train and dev together, tests once, and writes `report.html`. Started again, it goes on.
+With the recipe's `workflow` the data are looked at, missing splits are cut, trials compete on dev,
+the best is trained on train and dev and tested once; `report.html` shows all of it. Started again,
+it goes on.
 """
 
 import shlex
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
 from vit_jax import config as configuration
-from vit_jax.classifier.start import TransferConfig, choose_and_train, complete, prepare
+from vit_jax.classifier.workflow import transfer
 from vit_jax.parallel import multihost
-from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
 
 CONFIG = configuration.define_config_flag()
@@ -30,21 +29,12 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes 
 
 
 def main(_) -> None:
-    """Builds the run from its flags, and trains."""
+    """Calls `vit_jax.transfer`."""
     clock = Clock(process_age())
-    with configuration.explained_errors():
-        multihost.initialize(DISTRIBUTED.value)
-        config = configuration.build(TransferConfig, complete(CONFIG.value.to_dict()))
-        if config.sweep is None:
-            run = prepare(config, WORKDIR.value, clock)
-    if config.sweep is None:
-        loop.train(run)
-        return
     command = shlex.join(["python", "-m", "vit_jax.transfer", *sys.argv[1:]])
     with configuration.explained_errors():
-        if not WORKDIR.value:
-            raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
-        choose_and_train(config, Path(WORKDIR.value), command)
+        multihost.initialize(DISTRIBUTED.value)
+        transfer(workdir=WORKDIR.value, config=CONFIG.value, command=command, clock=clock)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         steps=steps,
         schedule={"peak": 3e-3, "warmup": warmup, "decay": "staircase", "drops": drops},
         optimizer={"name": "sgd", "clip_norm": None},
-        sweep={},
-        fit_memory=True,
-        export=("npz", "bit", "timm"),
+        workflow={"fit_memory": True, "export": ("npz", "bit", "timm")},
         eval_every=max(steps // 10, 1),
         checkpoint={"every": 500},
     )

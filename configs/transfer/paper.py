@@ -40,9 +40,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"dataset={arg.dataset}: this recipe is for {', '.join(DATASETS)}")
     train, dev, test, steps, warmup = DATASETS[arg.dataset]
     rates = (3e-3, 1e-2, 3e-2, 6e-2) if arg.dataset == "imagenet2012" else LEARNING_RATES
-    chosen = {
-        "sweep": {"learning_rates": rates},
+    workflow = {
         "split": {"train": train, "dev": dev, "test": test},
+        "sweep": {"learning_rates": rates},
     }
     return recipe(
         init="",
@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ema_decay=arg.ema,
         schedule={"peak": arg.lr, "warmup": warmup, "decay": "cosine"},
         optimizer={"name": "sgd", "momentum_dtype": "bfloat16"},
-        **(chosen if arg.sweep else {}),
+        workflow=workflow if arg.sweep else None,
         checkpoint={"every": 500},
         eval_every=500,
         evaluators={

@@ -313,14 +313,15 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """
     import jax
 
-    from vit_jax.classifier import start as finetune
+    from vit_jax.classifier.recipe import TransferConfig
+    from vit_jax.classifier.start import prepare
     from vit_jax.config import build
     from vit_jax.costs.flops import training_flops
     from vit_jax.training import loop
     from vit_jax.training.metrics import read_metrics
 
     if run.kind == "transfer":
-        prepared = finetune.prepare(build(finetune.TransferConfig, config), str(workdir))
+        prepared = prepare(build(TransferConfig, config), str(workdir))
     else:
         prepared = loop.prepare(build(loop.TrainConfig, config), str(workdir))
     last = loop.train(prepared)

@@ -102,8 +102,8 @@ def check_dev(examples: int, trials: list[Values]) -> None:
     if len(trials) > 1 and examples < needed:
         raise ValueError(
             f"the dev split has {examples} images, too few to choose among {len(trials)} trials: "
-            f"expected at least {needed}. Enlarge it (--config.split.dev_share), or try fewer "
-            "(--config.sweep.learning_rates)"
+            f"expected at least {needed}. Enlarge it (--config.workflow.split.dev_share), or try "
+            "fewer (--config.workflow.sweep.learning_rates)"
         )
 
 

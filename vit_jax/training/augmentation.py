@@ -177,10 +177,12 @@ def _turn_hue(x: jax.Array, turn: jax.Array) -> jax.Array:
     value = x.max(-1)
     chroma = value - x.min(-1)
     divisor = jnp.where(chroma > 0, chroma, 1.0)
-    hue = jnp.where(
-        value == red,
-        (green - blue) / divisor,
-        jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    # Not by value == red: a compiler that computes red twice may round it in two ways.
+    largest = x.argmax(-1)
+    hue = jnp.select(
+        [largest == 0, largest == 1],
+        [(green - blue) / divisor, 2 + (blue - red) / divisor],
+        4 + (red - green) / divisor,
     )
     position = (jnp.stack([hue + 5, hue + 3, hue + 1], -1) + 6 * turn[..., None]) % 6
     return value[..., None] - chroma[..., None] * jnp.clip(

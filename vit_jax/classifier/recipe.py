@@ -1,0 +1,118 @@
+"""Transfer's recipe: TrainConfig, the checkpoint to start from, and the workflow around it."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from vit_jax import config as configuration
+from vit_jax.classifier.splits import SplitConfig
+from vit_jax.classifier.sweep import SweepConfig
+from vit_jax.models.variants import ModelConfig
+from vit_jax.training.recipe import TrainConfig
+from vit_jax.weights import formats
+from vit_jax.weights.adapt import DROP, REINITIALIZE
+from vit_jax.weights.trained import TrainedModel, load
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkflowConfig:
+    """What is done around the training: splits, trials, one test, exports.
+
+    Attributes:
+      split: names of the parts, and what to cut where they are missing.
+      sweep: the trials among which dev chooses; without values one trial of the recipe as it is.
+      fit_memory: chooses microbatches and remat that fit the devices.
+      memory_gib: what a step may take on a device, GiB; None: what the device says it has.
+      export: names of `weights.formats.FORMATS` to write the model in.
+    """
+
+    split: SplitConfig = SplitConfig()
+    sweep: SweepConfig = SweepConfig()
+    fit_memory: bool = False
+    memory_gib: float | None = None
+    export: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in self.export:
+            if name not in formats.FORMATS:
+                raise configuration.unknown("export format", name, formats.FORMATS)
+        if self.memory_gib is not None and not self.fit_memory:
+            raise ValueError(
+                f"workflow.memory_gib = {self.memory_gib} changes nothing without "
+                "workflow.fit_memory: set fit_memory=True, too, or leave memory_gib out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferConfig(TrainConfig):
+    """A recipe that starts from a checkpoint.
+
+    Attributes:
+      init: the checkpoint: whatever `weights.trained.load` reads. Empty: random weights.
+      reinitialize: regexes of tensors that start from fresh values.
+      drop: regexes of the checkpoint's tensors to leave out.
+      head: what the head starts from: "zero", or "probe", a logistic regression on the frozen
+        features of the training images.
+      eval_preprocess: preprocessing of dev and test images, and of those to be labelled later.
+      workflow: from the data to a report. None: train alone, on the splits that the recipe names.
+    """
+
+    init: str = ""
+    reinitialize: tuple[str, ...] = REINITIALIZE
+    drop: tuple[str, ...] = DROP
+    head: str = "zero"
+    eval_preprocess: str = "resize"
+    workflow: WorkflowConfig | None = None
+
+    @classmethod
+    def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Accepts the workflow's fields outside their group; without a `sweep` they did nothing."""
+        values = configuration.with_workflow(super().upgrade(values))
+        if old := [name for name in configuration.WORKFLOW if name in values]:
+            if "sweep" not in old:
+                raise ValueError(
+                    f"{', '.join(old)}: part of a workflow, which this recipe has not. Set "
+                    "workflow={...} with it, or leave it out"
+                )
+            values = {k: v for k, v in values.items() if k not in old}  # config.json of a trial
+        return values
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head not in ("zero", "probe"):
+            raise configuration.unknown("head", self.head, ("zero", "probe"))
+        if self.head == "probe" and not self.init:
+            raise ValueError("head = 'probe' fits the features of a checkpoint: give one, init")
+
+
+@cache
+def load_init(path: str) -> TrainedModel:
+    """Reads the checkpoint to start from, once for all trials."""
+    return load(path)
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields, with what it leaves open taken from the checkpoint it starts from."""
+    if not (values["data"].get("dataset") or values["data"].get("mixture")):
+        raise ValueError("no images: say which, --config.data=FOLDER or the name of a dataset")
+    model = dict(values.get("model", {}))
+    if "variant" in model and "image_size" in values:
+        return values
+    if not values.get("init"):
+        raise ValueError(
+            "no init, and the recipe names no model: give --config.init=CHECKPOINT, or both "
+            "--config.model.variant and --config.image_size to start from random weights"
+        )
+    source = load_init(values["init"])
+    if "variant" not in model:
+        of_training = set(configuration.fields_where(ModelConfig, inherited=False))
+        fields = dataclasses.asdict(source.config).items()
+        model = {**{k: v for k, v in fields if k not in of_training}, **model}
+    height, width = source.image_size
+    if "image_size" not in values and height != width:
+        raise ValueError(
+            f"{values['init']} is for images of {height} x {width}: say the side of the square "
+            "ones to train on, --config.image_size"
+        )
+    return {"image_size": height, **values, "model": model}

@@ -1,0 +1,164 @@
+"""Tests a finished workflow once; writes results.json, report.html, MODEL_CARD.md, exports."""
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import softmax
+
+from vit_jax.classifier.audit import Audit
+from vit_jax.classifier.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.classifier.page import MISTAKES, Report, model_card, render
+from vit_jax.classifier.recipe import TransferConfig
+from vit_jax.classifier.splits import Splits
+from vit_jax.classifier.sweep import Trial, best_trial, show_trials, trial_name
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import open_source
+from vit_jax.parallel import multihost
+from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
+from vit_jax.training import loop
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.workdir import compiled_kept
+from vit_jax.weights.trained import TrainedModel, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A workflow whose final run has ended."""
+
+    config: TransferConfig
+    run: loop.Run  # the final one
+    splits: Splits
+    audit: Audit
+    trials: list[Trial]
+    temperature: float  # fitted on dev to the logits of the best trial
+
+    @property
+    def workdir(self) -> Path:
+        return self.run.workdir
+
+    @property
+    def test_data(self) -> DataConfig:
+        """The test split, preprocessed as images to be labelled are."""
+        return dataclasses.replace(
+            self.run.config.data, split=self.splits.test, preprocess=self.config.eval_preprocess
+        )
+
+
+def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tuple:
+    """(logits, labels) of a split by the run's last checkpoint: what others will load."""
+    params = load(folder).params
+    source = open_source(data.dataset, data.split, data.data_dir)
+    with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
+        shardings = state_shardings(run.mesh, run.config.mesh, params)
+        placed = put_tree(params, shardings)
+        return keep_logits(file, run.model, placed, run.mesh, source, data, run.config.batch_size)
+
+
+def report(done: Finished, command: str, started: float) -> dict[str, Any]:
+    """Tests, and writes all that is to be found in the workdir.
+
+    `started` is the time.perf_counter of this start. Returns what results.json holds.
+    """
+    logits, labels = logits_of(done.run, done.workdir, done.test_data, done.workdir / "test.npz")
+    model = load(done.workdir)  # orbax reads on all processes at once
+    chosen, scores = best_trial(done.trials), score(logits, labels, done.temperature)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    results = {
+        **scores,
+        "dev_accuracy": chosen.accuracy,
+        "chosen": chosen.values,
+        "seconds_of_last_start": round(time.perf_counter() - started, 1),
+        "peak_host_memory_gib": round(peak, 2),
+        "trials": [dataclasses.asdict(trial) for trial in done.trials],
+    }
+    if not multihost.is_main():
+        return results
+    files = export(done.config.workflow.export, done.workdir, model)
+    (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    page = _page(done, model, command, scores, probabilities, labels, files)
+    (done.workdir / "report.html").write_text(render(page), "utf-8")
+    (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8")
+    low, high = scores["accuracy_interval"]
+    print(
+        f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images\n"
+        f"{done.workdir / 'report.html'}",
+        flush=True,
+    )
+    return results
+
+
+def _page(
+    done: Finished,
+    model: TrainedModel,
+    command: str,
+    scores: Mapping[str, Any],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    files: dict[str, str],
+) -> Report:
+    config, run, names = done.config, done.run, done.audit.class_names
+    chosen, data = best_trial(done.trials), done.test_data
+    source = open_source(data.dataset, data.split, data.data_dir)
+    curves = {
+        name: read_metrics(done.workdir / "trials" / name)
+        for name in (trial_name(trial.values) for trial in done.trials)
+    }
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return Report(
+        title=f"{run.config.model.variant} on {Path(config.data.dataset).name}",
+        command=command,
+        facts={
+            "model": f"{run.config.model.variant}, {run.model.image_size[0]} px",
+            "init": config.init or "random weights",
+            "chosen on dev": f"{trial_name(chosen.values)} ({chosen.accuracy:.1%} there)",
+            "trained": f"{run.steps:,} steps of {run.config.batch_size} images",
+            "software": f"jax {jax.__version__}, {devices}",
+        },
+        class_names=names,
+        probabilities=probabilities,
+        labels=labels,
+        scores=scores,
+        data=str(dataclasses.replace(done.audit, findings=[])),
+        findings=done.audit.findings,
+        trials=show_trials(done.trials),
+        curves={**curves, "final": read_metrics(done.workdir)},
+        mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
+        attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),
+        files=files,
+    )
+
+
+def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict[str, str]:
+    """Writes the model to `exported/` in each format, if it isn't there.
+
+    Returns {path: what it is, or why it isn't there} of all files in the workdir.
+    """
+    files = {
+        "checkpoints/": "the model: predict --model, evaluate --checkpoint and convert read it",
+        "results.json": "these numbers",
+        "MODEL_CARD.md": "a model card",
+        "data/": "the splits and the audit",
+        "trials/": "records of the sweep",
+        "test.npz": "logits and labels of the test images",
+    }
+    for name in formats:
+        suffix = {"onnx": ".onnx", "timm": "", "hugging_face": ""}.get(name, ".npz")
+        path = workdir / "exported" / f"{name}{suffix}"
+        shown = str(path.relative_to(workdir))
+        path.parent.mkdir(exist_ok=True)
+        try:
+            if not path.exists():
+                model.save(path, name)
+            files[shown] = f"the model as {name}"
+        except ValueError as error:  # that format has no place for this model
+            files[shown] = f"not written: {error}"
+            print(f"{shown} is not written: {error}", flush=True)
+    return files

@@ -1,0 +1,200 @@
+"""From a dataset to a tested, exported classifier: splits, trials, final run, report."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vit_jax.classifier.recipe import TransferConfig, complete
+from vit_jax.classifier.results import Finished, logits_of, report
+from vit_jax.classifier.splits import Splits, settle_splits
+from vit_jax.classifier.start import prepare
+from vit_jax.classifier.sweep import (
+    best_trial,
+    check_dev,
+    devices_of_a_trial,
+    run_trials,
+    show_trials,
+    trial_name,
+    with_values,
+)
+from vit_jax.config import build
+from vit_jax.data.sources import open_source
+from vit_jax.evaluation.calibration import fit_temperature
+from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
+from vit_jax.parallel import multihost
+from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
+from vit_jax.parallel.mesh import make_mesh
+from vit_jax.recipes import merge, recipe
+from vit_jax.training import loop
+from vit_jax.training.clock import Clock
+from vit_jax.training.memory import GIB, device_memory, fit_memory
+from vit_jax.training.recipe import build_training
+from vit_jax.training.workdir import compiled_kept, keep_same
+
+
+def transfer(
+    data: str = "",
+    init: str | None = None,
+    workdir: str | os.PathLike = "",
+    config: str | Mapping[str, Any] | TransferConfig = "transfer/folder",
+    *,
+    command: str = "",
+    clock: Clock | None = None,
+) -> loop.Trained:
+    """Fine-tunes a checkpoint on a dataset, or continues the run that is in the workdir.
+
+    With the recipe's `workflow` the data are looked at, missing splits are cut, trials compete on
+    dev, the best is trained on train and dev and tested once; `report.html` shows all of it.
+
+    Args:
+      data: a folder of images, a table, or a dataset's name; "": the recipe's.
+      init: a checkpoint, as for `vit_jax.load`; "": random weights; None: the recipe's.
+      workdir: the folder of the run.
+      config: a recipe's name, such as "transfer/paper:cifar10", or a recipe as `vit_jax.recipe`
+        returns it.
+      command: what the report says that the run was started by.
+      clock: one that runs already, if the time before this call counts too.
+
+    Returns the run; its `metrics` are those of results.json with a workflow, and the last records
+    without. Raises ValueError or FileNotFoundError for a recipe or data that don't fit.
+    """
+    values = recipe(config) if isinstance(config, str) else config
+    if isinstance(values, TransferConfig):
+        values = dataclasses.asdict(values)
+    elif isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    given = {"data.dataset": data} if data else {}
+    if init is not None:
+        given["init"] = init
+    values = merge(values, given)
+    config = build(TransferConfig, complete(values))
+    if config.workflow is None:
+        run = prepare(config, os.fspath(workdir), clock)
+        return loop.Trained(run.workdir, loop.train(run))
+    if not workdir:
+        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+    return run_workflow(config, Path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})")
+
+
+def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
+    """From the data to the report; what an earlier start finished isn't repeated."""
+    if config.compilation_cache == "workdir":  # one for the programs of all trials
+        config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
+    with compiled_kept(workdir, config.compilation_cache):
+        return _run_workflow(config, workdir, command)
+
+
+def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
+    started = time.perf_counter()
+    splits, audit = _settle_splits(config, workdir)
+    trials = config.workflow.sweep.trials()
+    check_dev(sum(audit.counts["dev"]), trials)
+    whole = fitted(config, splits)
+    for_trials, lanes = spread(config, whole, splits, len(trials))
+    on_train, on_both = trial_recipe(for_trials, splits), final_recipe(whole, splits)
+    keep_same(workdir / "sweep.json", on_both)
+    for values in trials:
+        with_values(on_both, values)  # what can't be is known before the first trial
+
+    results = run_trials(on_train, trials, workdir, train_trial, lanes)
+    best = best_trial(results)
+    if multihost.is_main():
+        print(show_trials(results) + f"\nchosen: {trial_name(best.values)}", flush=True)
+    final = with_values(on_both, best.values)
+    if config.early_stopping:
+        final = dataclasses.replace(final, stop=best.step)
+    with np.load(workdir / "trials" / trial_name(best.values) / "dev.npz") as dev:
+        temperature = fit_temperature(dev["logits"], dev["labels"])
+    run = prepare(final, str(workdir), temperature=temperature)
+    loop.train(run)
+    done = Finished(whole, run, splits, audit, results, temperature)
+    return loop.Trained(workdir, report(done, command, started))
+
+
+def _settle_splits(config: TransferConfig, workdir: Path) -> tuple:
+    """As `settle_splits`, on all processes; the first one writes."""
+    of = (config.data.dataset, config.workflow.split, config.data.data_dir, workdir / "data")
+    if multihost.is_main():
+        if not (workdir / "trials").exists():  # nothing depends on an earlier start's splits
+            (workdir / "data" / "audit.json").unlink(missing_ok=True)
+        settle_splits(*of)
+    multihost.barrier("splits")
+    splits, audit = settle_splits(*of)
+    if multihost.is_main():
+        print(f"{config.data.dataset}\n{audit}\n", flush=True)
+    return splits, audit
+
+
+def spread(
+    config: TransferConfig, whole: TransferConfig, splits: Splits, trials: int
+) -> tuple[TransferConfig, Sequence[Lane]]:
+    """The recipe as it fits the devices of a trial, and the lanes that trials go in.
+
+    `whole` is the recipe as it fits all devices. Without `fit_memory` nobody knows what fits fewer,
+    and side by side is for `sweep.devices` to say.
+    """
+    size = devices_of_a_trial(config, config.workflow.sweep, trials)
+    asked = config.workflow.sweep.devices is not None
+    if size < jax.device_count() and (asked or config.workflow.fit_memory):
+        lanes = make_lanes(size)
+        try:
+            alone = fitted(config, splits, lanes[0])
+        except ValueError as error:
+            if asked:
+                raise
+            print(f"{error}\nTrials go one after another, over all devices", flush=True)
+        else:
+            print(f"trials go side by side, {len(lanes)} at a time", flush=True)
+            return alone, lanes
+    return whole, (ALONE,)
+
+
+def fitted(config: TransferConfig, splits: Splits, lane: Lane = ALONE) -> TransferConfig:
+    """Returns the config with accumulation and remat chosen to fit these devices."""
+    mesh = make_mesh(config.mesh, lane.devices)
+    if not config.workflow.fit_memory:
+        return config
+    capacity = config.workflow.memory_gib * GIB if config.workflow.memory_gib else device_memory()
+    source = open_source(splits.dataset, splits.train, config.data.data_dir)
+    training = build_training(config, mesh, source.num_classes, len(source))
+    accumulation, remat, found = fit_memory(training, capacity)
+    if multihost.is_main():
+        print(f"{mesh.size} device(s): {found}", flush=True)
+    model = dataclasses.replace(config.model, remat=remat)
+    return dataclasses.replace(config, accumulation=accumulation, model=model)
+
+
+def trial_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
+    """Trained on train, evaluated on dev."""
+    data = dataclasses.replace(config.data, dataset=splits.dataset, split=splits.train)
+    dev = dataclasses.replace(data, split=splits.dev, preprocess=config.eval_preprocess)
+    return dataclasses.replace(
+        config,
+        data=data,
+        workflow=None,
+        evaluators={"dev": ClassificationConfig(dev, config.batch_size)},
+        watch="dev",
+    )
+
+
+def final_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
+    """Trained on train and dev, for as many steps or epochs; nothing is evaluated meanwhile."""
+    split = f"{splits.train}+{splits.dev}"
+    data = dataclasses.replace(config.data, dataset=splits.dataset, split=split)
+    return dataclasses.replace(
+        config, data=data, workflow=None, evaluators={}, early_stopping=None, watch=""
+    )
+
+
+def train_trial(config: TransferConfig, folder: Path, lane: Lane = ALONE) -> None:
+    """Trains a trial, and keeps its logits on dev: the temperature is fitted to them."""
+    run = prepare(config, str(folder), lane=lane)
+    loop.train(run)
+    logits_of(run, folder, config.evaluators["dev"].data, folder / "dev.npz")
