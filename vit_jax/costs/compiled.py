@@ -72,14 +72,6 @@ class Collective:
     group: tuple[int, ...]  # devices that take part; of several groups the first
     times: int = 1
 
-    @property
-    def wire_bytes(self) -> float:
-        """What each device must send at least, once: an all-reduce scatters, then gathers."""
-        if self.kind == "collective-permute":
-            return self.bytes
-        size = len(self.group)
-        return self.bytes * (size - 1) / size * (2 if self.kind == "all-reduce" else 1)
-
     def seconds(self, chip: Chip, island: int) -> float | None:
         """The least time of all of them; `island`: devices joined by the chip's own links.
 

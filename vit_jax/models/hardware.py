@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.flash import MAX_TOKENS
+from vit_jax.models.flash_plan import MAX_TOKENS
 from vit_jax.parallel.mesh import device_kind, platform
 
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
