@@ -200,8 +200,8 @@ def test_the_platform_is_that_of_the_mesh():
         ({"attention": "cudnn", "dtype": "float32"}, "needs dtype bfloat16, found float32"),
         ({"attention": "cudnn", "num_heads": 24}, "multiple of 8 features up to 128, found 4"),
         ({"attention": "pallas", "num_heads": 1, "width": 256}, "up to 128 features, found 256"),
-        ({"attention": "cudnn", "attention_dropout": 0.1}, "which it never has; use 'auto'"),
-        ({"attention": "cudnn", "position": "relative"}, "relative positions change its scores"),
+        ({"attention": "cudnn", "attention_dropout": 0.1}, "which it never stores; use 'auto'"),
+        ({"attention": "cudnn", "position": "relative"}, "support relative positions; use"),
     ],
 )
 def test_combinations_that_cannot_be(options, message):

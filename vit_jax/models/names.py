@@ -1,4 +1,4 @@
-"""Patterns on parameter names, and what they say about a parameter.
+"""Regexes on parameter names.
 
 A name is the "/"-joined path of a parameter, such as
 "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel". Scanned layers are stacked in one tensor:
