@@ -374,7 +374,7 @@ def test_a_regex_that_matches_nothing_is_told(option):
     source, target = params(7), params(3)
     with pytest.raises(ValueError, match=rf"tensor in {option} 'clss': did you mean 'cls'"):
         adapt(source, target, grid=(4, 4), **{option: ("head/.*", "clss")})
-    with pytest.raises(ValueError, match=rf"{option}: 'head/\(' is no regular expression"):
+    with pytest.raises(ValueError, match=rf"{option}: 'head/\(' is not a regular expression"):
         adapt(source, target, grid=(4, 4), **{option: ("head/(",)})
 
 
