@@ -192,7 +192,7 @@ def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
     assert result["5shot"] == pytest.approx(on_test[:, best].mean())
     assert result["5shot_dev"] == pytest.approx(on_dev[:, best].mean())
     config = FewshotConfig(DataConfig("mine"), shots=(30,), seeds=1, l2=(1.0, 2.0))
-    with pytest.raises(ValueError, match="nothing is left to choose l2"):
+    with pytest.raises(ValueError, match="leave none to choose l2"):
         make_fewshot(config, model, make_mesh(MeshConfig()))(params)
 
 

@@ -359,7 +359,7 @@ def test_broken_state_dicts():
         read({}, num_heads=5)
     with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight \(3,\): not the shape"):
         read({"patch_embed.proj.weight": np.ones(3)})
-    with pytest.raises(ValueError, match=r"model_args of config\.json has block_fn: not known"):
+    with pytest.raises(ValueError, match=r"model_args of config\.json has unsupported block_fn"):
         read({}, block_fn="ParallelScalingBlock")
     with pytest.raises(
         ValueError, match="global_pool = 'avg', but the weights are those of 'token'"
@@ -374,7 +374,7 @@ def test_broken_state_dicts():
     for change, message in (
         ({"model_type": "deit"}, "of a 'deit' model, expected 'vit'"),
         ({"hidden_act": "relu"}, "unknown hidden_act 'relu'"),
-        ({"image_size": 64}, "not those of 64 patches and 1 other"),
+        ({"image_size": 64}, "don't fit 64 patches and 1 other"),
         ({"num_attention_heads": 7}, "with 7 heads"),
     ):
         with pytest.raises(ValueError, match=message):

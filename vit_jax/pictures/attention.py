@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.models import names
 from vit_jax.models.variants import Model
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -77,9 +78,9 @@ def position_embeddings(model: Model, params: dict) -> np.ndarray:
     """
     config, positions = model.config, model.module.positions
     if config.position == "learned_1d" and config.position_at != "layers":
-        table = params["pos_embedding"]
+        table = params[names.POSITION]
     elif config.position == "learned_2d" and config.position_at != "layers":
-        down, along = params["pos_embedding_rows"], params["pos_embedding_columns"]
+        down, along = params[names.POSITION_ROWS], params[names.POSITION_COLUMNS]
         halves = [np.broadcast_to(x, (1, *positions.grid, x.shape[-1])) for x in (down, along)]
         table = np.concatenate(halves, axis=-1)
     else:
@@ -98,7 +99,7 @@ def cosine_similarity(table: np.ndarray) -> np.ndarray:
 
 def rgb_filters(model: Model, params: dict) -> np.ndarray:
     """Returns the filters on RGB pixels [side, side, 3, D]: patch embedding or ResNet root."""
-    for module in ("conv_root", "embedding", "stem"):  # a hybrid's root comes first
+    for module in names.PIXEL_MODULES:
         if module in params:
             return np.asarray(params[module]["kernel"], np.float32)
     raise ValueError(f"{model.config.variant}: no filters among {', '.join(sorted(params))}")

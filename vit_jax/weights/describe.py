@@ -12,7 +12,7 @@ from vit_jax.models import names
 from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
 
 _BLOCK = names.ENCODER_BLOCK.format(0)
-_ATTENTION = f"{_BLOCK}{names.ATTENTION}/"
+_MIXER_BLOCK = names.MIXER_BLOCK.format(0)
 
 
 def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
         image_size = (unit * side,) * 2 if tokens else (224, 224)
     elif tokens not in (None, math.prod(side // unit for side in image_size)):
         raise ValueError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
-    classes = params["head/bias"].shape[0] if "head/bias" in params else 0
+    classes = params[names.HEAD_BIAS].shape[0] if names.HEAD_BIAS in params else 0
     return {"model": model, "num_classes": classes, "image_size": list(image_size)}
 
 
@@ -73,18 +73,18 @@ def nearest(table: dict[str, tuple], found: dict[str, int]) -> tuple[str, dict[s
 
 def _vit(params: dict) -> tuple[dict, int, int | None]:
     """Returns fields of ModelConfig, the patch side in pixels, and the number of patches."""
-    patch, _, _, width = params["embedding/kernel"].shape
+    patch, _, _, width = params[names.FAMILIES["ViT"].first_kernel].shape
     size, differing = nearest(
         VIT_SIZES,
         {
             "width": width,
             "depth": count(params, names.FAMILIES["ViT"].block),
-            "mlp_dim": params[f"{_BLOCK}MlpBlock_0/Dense_0/bias"].shape[0],
-            "num_heads": params[f"{_ATTENTION}query/kernel"].shape[1],
+            "mlp_dim": params[_BLOCK + names.MLP_BIAS].shape[0],
+            "num_heads": params[_BLOCK + names.QUERY_KERNEL].shape[1],
         },
     )
     variant, unit = f"ViT-{size}/{patch}", patch
-    if "conv_root/kernel" in params:
+    if names.ROOT_KERNEL in params:
         stages, stem_width = _stages(params)
         stems = {stem: key for key, stem in HYBRID_STEMS.items()}
         if (stages, patch) not in stems:
@@ -94,33 +94,35 @@ def _vit(params: dict) -> tuple[dict, int, int | None]:
         if stem_width != 64:
             differing["stem_width"] = stem_width
     model = {"variant": variant, **differing}
-    model["pool"] = "token" if "cls" in params else "map" if "MAPHead_0/probe" in params else "gap"
-    if "pre_logits/bias" in params:
-        model["representation_size"] = params["pre_logits/bias"].shape[0]
-    if "registers" in params:
-        model["registers"] = params["registers"].shape[1]
-    if f"{_BLOCK}layer_scale_0" in params:
+    model["pool"] = (
+        "token" if names.CLASS_TOKEN in params else "map" if names.PROBE in params else "gap"
+    )
+    if names.PRE_LOGITS_BIAS in params:
+        model["representation_size"] = params[names.PRE_LOGITS_BIAS].shape[0]
+    if names.REGISTERS in params:
+        model["registers"] = params[names.REGISTERS].shape[1]
+    if _BLOCK + names.LAYER_SCALE in params:
         model["layer_scale"] = 1e-5  # the initial value; the file doesn't tell it
-    if f"{_ATTENTION}query_norm/scale" in params:
+    if _BLOCK + names.QUERY_NORM in params:
         model["qk_norm"] = True
-    if f"{_BLOCK}MlpBlock_0/gate/kernel" in params:
+    if _BLOCK + names.GATE_KERNEL in params:
         model["mlp"] = "swiglu"
-    if "pos_embedding" not in params:
+    if names.POSITION not in params:
         # big_vision's models without learned positions have fixed ones (arXiv 2205.01580).
         return {**model, "position": "sincos_2d"}, unit, None
-    return model, unit, params["pos_embedding"].shape[1]
+    return model, unit, params[names.POSITION].shape[1]
 
 
 def _mixer(params: dict) -> tuple[dict, int, int]:
-    patch, _, _, width = params["stem/kernel"].shape
-    tokens, token_mlp_dim = params["MixerBlock_0/token_mixing/Dense_0/kernel"].shape
+    patch, _, _, width = params[names.FAMILIES["Mixer"].first_kernel].shape
+    tokens, token_mlp_dim = params[_MIXER_BLOCK + names.TOKEN_KERNEL].shape
     size, differing = nearest(
         MIXER_SIZES,
         {
             "width": width,
             "depth": count(params, names.FAMILIES["Mixer"].block),
             "token_mlp_dim": token_mlp_dim,
-            "mlp_dim": params["MixerBlock_0/channel_mixing/Dense_0/bias"].shape[0],
+            "mlp_dim": params[_MIXER_BLOCK + names.CHANNEL_BIAS].shape[0],
         },
     )
     return {"variant": f"Mixer-{size}/{patch}", **differing}, patch, tokens
@@ -134,7 +136,7 @@ def _resnet(params: dict) -> tuple[dict, int, None]:
         model["stages"] = list(stages)
     if width % 64:
         model["stem_width"] = width
-    if "gn_root/scale" in params:
+    if names.ROOT_SCALE in params:
         model["preactivation"] = False
     else:
         model["zero_padded_pool"] = True
@@ -143,6 +145,6 @@ def _resnet(params: dict) -> tuple[dict, int, None]:
 
 def _stages(params: dict) -> tuple[tuple[int, ...], int]:
     """Returns the units per stage, and the root's width."""
-    stages = count(params, r"block(\d+)/")
-    units = (count(params, rf"block{stage}/unit(\d+)/") for stage in range(1, stages + 1))
-    return tuple(units), params["conv_root/kernel"].shape[-1]
+    stages = count(params, names.STAGE)
+    units = (count(params, names.UNIT.format(stage)) for stage in range(1, stages + 1))
+    return tuple(units), params[names.ROOT_KERNEL].shape[-1]
