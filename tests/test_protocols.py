@@ -199,7 +199,7 @@ def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
 def test_several_labels_are_refused(monkeypatch):
     source = Source([{"image": None, "label": [0]}], 2, labels_per_example=3)
     monkeypatch.setattr(features, "open_data", lambda *_: source)
-    with pytest.raises(ValueError, match="this protocol takes one"):
+    with pytest.raises(ValueError, match="this protocol needs one"):
         features.open_single_label(DataConfig("mine"))
 
 
