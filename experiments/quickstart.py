@@ -1,9 +1,9 @@
-"""Does pretraining help? A small model, an embedded pretraining set, real handwritten digits.
+"""Compares pretraining with random weights: a small model, generated images, handwritten digits.
 
 python -m experiments.quickstart                    one seed, a few minutes on two cores
 python -m experiments.quickstart --seeds=0,1,2      as the README states it
 
-Runs the package's own commands, each resumable: a second call goes on where the first was stopped.
+Runs the package's commands, which resume: a second call continues an interrupted one.
 """
 
 import csv
@@ -28,36 +28,36 @@ from vit_jax.training.metrics import read_metrics
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where the runs and figures go.")
-SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds to repeat everything with.")
-DATASET = flags.DEFINE_enum("dataset", "strokes", ["strokes", "fractals"], "What to pretrain on.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of runs and figures.")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of repetitions.")
+DATASET = flags.DEFINE_enum("dataset", "strokes", ["strokes", "fractals"], "Pretraining dataset.")
 STEPS = flags.DEFINE_integer("steps", 0, "Pretraining steps; 0: the recipe's.")
 TRANSFER_STEPS = flags.DEFINE_integer("transfer_steps", 0, "Fine-tuning steps; 0: the recipe's.")
 
 SHOTS = (1, 5, 10, 25)
-L2 = 100.0  # of few-shot least squares; chosen on a part of the digits' training split
+L2 = 100.0  # of few-shot least squares; chosen on part of the digits' training split
 STARTS = ("pretrained", "random weights")
-COLORS = {"pretrained": "#0072B2", "random weights": "#D55E00"}  # told apart by the colour-blind
+COLORS = {"pretrained": "#0072B2", "random weights": "#D55E00"}  # suitable for colour blindness
 MARKERS = {"pretrained": "o", "random weights": "s"}
 
 
 def run_command(module: str, *arguments: str) -> None:
-    """Runs one of the package's commands, saying how."""
+    """Prints and runs one of the package's commands."""
     command = ["-m", f"vit_jax.{module}", *arguments]
     print("\n$ python " + " ".join(command), flush=True)
     environment = {
-        # The two fine-tunings run one program: what the first compiled, the second finds.
+        # Both fine-tuning runs have the same program and share its compilation.
         "JAX_COMPILATION_CACHE_DIR": str(Path(WORKDIR.value).absolute() / "compiled"),
-        # XLA's CPU backend allocates a step's buffers anew; page faults were a fifth of the time.
+        # XLA's CPU backend allocates new buffers in every step; page faults took 20% of the time.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         **os.environ,
     }
     if subprocess.run([sys.executable, *command], check=False, env=environment).returncode:
-        sys.exit(f"error: vit_jax.{module} stopped, see above; a second call goes on from there")
+        sys.exit(f"error: vit_jax.{module} failed, see above; a second call continues from there")
 
 
 def run_seed(seed: int, folder: Path) -> dict:
-    """One seed's four measurements: the accuracies and where the curves lie."""
+    """Runs one seed; returns its accuracies and curves."""
     steps = f",steps={STEPS.value}" if STEPS.value else ""
     transfer_steps = f":steps={TRANSFER_STEPS.value}" if TRANSFER_STEPS.value else ""
     pretrained = folder / "pretrain"
@@ -98,7 +98,7 @@ def run_seed(seed: int, folder: Path) -> dict:
 
 @functools.cache
 def raw_pixels() -> dict[int, float]:
-    """Few-shot accuracy on the digits' 64 pixels, by shots: what any features have to beat."""
+    """Computes few-shot accuracy on the digits' 64 pixels, by shots, as a baseline."""
     pixels, labels = [], []
     for split in ("train", "test"):
         source = open_source("digits", split)
@@ -119,13 +119,13 @@ def raw_pixels() -> dict[int, float]:
 
 
 def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one metric."""
+    """Returns steps and values of one metric."""
     points = [(r["step"], r[name]) for r in records if name in r]
     return np.array([p[0] for p in points]), np.array([p[1] for p in points])
 
 
 def make_table(results: list[dict]) -> list[dict]:
-    """A row a measurement, with the mean and the spread over seeds of either start, in percent."""
+    """Returns a row per measurement: mean and deviation over seeds of both starts, in percent."""
 
     def row(name, measure, pixels=""):
         cells = {"accuracy on 599 held-out digits": name}
@@ -148,7 +148,7 @@ def make_table(results: list[dict]) -> list[dict]:
 
 
 def draw(results: list[dict], folder: Path) -> list[Path]:
-    """The three figures; over several seeds, every seed's curve."""
+    """Draws three figures, with a curve per seed."""
     plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
     plt.rcParams["figure.constrained_layout.use"] = True
     figures = []
@@ -191,7 +191,7 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
         values = np.array(
             [[100 * r["fewshot"][start][f"{shots}shot"] for shots in SHOTS] for r in results]
         )
-        # The spread over seeds; of one seed, over the draws of its shots.
+        # Deviation over seeds; with one seed, over draws of shots.
         draws = [results[0]["fewshot"][start][f"{shots}shot_std"] for shots in SHOTS]
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else 100 * np.array(draws)
         axes.errorbar(
@@ -219,7 +219,7 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
 
 
 def main(_) -> None:
-    """Runs everything, prints the table and says where the figures are."""
+    """Runs everything, prints the table and the figures' paths."""
     start = time.perf_counter()
     folder = Path(WORKDIR.value) / DATASET.value
     results = [run_seed(int(seed), folder / f"seed{seed}") for seed in SEEDS.value]

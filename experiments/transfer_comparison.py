@@ -1,15 +1,19 @@
-"""What is pretraining worth on a few hundred images? Four ways to use them, five seeds.
+"""Compares four ways to use a pretrained model with a few hundred images, over five seeds.
 
 python -m experiments.transfer_comparison --strokes=runs/strokes --fractals=runs/fractals
 
-Real images: scikit-learn's digits as a folder of PNG files; Fashion-MNIST's IDX files (`--fashion`;
-Debian's package dataset-fashion-mnist puts them there), 1,200 of them to learn from and 2,000 to
-test on; and a folder of patches cut out of photographs (`--photographs`; by default those of
-scikit-learn and, if it is installed, scikit-image), left two thirds for training and the rest for
-testing. For each start (strokes, fractals, random weights) the learning rate is chosen on dev with
-one seed; then as many final runs as seeds. Frozen features get few-shot least squares and a linear
-probe. Whatever was finished is not repeated. Writes a table, mean and 95% interval over the seeds
-(Student's t).
+Datasets:
+
+- scikit-learn's digits as a folder of PNG files;
+- Fashion-MNIST's IDX files (`--fashion`, as in Debian's package dataset-fashion-mnist): 1,200
+  images for training, 2,000 for testing;
+- patches of photographs (`--photographs`; default: those of scikit-learn and, if installed,
+  scikit-image): the left two thirds for training, the rest for testing.
+
+For each start (strokes, fractals, random weights), chooses the learning rate on dev with one seed,
+then makes one final run per seed. Evaluates frozen features with few-shot least squares and a
+linear probe. Finished runs aren't repeated. Writes a table with the mean and 95% interval over
+seeds (Student's t).
 """
 
 import csv
@@ -47,11 +51,11 @@ from vit_jax.weights.trained import load
 
 STROKES = flags.DEFINE_string("strokes", "", "Workdir of configs/pretrain/formula.py.")
 FRACTALS = flags.DEFINE_string("fractals", "", "The same with dataset=fractals.")
-PHOTOGRAPHS = flags.DEFINE_list("photographs", None, "Image files to cut patches out of.")
+PHOTOGRAPHS = flags.DEFINE_list("photographs", None, "Image files to cut patches from.")
 FASHION = flags.DEFINE_string("fashion", "/usr/share/datasets/fashion-mnist", "IDX files.")
-FOLDER = flags.DEFINE_string("folder", "runs/comparison", "Where everything goes.")
-SEEDS = flags.DEFINE_integer("seeds", 5, "How many final runs.")
-STEPS = flags.DEFINE_integer("steps", 150, "Of fine-tuning.")
+FOLDER = flags.DEFINE_string("folder", "runs/comparison", "Folder of runs and datasets.")
+SEEDS = flags.DEFINE_integer("seeds", 5, "Number of final runs.")
+STEPS = flags.DEFINE_integer("steps", 150, "Fine-tuning steps.")
 DATASETS = flags.DEFINE_list("datasets", ["digits", "fashion", "photographs"], "Which.")
 OUTPUT = flags.DEFINE_string("output", None, "CSV file for the table.")
 
@@ -60,7 +64,7 @@ SHOTS, L2_FEWSHOT = 10, 100.0
 
 
 def make_digits(folder: Path) -> None:
-    """1,797 files, class/number.png."""
+    """Writes 1,797 files, class/number.png."""
     source = {split: open_source("digits", split) for split in ("train", "test")}
     for split, images in source.items():
         for i in range(len(images)):
@@ -72,7 +76,7 @@ def make_digits(folder: Path) -> None:
 
 
 def find_photographs() -> list[Path]:
-    """Photographs that come with installed packages."""
+    """Returns the photographs of installed packages."""
     if PHOTOGRAPHS.value:
         return [Path(name) for name in PHOTOGRAPHS.value]
     from sklearn.datasets import load_sample_images
@@ -86,7 +90,7 @@ def find_photographs() -> list[Path]:
 
 
 def make_photographs(folder: Path) -> None:
-    """Random patches; a class is a photograph; train and test are from other parts of it."""
+    """Writes random patches; classes are photographs; train and test parts don't overlap."""
     rng = np.random.default_rng(0)
     for file in find_photographs():
         with Image.open(file) as opened:
@@ -106,26 +110,26 @@ def make_photographs(folder: Path) -> None:
 
 
 MAKERS = {"digits": make_digits, "photographs": make_photographs}
-PARTS = {  # where they aren't train, of which dev is cut, and test
+PARTS = {  # train, dev and test splits, if not the default
     "fashion": SplitConfig(train="train[:1080]", dev="train[1080:1200]", test="test[:2000]")
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A dataset's name for `open_source`, and its parts."""
+    """A dataset's name for `open_source`, and its splits."""
 
     dataset: str
     parts: SplitConfig
 
     @property
     def learned_from(self) -> str:
-        """Train and dev: what final runs and frozen features' classifiers see."""
+        """The split of final runs and frozen features' classifiers: train and dev."""
         return "+".join(filter(None, (self.parts.train, self.parts.dev)))
 
 
 def find_images(name: str, folder: Path) -> Images:
-    """Images of a dataset, made if they have to be."""
+    """Returns a dataset's images; creates them if necessary."""
     if name in MAKERS and not folder.exists():
         MAKERS[name](folder)
     dataset = str(folder.absolute()) if name in MAKERS else FASHION.value
@@ -133,7 +137,7 @@ def find_images(name: str, folder: Path) -> Images:
 
 
 def recipe(images: Images, init: str) -> TransferConfig:
-    """AdamW at three learning rates."""
+    """Returns a recipe with AdamW at three learning rates."""
     variant = ModelConfig("ViT-nano/8", dtype="float32")
     return TransferConfig(
         model=variant,
@@ -152,7 +156,7 @@ def recipe(images: Images, init: str) -> TransferConfig:
 
 
 def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float]:
-    """Test accuracy of each seed: the first is that of the sweep's own final run."""
+    """Returns the test accuracy per seed; the first is the sweep's final run."""
     config = recipe(images, init)
     first = folder / f"{start}_sweep"
     if not (first / "report.html").exists():
@@ -176,7 +180,7 @@ def fine_tune(images: Images, start: str, init: str, folder: Path) -> list[float
 
 
 def frozen(images: Images, init: str) -> dict[str, list[float]]:
-    """Few-shot and linear probe on the features of a checkpoint, or of random weights."""
+    """Evaluates features of a checkpoint or random weights: few-shot and linear probe."""
     if init:
         trained = load(init)
         params, model = trained.params, trained.architecture
@@ -201,7 +205,7 @@ def frozen(images: Images, init: str) -> dict[str, list[float]]:
 
 
 def main(_) -> None:
-    """Runs what hasn't been run, and writes the table."""
+    """Runs what is missing and writes the table."""
     began, rows = time.perf_counter(), []
     for dataset in DATASETS.value:
         folder = Path(FOLDER.value) / dataset

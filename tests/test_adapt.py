@@ -182,7 +182,7 @@ def test_as_many_patches_in_another_grid_are_resized_too():
 
 def test_a_source_grid_that_is_not_square_must_be_known():
     source, target = params(size=(32, 48)), params(size=32)
-    match = r"(?s)embedding: \(1, 24, 96\) in the checkpoint, \(1, 4, 4, 96\) here.*in source_grid"
+    match = r"(?s)embedding: \(1, 24, 96\) in the checkpoint, \(1, 4, 4, 96\) here.*set source_grid"
     for wrong in (None, (5, 5)):
         with pytest.raises(ValueError, match=match):
             adapt(source, target, grid=(4, 4), source_grid=wrong)
@@ -331,7 +331,7 @@ def test_a_mixer_keeps_its_number_of_patches():
         between(make(size=32, **MIXER), make(size=48, **MIXER))
     text = str(error.value)
     assert "token_mixing/Dense_0/kernel: (16, 10) in the checkpoint, (36, 10) here" in text
-    assert text.count("choose an image size that gives as many") == 1
+    assert text.count("choose an image size that gives the same number") == 1
 
 
 # What doesn't fit
@@ -374,7 +374,7 @@ def test_a_regex_that_matches_nothing_is_told(option):
     source, target = params(7), params(3)
     with pytest.raises(ValueError, match=rf"tensor in {option} 'clss': did you mean 'cls'"):
         adapt(source, target, grid=(4, 4), **{option: ("head/.*", "clss")})
-    with pytest.raises(ValueError, match=rf"{option}: 'head/\(' is no regular expression"):
+    with pytest.raises(ValueError, match=rf"{option}: 'head/\(' is not a regular expression"):
         adapt(source, target, grid=(4, 4), **{option: ("head/(",)})
 
 

@@ -69,5 +69,7 @@ def test_bad_input():
     model, params = decoder()
     with pytest.raises(ValueError, match="9 tokens: expected at most 8"):
         model.apply(params, np.zeros((2, 9), int), MEMORY)
-    with pytest.raises(ValueError, match="parallel = True: a decoder has no such thing"):
+    with pytest.raises(
+        ValueError, match="parallel = True: a decoder doesn't support it; leave it at False"
+    ):
         decoder(parallel=True)

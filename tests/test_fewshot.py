@@ -41,5 +41,5 @@ def test_shots_are_balanced_distinct_and_seeded():
 
 
 def test_too_few_examples():
-    with pytest.raises(ValueError, match="class 1 has 3 examples, fewer than the 4 shots"):
+    with pytest.raises(ValueError, match="class 1 has 3 examples, fewer than 4 shots"):
         draw_shots(np.array([0] * 9 + [1] * 3), 4, seed=0)

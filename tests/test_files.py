@@ -240,10 +240,10 @@ def test_other_files(folder, start, match):
 def test_renamed(folder, contents, suffix):
     data = contents[f"ours{suffix}"]
     other = next(s for s in WRITERS if s != suffix)
-    refused(folder / f"renamed{other}", data, f"holds the contents of a {suffix} file: name it so")
+    refused(folder / f"renamed{other}", data, f"has the contents of a {suffix} file: rename it")
     (folder / "blob").write_bytes(data)  # as in the caches of download tools
     assert bits(read_arrays(folder / "blob")) == bits(SMALL)
-    with pytest.raises(ValueError, match=f"holds the contents of a {suffix} file: name it so"):
+    with pytest.raises(ValueError, match=f"has the contents of a {suffix} file: rename it"):
         WRITERS[suffix](folder / f"wrong{other}", SMALL)
     assert not (folder / f"wrong{other}").exists()
 

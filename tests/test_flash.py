@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from vit_jax.models import flash, hardware
+from vit_jax.models import flash, flash_plan, hardware
 from vit_jax.models.attention import attention_weights, even_attention
 from vit_jax.models.hardware import choose_attention
 from vit_jax.models.variants import ModelConfig, build_model
@@ -27,17 +27,16 @@ def inputs(tokens, heads=2, head_dim=16, images=2, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
 
 
-def plain(query, key, value, mask=None):
-    mask = None if mask is None else mask[:, None, None]
-    weights, total = attention_weights(query, key, mask=mask)
+def plain(query, key, value):
+    weights, total = attention_weights(query, key)
     y = jnp.einsum("bhnm,bmhk->bhnk", weights.astype(query.dtype), value) / total
     return y.astype(query.dtype).swapaxes(1, 2)
 
 
-def kernel(query, key, value, biases=None, mask=None):
-    """In Pallas' interpreter, where what lies past the tokens is nan."""
+def kernel(query, key, value, biases=None):
+    """Runs in Pallas' interpreter, which fills rows past the tokens with nan."""
     flat = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
-    y = flash.flash_attention(*flat, biases, mask, head_dim=query.shape[-1], interpret=True)
+    y = flash.flash_attention(*flat, biases, head_dim=query.shape[-1], interpret=True)
     return y.reshape(query.shape)
 
 
@@ -64,36 +63,35 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
 
 
 @pytest.mark.parametrize(
-    ("queries", "tokens", "heads", "head_dim", "images", "masked", "chunk"),
+    ("queries", "tokens", "heads", "head_dim", "images", "chunk"),
     [
-        (17, 17, 3, 64, 3, False, 320),  # a head too many for two in a group
-        (37, 37, 4, 32, 2, True, 16),  # several chunks of queries
-        (1, 16, 1, 128, 1, False, 320),  # no lanes free for ones; a class token's query alone
-        (21, 21, 8, 80, 1, True, 320),  # heads that fill no registers, as ViT-H's
+        (17, 17, 3, 64, 3, 320),  # an odd number of heads: none are packed
+        (37, 37, 4, 32, 2, 16),  # several chunks of queries
+        (1, 16, 1, 128, 1, 320),  # no lanes free for ones; one query, as of the class token
+        (21, 21, 8, 80, 1, 320),  # heads that don't divide 128 lanes, as ViT-H's
     ],
 )
 def test_the_kernel_equals_plain_attention(
-    monkeypatch, queries, tokens, heads, head_dim, images, masked, chunk
+    monkeypatch, queries, tokens, heads, head_dim, images, chunk
 ):
-    """And so do the gradients of what it adds to queries, keys and values, one for each image."""
-    monkeypatch.setattr(flash, "MAX_CHUNK", chunk)
-    random = np.random.default_rng(1)
-    mask = jnp.asarray(random.random((images, tokens)) < 0.7) if masked else None
-    biases = jnp.asarray(random.normal(size=(3, images, 1, heads * head_dim)), jnp.float32)
+    """Outputs and gradients, also those of the biases, one per image."""
+    monkeypatch.setattr(flash_plan, "MAX_CHUNK", chunk)
+    biases = np.random.default_rng(1).normal(size=(3, images, 1, heads * head_dim))
+    biases = jnp.asarray(biases, jnp.float32)
 
     def add(x, bias):
         return x + bias.reshape(images, 1, heads, head_dim)
 
     query, key, value = inputs(tokens, heads, head_dim, images)
     both = query[:, :queries], key, value, *biases
-    expected = value_and_gradients(lambda *x: plain(*map(add, x[:3], x[3:]), mask), both)
-    found = value_and_gradients(lambda *x: kernel(*x[:3], x[3:], mask), both)
+    expected = value_and_gradients(lambda *x: plain(*map(add, x[:3], x[3:])), both)
+    found = value_and_gradients(lambda *x: kernel(*x[:3], x[3:]), both)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 
 def test_heads_that_do_not_fit_together_are_padded(monkeypatch):
-    monkeypatch.setattr(flash, "MAX_BYTES", 0)
+    monkeypatch.setattr(flash_plan, "MAX_BYTES", 0)
     qkv = inputs(18, heads=2, head_dim=72)
     expected, found = value_and_gradients(plain, qkv), value_and_gradients(kernel, qkv)
     for a, b in zip(found, expected, strict=True):
@@ -202,8 +200,8 @@ def test_the_platform_is_that_of_the_mesh():
         ({"attention": "cudnn", "dtype": "float32"}, "needs dtype bfloat16, found float32"),
         ({"attention": "cudnn", "num_heads": 24}, "multiple of 8 features up to 128, found 4"),
         ({"attention": "pallas", "num_heads": 1, "width": 256}, "up to 128 features, found 256"),
-        ({"attention": "cudnn", "attention_dropout": 0.1}, "which it never has; use 'auto'"),
-        ({"attention": "cudnn", "position": "relative"}, "relative positions change its scores"),
+        ({"attention": "cudnn", "attention_dropout": 0.1}, "which it never stores; use 'auto'"),
+        ({"attention": "cudnn", "position": "relative"}, "support relative positions; use"),
     ],
 )
 def test_combinations_that_cannot_be(options, message):

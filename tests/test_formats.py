@@ -115,7 +115,7 @@ def test_scanned_layers_are_written_unrolled(tmp_path):
 def test_official_files_hold_nothing_that_their_readers_would_not_see(field, value, tmp_path):
     params, description = make("token")
     description = {**description, "model": {**description["model"], field: value}}
-    with pytest.raises(ValueError, match=f"official files can't say {field} = {value!r}"):
+    with pytest.raises(ValueError, match=f"official files can't store {field} = {value!r}"):
         formats.write(tmp_path / "a.npz", params, description, "official")
     assert not list(tmp_path.iterdir())
 

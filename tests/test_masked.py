@@ -111,5 +111,5 @@ def test_what_no_model_can_do_is_refused():
         MaskedPatchConfig(corrupted=0.0)
     with pytest.raises(ValueError, match="patches of 14 x 14: 4 must divide"):
         patch_outputs(MaskedPatchConfig(target="colors_4x4"), (14, 14))
-    with pytest.raises(ValueError, match="R26x1 has no such thing"):
+    with pytest.raises(ValueError, match="R26x1 doesn't have this field"):
         build_model(ModelConfig("R26x1", patch_outputs=512), 0, (32, 32))

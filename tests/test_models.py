@@ -455,7 +455,7 @@ def test_resnet_takes_any_image_size_and_starts_as_its_shortcuts():
     params = init(model)
     assert not params["block1"]["unit1"]["gn3"]["scale"].any()
     assert run(model, params, jnp.zeros((1, 33, 47, 3))).features.shape == (1, 256)
-    with pytest.raises(ValueError, match="R26x1 has no encoder to look into"):
+    with pytest.raises(ValueError, match="R26x1 has no Transformer encoder"):
         model.intermediates(params, jnp.zeros((1, 33, 47, 3)))
 
 
@@ -517,10 +517,13 @@ def test_layers_stack_and_unstack():
         ({"variant": "Mixer-X/16"}, "did you mean 'Mixer-"),
         (
             {"variant": "R50x1", "depth": None, "pool": "gap"},
-            "model.pool = 'gap': R50x1 has no such",
+            "model.pool = 'gap': R50x1 doesn't have this field",
         ),
-        ({"variant": "Mixer-S/16", "num_heads": 2}, "model.num_heads = 2: Mixer-S/16 has no such"),
-        ({"stem_width": 32}, "model.stem_width = 32: ViT-nano/8 has no such thing; a ViT has"),
+        ({"variant": "Mixer-S/16", "num_heads": 2}, "model.num_heads = 2: Mixer-S/16 doesn't have"),
+        (
+            {"stem_width": 32},
+            "model.stem_width = 32: ViT-nano/8 doesn't have this field; a ViT has",
+        ),
         ({"variant": "R+Ti/16", "stem_width": 48}, "stem_width = 48: expected a multiple of 32"),
         ({"variant": "R50+ViT-B/16", "image_size": (200, 192)}, r"multiple of 16 \(192 or 208\)"),
         ({"num_classes": -1}, "num_classes = -1"),

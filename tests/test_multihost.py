@@ -50,9 +50,11 @@ def test_each_is_told_what_all_were_told(monkeypatch, told):
 
 def test_those_that_do_not_come_are_named(monkeypatch):
     errors = roll_call(monkeypatch, (0, 4), (2, 4), patience=0.6)
-    assert errors[0] == errors[1] and "processes [1, 3] of 4 did not come; there are:" in errors[0]
+    assert (
+        errors[0] == errors[1] and "processes [1, 3] of 4 did not connect; there are:" in errors[0]
+    )
     (error,) = roll_call(monkeypatch, (1, 2), patience=0.3)
-    assert "no process 0 waits for this one at localhost" in error
+    assert "process 0 does not answer at localhost" in error
     assert "'process': 1, 'of': 2" in error
 
 
@@ -80,7 +82,7 @@ def test_something_else_at_the_address(monkeypatch):
                 connection.close()
 
         pool.submit(hang_up)
-        with pytest.raises(TimeoutError, match="it has all that it was told of, or an older run"):
+        with pytest.raises(TimeoutError, match="all its processes have connected, or an older run"):
             multihost._roll_call(f"localhost:{server.getsockname()[1]}", 2, 1)
         server.shutdown(socket.SHUT_RDWR)  # ends the wait for another
 

@@ -74,7 +74,7 @@ def test_topologies(text, slices, chips, devices, islands):
         ("v5e", 1, "expected chips along each side, such as v5e:8x8"),
         ("v4:4,4", 1, "such as v4:8x8x8"),
         ("v5e:4x4x4", 1, "slices of 2 sides, the largest v5e:16x16"),
-        ("v5e:16x32", 1, r"more chips are several slices \(--num_slices\)"),
+        ("v5e:16x32", 1, r"for more chips use several slices \(--num_slices\)"),
         ("v5e:3x4", 1, "first two sides are even: the nearest is v5e:4x4"),
         ("v5e:4x4", 0, "num_slices = 0: expected at least 1"),
         ("h100:8", 2, "h100:8 or h100:32x8, without slices"),

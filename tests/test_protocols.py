@@ -192,14 +192,14 @@ def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
     assert result["5shot"] == pytest.approx(on_test[:, best].mean())
     assert result["5shot_dev"] == pytest.approx(on_dev[:, best].mean())
     config = FewshotConfig(DataConfig("mine"), shots=(30,), seeds=1, l2=(1.0, 2.0))
-    with pytest.raises(ValueError, match="nothing is left to choose l2"):
+    with pytest.raises(ValueError, match="leave none to choose l2"):
         make_fewshot(config, model, make_mesh(MeshConfig()))(params)
 
 
 def test_several_labels_are_refused(monkeypatch):
     source = Source([{"image": None, "label": [0]}], 2, labels_per_example=3)
     monkeypatch.setattr(features, "open_data", lambda *_: source)
-    with pytest.raises(ValueError, match="this protocol takes one"):
+    with pytest.raises(ValueError, match="this protocol needs one"):
         features.open_single_label(DataConfig("mine"))
 
 

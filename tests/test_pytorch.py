@@ -258,7 +258,7 @@ def test_what_a_class_slot_holds_is_added_to_the_token():
     arrays["pos_embed"] = arrays["pos_embed"][:, 4:]  # as timm's `no_embed_class`
     assert_identical(from_timm(arrays, files)[0], params)
     arrays["pos_embed"] = arrays["pos_embed"][:, 1:]
-    with pytest.raises(ValueError, match=r"\(1, 31, 96\) are not those of 32 patches and 4 other"):
+    with pytest.raises(ValueError, match=r"\(1, 31, 96\) don't fit 32 patches and 4 other"):
         from_timm(arrays, files)
 
 
@@ -359,13 +359,13 @@ def test_broken_state_dicts():
         read({}, num_heads=5)
     with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight \(3,\): not the shape"):
         read({"patch_embed.proj.weight": np.ones(3)})
-    with pytest.raises(ValueError, match=r"model_args of config\.json has block_fn: not known"):
+    with pytest.raises(ValueError, match=r"model_args of config\.json has unsupported block_fn"):
         read({}, block_fn="ParallelScalingBlock")
     with pytest.raises(
         ValueError, match="global_pool = 'avg', but the weights are those of 'token'"
     ):
         read({}, global_pool="avg")
-    with pytest.raises(ValueError, match="the weights are not those of ViT-nano/8 as described"):
+    with pytest.raises(ValueError, match="the weights don't fit ViT-nano/8 as described"):
         to_timm(params, describe({**VIT, "depth": 3}))
     with pytest.raises(ValueError, match="4 class names for 5 classes"):
         to_timm(params, {**description, "class_names": list("abcd")})
@@ -374,7 +374,7 @@ def test_broken_state_dicts():
     for change, message in (
         ({"model_type": "deit"}, "of a 'deit' model, expected 'vit'"),
         ({"hidden_act": "relu"}, "unknown hidden_act 'relu'"),
-        ({"image_size": 64}, "not those of 64 patches and 1 other"),
+        ({"image_size": 64}, "don't fit 64 patches and 1 other"),
         ({"num_attention_heads": 7}, "with 7 heads"),
     ):
         with pytest.raises(ValueError, match=message):

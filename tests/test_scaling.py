@@ -322,7 +322,7 @@ def test_a_machine_may_set_what_defines_no_run(tmp_path):
 
     work(STUDY, store(tmp_path), train, free={"mesh.fsdp": 2}, say=quiet)
     assert seen == [{"fsdp": 2}] * 8
-    with pytest.raises(ValueError, match=r"optimizer\.b2 defines what a run is"):
+    with pytest.raises(ValueError, match=r"optimizer\.b2 is part of a run"):
         work(STUDY, store(tmp_path), train, free={"optimizer.b2": 0.9}, say=quiet)
 
 

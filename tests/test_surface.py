@@ -120,6 +120,8 @@ def test_what_does_not_exist_is_named_with_what_does(trained, tmp_path):
         vit_jax.recipe("pretrain/papr")
     with pytest.raises(ValueError, match="did you mean 'ViT-B/16'"):
         vit_jax.create_model("ViT-Bx/16", 10)
+    with pytest.raises(ValueError, match="unknown field of model 'depht': did you mean 'depth'"):
+        vit_jax.create_model("ViT-mu/8", 10, 8, depht=1)
     with pytest.raises(ValueError, match="unknown protocol 'few-shot': did you mean 'fewshot'"):
         vit_jax.evaluate(trained, "digits", "few-shot")
     with pytest.raises(ValueError, match="unknown option of knn 'shots'"):

@@ -7,37 +7,37 @@ python -m vit_jax.pretrain \
 python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-L/16,dataset=imagenet21k \
     --workdir=runs/l16 --distributed
 
-The 28 cells are 7 levels of `augmentation`, `regularization` 0 or 0.1 (dropout, and stochastic
-depth rising linearly to it) and `weight_decay` 0.1 or 0.03. The default `augmentation` is the one
-that big_vision chose for the model (big_vision/configs/vit_i1k.py, vit_i21k.py); for hybrids it is
-the paper's best cell without regularization.
+The 28 cells are 7 levels of `augmentation`, `regularization` 0 or 0.1 (dropout and stochastic
+depth) and `weight_decay` 0.1 or 0.03. The default `augmentation` is big_vision's for the model
+(big_vision/configs/vit_i1k.py, vit_i21k.py), and for hybrids the paper's best cell without
+regularization.
 
-Expected (Table 3): ImageNet alone, 300 epochs, the best cell's validation accuracy at 224 px: L/16
+Expected (Table 3): ImageNet only, 300 epochs, validation accuracy at 224 px of the best cell: L/16
 75.72, B/16 79.84, S/16 79.00, R50+L/32 76.84, R26+S/32 79.61, Ti/16 72.59, B/32 74.42, S/32 72.07,
 R+Ti/16 70.13 %. ImageNet-21k, 300 epochs, then fine-tuned on ImageNet at 384 px: L/16 85.59, B/16
 85.49, S/16 83.73, R50+L/32 85.99, R26+S/32 83.85, Ti/16 78.22, B/32 83.59, S/32 79.58, R+Ti/16
-75.40 %. All: Adam (momentum in bfloat16), 1e-3, batch 4096, 10k steps of warm-up, cosine, clipping
-at 1; sigmoid loss and the head's bias are big_vision's.
+75.40 %. All models: Adam (momentum in bfloat16), learning rate 1e-3, batch 4096, 10k warm-up steps,
+cosine schedule, gradient clipping at 1. Sigmoid loss and the head's bias are big_vision's.
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): B/16 on ImageNet 1.7 of 15.75 GiB, 18 ms a step, MFU 49 %, 116 chip-hours in all.
+Planned for v5e:16x16 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+B/16 on ImageNet 1.7 of 15.75 GiB, 18 ms per step, MFU 49 %, 116 chip-hours in total.
 """
 
 import ml_collections
 
 from vit_jax.config import parse_arg, pretraining_data, recipe, unknown
 
-# Layers and magnitude of RandAugment, and alpha of mixup, as the paper's section 3 lists them.
+# Layers and magnitude of RandAugment, and alpha of mixup (the paper's section 3).
 AUGMENTATIONS = {
     "none": (0, 0, 0.0),
-    "light1": (2, 0, 0.0),  # magnitude 0 isn't mild: see vit_jax/data/randaugment.py
+    "light1": (2, 0, 0.0),  # magnitude 0 isn't weak: see vit_jax/data/randaugment.py
     "light2": (2, 10, 0.2),
     "medium1": (2, 15, 0.2),
     "medium2": (2, 15, 0.5),
     "strong1": (2, 20, 0.5),
     "strong2": (2, 20, 0.8),
 }
-# For each model, on ImageNet and on ImageNet-21k.
+# Variant -> default on ImageNet, default on ImageNet-21k.
 DEFAULTS = {
     "ViT-Ti/16": ("light1", "none"),
     "ViT-S/32": ("medium1", "none"),
@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if not arg.augmentation:
         if arg.variant not in DEFAULTS:
             raise ValueError(
-                f"{arg.variant} has no augmentation of its own here: add augmentation=NAME, one of "
+                f"{arg.variant} has no default augmentation: add augmentation=NAME, one of "
                 + ", ".join(AUGMENTATIONS)
             )
         arg.augmentation = DEFAULTS[arg.variant][DATASETS.index(arg.dataset)]

@@ -4,14 +4,15 @@ python -m vit_jax.pretrain --config=configs/pretrain/better_plain_vit.py --workd
 python -m vit_jax.pretrain --config=configs/pretrain/better_plain_vit.py:ViT-S/16,epochs=300 \
     --workdir=runs/s16_300
 
-Expected, ImageNet validation at 224 px: 76.5, 78.5, 80.0 % after 90, 150, 300 epochs; the authors'
-90 epochs took 6.5 hours on a TPUv3-8 (section 3). Batch 1024, Adam (momentum in bfloat16), 1e-3,
-weight decay 1e-4 that follows the schedule alone, cosine, 10k steps of warm-up, clipping at 1,
-RandAugment (2, 10), mixup 0.2, softmax, global average pooling, fixed 2-D sin-cos positions, a tanh
-layer in the head; as published in big_vision/configs/vit_s16_i1k.py.
+Expected ImageNet validation accuracy at 224 px: 76.5, 78.5, 80.0 % after 90, 150, 300 epochs. The
+authors' 90 epochs took 6.5 hours on a TPUv3-8 (section 3). Adam (momentum in bfloat16), learning
+rate 1e-3, batch 1024, cosine schedule, 10k warm-up steps, gradient clipping at 1, weight decay 1e-4
+(multiplied by the schedule, not by the peak rate), RandAugment (2, 10), mixup 0.2, softmax loss,
+global average pooling, fixed 2-D sin-cos positions, a tanh layer in the head; as published in
+big_vision/configs/vit_s16_i1k.py.
 
-Planned for v5e:4x4 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): S/16 1.6 of 15.75 GiB, 18 ms a step, MFU 48 %, 9 chip-hours in all; with
+Planned for v5e:4x4 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+S/16 1.6 of 15.75 GiB, 18 ms per step, MFU 48 %, 9 chip-hours in total; with
 --config.model.scan=true 1.9 GiB and 27 ms.
 """
 

@@ -6,18 +6,20 @@ python -m vit_jax.pretrain --config=configs/pretrain/bit.py:R101x1,dataset=image
 python -m vit_jax.pretrain --config=configs/pretrain/bit.py:R152x2,dataset=my_set \
     --workdir=runs/r152x2 --distributed
 
-On ImageNet (BiT-S) and ImageNet-21k (BiT-M) 90 epochs, the rate a tenth from epochs 30, 60 and 80
-on; on any other, larger set (BiT-L, on JFT-300M) 40 epochs, from 10, 23, 30 and 37 on. SGD with
-momentum 0.9, batch 4096, 0.03 a 256 images, 5k steps of warm-up, 224 px. BiT's decay of 1e-4 is a
-term of the loss, so its momentum sums it up to tenfold; ours isn't in the momentum, and is 1e-3, as
-in big_vision/configs/bit_i1k.py. From there too: clipping at 1, and sigmoid but on ImageNet.
+ImageNet (BiT-S) and ImageNet-21k (BiT-M): 90 epochs, learning rate times 0.1 at epochs 30, 60, 80.
+Other, larger datasets (BiT-L, JFT-300M): 40 epochs, times 0.1 at epochs 10, 23, 30, 37. SGD with
+momentum 0.9, batch 4096, learning rate 0.03 per 256 images, 5k warm-up steps, 224 px.
+
+BiT's weight decay of 1e-4 is a term of the loss, which momentum 0.9 multiplies by 10. Ours bypasses
+the momentum and is 1e-3, as in big_vision/configs/bit_i1k.py. Gradient clipping at 1 and the
+losses (softmax on ImageNet, otherwise sigmoid) are also from there.
 
 Expected: R50x1 76.0 % on ImageNet's validation images (BiT's comparison of norms: GroupNorm and
-weight standardisation, batch 4096); of ImageNet-21k, fine-tuned on ImageNet, R50x1 80.68 and R152x2
-85.15 % (the README of google-research/big_transfer).
+weight standardisation, batch 4096). Pretrained on ImageNet-21k and fine-tuned on ImageNet: R50x1
+80.68 %, R152x2 85.15 % (README of google-research/big_transfer).
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): R50x1 0.8 of 15.75 GiB, 11 ms a step, MFU 17 %, 22 chip-hours in all on ImageNet.
+Planned for v5e:16x16 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+R50x1 0.8 of 15.75 GiB, 11 ms per step, MFU 17 %, 22 chip-hours in total on ImageNet.
 """
 
 import ml_collections

@@ -7,19 +7,20 @@ python -m vit_jax.pretrain --config=configs/pretrain/jft.py:ViT-L/16,dataset=my_
 python -m vit_jax.pretrain --config=configs/pretrain/jft.py:R50+ViT-L/32,dataset=my_set \
     --workdir=runs/r50l32 --distributed
 
-`my_set` is a TFDS dataset in ArrayRecord format with `image`, and one or several labels an image
-(JFT has 1.26); its first 51,200 images are held out. JFT itself is Google's own.
+`my_set` is a TFDS dataset in ArrayRecord format with `image` and one or several labels per image
+(JFT has 1.26). Its first 51,200 images are held out. JFT itself is not public.
 
-Expected on JFT-300M, ImageNet after fine-tuning at 384 px (Table 6): B/32 80.73, B/16 84.15,
-L/32 84.37, L/16 86.30 (14 epochs: 87.12), H/14 88.08; R50x1 77.54, R50x2 82.12, R101x1 80.67,
-R152x1 81.88, R152x2 84.97; R50+B/32 84.90, R50+B/16 85.58, R50+L/32 85.68, R50+L/16 86.60 %.
-All: Adam (0.9, 0.999), batch 4096, 10k steps of warm-up, linear decay, weight decay 0.1, no
-dropout, 224 px. Sigmoid loss and the head's bias as on ImageNet-21k (big_vision). Table 3's R50 +
-ViT-L/32 has a third of ViT-L/32's learning rate, although section 4.1 says that hybrids are trained
-as their ViTs: the table is followed. ResNets pretrained by SGD are in bit.py.
+Expected ImageNet accuracy after JFT-300M and fine-tuning at 384 px (Table 6): B/32 80.73,
+B/16 84.15, L/32 84.37, L/16 86.30 (14 epochs: 87.12), H/14 88.08; R50x1 77.54, R50x2 82.12,
+R101x1 80.67, R152x1 81.88, R152x2 84.97; R50+B/32 84.90, R50+B/16 85.58, R50+L/32 85.68,
+R50+L/16 86.60 %.
+All models: Adam (0.9, 0.999), batch 4096, 10k warm-up steps, linear decay, weight decay 0.1, no
+dropout, 224 px. Sigmoid loss and the head's bias as for ImageNet-21k (big_vision). Section 4.1
+trains hybrids like their ViTs, but Table 3 gives R50+ViT-L/32 a third of ViT-L/32's learning rate;
+this recipe follows the table. ResNets pretrained with SGD are in bit.py.
 
-Planned for v5e:16x16 (the compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): H/14 11.9 of 15.75 GiB, 140 ms a step, MFU 58 %, 10,280 chip-hours in all; with
+Planned for v5e:16x16 (compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+H/14 11.9 of 15.75 GiB, 140 ms per step, MFU 58 %, 10,280 chip-hours in total; with
 --config.mesh.fsdp=16 5.8 GiB, 122 ms, 67 %, 8,964. R50+B/16 3.0 GiB, 27 ms, 38 %, 1,005 chip-hours.
 """
 
@@ -27,7 +28,7 @@ import ml_collections
 
 from vit_jax.config import parse_arg, pretraining_data, recipe, unknown
 
-# Learning rate and epochs of Table 3; R200x3, of Table 6 alone, as R152.
+# Learning rate and epochs of Table 3. R200x3 is only in Table 6 and has the values of R152.
 RATES = {
     "ViT-B/32": (8e-4, 7),
     "ViT-B/16": (8e-4, 7),

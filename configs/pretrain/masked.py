@@ -2,16 +2,18 @@ r"""Self-supervised pretraining by masked patch prediction (arXiv 2010.11929, ap
 
 python -m vit_jax.pretrain --config=configs/pretrain/masked.py:ViT-B/16 --workdir=runs/masked
 
-Expected: B/16 fine-tuned on ImageNet at 384 px 79.9 %, 2 points over training from scratch and 4
-below supervised pretraining; from 1M steps on JFT, of which 100k give nearly all, and about the
-same from ImageNet's own images. Half of the patches are corrupted; of these 80% become the mask
-embedding, 10% another patch, 10% stay. Of the appendix: Adam at 2e-4, 10k steps of warm-up, cosine,
-batch 4096. Not stated: weight decay (none here), the pooling (the mean: a class token would learn
-nothing) and the augmentation (that of the other recipes). Any other recipe does the same with
+Expected: B/16 fine-tuned on ImageNet at 384 px 79.9 %, 2 points above training from scratch and 4
+below supervised pretraining. The paper pretrains 1M steps on JFT; 100k steps, or ImageNet's images,
+give nearly the same.
+
+Half of the patches are corrupted: 80% of them become the mask embedding, 10% another patch, 10%
+stay. From the appendix: Adam, learning rate 2e-4, 10k warm-up steps, cosine schedule, batch 4096.
+Not stated there: weight decay (none here), pooling (the mean: the loss doesn't train a class token)
+and augmentation (as in the other recipes). Any other recipe trains on masked patches with
 --config.loss.name=masked_patches.
 
-Planned for v5e:16x16 (the compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): B/16 1.9 of 15.75 GiB, 19 ms a step, MFU 45 %, 134 chip-hours in all.
+Planned for v5e:16x16 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+B/16 1.9 of 15.75 GiB, 19 ms per step, MFU 45 %, 134 chip-hours in total.
 """
 
 import ml_collections
@@ -41,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         optimizer={"name": "adamw", "weight_decay": 0.0},
         checkpoint={"every": 1000, "keep_every": 50_000},
         eval_every=5000,
-        evaluators={  # of patches
+        evaluators={  # predict patches
             "validation": {
                 "data": {
                     "dataset": arg.dataset,

@@ -6,18 +6,19 @@ python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-L/16,dataset=i
 python -m vit_jax.pretrain --config=configs/pretrain/paper.py:R50+ViT-B/16,dataset=imagenet21k \
     --workdir=runs/r50b16 --distributed
 
-Expected, ImageNet validation at 224 px before fine-tuning (the authors, in issue 62 of
-google-research/vision_transformer): from ImageNet alone B/32 69.19, B/16 74.79, L/32 66.90,
-L/16 72.59 %; upstream on ImageNet-21k B/16 47.88, B/32 44.04, L/16 49.90, L/32 45.42 %.
-Of Table 3: batch 4096, Adam (0.9, 0.999), 10k steps of warm-up, 224 px. The loss (sigmoid), the
-head's bias and the tanh layer are the authors' answers in issues 2, 34 and 89 there; crops are
-big_vision's. Hybrids are trained as their ViTs (section 4.1). JFT is in jft.py. How to prepare
-ImageNet-21k: experiments/launch/README.md.
+Expected validation accuracy at 224 px before fine-tuning (authors' reply in issue 62 of
+google-research/vision_transformer): on ImageNet B/32 69.19, B/16 74.79, L/32 66.90, L/16 72.59 %;
+on ImageNet-21k B/16 47.88, B/32 44.04, L/16 49.90, L/32 45.42 %.
 
-Planned for v5e:16x16 (the compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/
-plan.md): B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms a step, MFU 45 %, 125 chip-hours in all; with
+From Table 3: batch 4096, Adam (0.9, 0.999), 10k warm-up steps, 224 px. Sigmoid loss, the head's
+bias and the tanh layer are from the authors' replies in issues 2, 34 and 89; crops are from
+big_vision. Hybrids are trained like their ViTs (section 4.1). JFT is in jft.py. For preparing
+ImageNet-21k see experiments/launch/README.md.
+
+Planned for v5e:16x16 (compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
+B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms per step, MFU 45 %, 125 chip-hours in total; with
 --config.model.scan=true 2.3 GiB and 29 ms. L/16 on ImageNet-21k with --config.mesh.fsdp=16 2.9 GiB,
-52 ms, 58 %, 1,138 chip-hours; without 6.0 GiB and 61 ms.
+52 ms, 58 %, 1,138 chip-hours; without it 6.0 GiB and 61 ms.
 """
 
 import ml_collections

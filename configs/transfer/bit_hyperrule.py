@@ -1,13 +1,19 @@
-r"""BiT's HyperRule (Kolesnikov et al., arXiv 1912.11370, section 3.3): no choice is left to make.
+r"""BiT's HyperRule (Kolesnikov et al., arXiv 1912.11370, section 3.3), without tuning.
 
 python -m vit_jax.transfer --config=configs/transfer/bit_hyperrule.py:20000 \
     --config.data=/my/images --config.init=BiT-M-R50x1.npz --workdir=runs/bit
 
-For ResNets. The number behind the colon is that of the training images: under 20,000 500 steps,
-under 500,000 10,000 steps and mixup 0.1, else 20,000. SGD with momentum 0.9 at 0.003 and batch 512,
-linear warm-up, a tenth of the rate after 30, 60 and 90% of the steps (40, 60, 80% of 500), no
-weight decay. Images are resized to 512 and cropped to 480, or, with `small=True` for those under
-96 x 96 pixels, to 160 and 128; random flips, which some tasks must do without: `flip=False`.
+For ResNets. The argument is the number of training images:
+
+- under 20,000: 500 steps;
+- under 500,000: 10,000 steps, mixup 0.1;
+- otherwise: 20,000 steps, mixup 0.1.
+
+SGD with momentum 0.9, learning rate 0.003, batch 512, linear warm-up, rate times 0.1 after 30, 60
+and 90% of the steps (40, 60, 80% of 500), no weight decay. Images are resized to 512 pixels and
+cropped to 480; with `small=True`, for images under 96 x 96, to 160 and 128. Random flips; use
+`flip=False` for tasks where orientation matters.
+
 Expected from ImageNet-21k, R50x1: CIFAR-10 97.3, ImageNet 80.7 %.
 """
 

@@ -1,29 +1,30 @@
-r"""From a folder of images to a classifier: one command, an afternoon at most.
+r"""Trains a classifier on a folder of images.
 
 python -m vit_jax.transfer --config=configs/transfer/folder.py --config.data=/my/images \
     --config.init=augreg:S/16 --workdir=runs/mine
 
 `data` is a folder `class/name.jpg` or `train/class/name.jpg`, a table (.csv, .jsonl) of images, or
-any other dataset's name. The paper's fine-tuning (arXiv 2010.11929, Table 4 and appendix B.1.1)
-with its steps for small datasets: SGD with momentum 0.9, batch 512, cosine decay, gradients clipped
-at 1, a zero-initialised head, the learning rate chosen on the dev split, the final run on train and
-dev. The model and its image size are the checkpoint's; `size=384` is the paper's. What is expected
-depends on the images: the report has an interval.
+the name of another dataset. Fine-tunes as in arXiv 2010.11929 (Table 4 and appendix B.1.1): SGD
+with momentum 0.9, batch 512, cosine decay, gradient clipping at 1, a zero-initialised head. The
+learning rate is chosen on the dev split, and the final run trains on train and dev. Model and image
+size are the checkpoint's; `size=384` is the paper's. The accuracy depends on the images; the report
+gives a confidence interval.
 
-What small data wants in practice, our own choice of published means:
+Options for small datasets, from other papers:
 
-    adamw               AdamW, and a learning rate that falls by 0.75 from block to block downwards
-    head=probe          a head that was fitted to the frozen features first (arXiv 2202.10054)
-    train=attention     all but attention and head frozen (arXiv 2203.09795); train=head: all but it
+    adamw               AdamW, with the learning rate multiplied by 0.75 per block towards the input
+    head=probe          starts with a head fitted to frozen features (arXiv 2202.10054)
+    train=attention     trains only attention and head (arXiv 2203.09795); train=head: only the head
     augment=light       RandAugment(2, 10) and mixup 0.2; medium: (2, 15) and 0.5; strong: (2, 20)
-                        and 0.8, as AugReg's levels (arXiv 2106.10270)
-    patience=3          trials end after 3 evaluations without a better one on dev; the final run
-                        ends at the step that was best there
+                        and 0.8; levels of AugReg (arXiv 2106.10270)
+    patience=3          ends trials after 3 evaluations without improvement on dev; the final run
+                        ends at the step that was best in its trial
 """
 
 import ml_collections
 
 from vit_jax.config import parse_arg, recipe
+from vit_jax.models import names
 
 OPTIMIZERS = {
     "paper": ((1e-3, 3e-3, 1e-2, 3e-2), {"name": "sgd", "momentum_dtype": "bfloat16"}),
@@ -31,8 +32,8 @@ OPTIMIZERS = {
 }
 TRAINED = {
     "all": ((".*", 1.0),),
-    "attention": ((".*MultiHeadDotProductAttention.*", 1.0), ("head/.*", 1.0), (".*", 0.0)),
-    "head": (("head/.*", 1.0), (".*", 0.0)),
+    "attention": ((names.ATTENTION_LAYERS, 1.0), (names.HEAD, 1.0), (".*", 0.0)),
+    "head": ((names.HEAD, 1.0), (".*", 0.0)),
 }
 AUGMENT = {  # RandAugment's magnitude, mixup's alpha
     "none": (None, 0.0),

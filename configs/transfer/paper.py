@@ -3,15 +3,16 @@ r"""The paper's fine-tuning (arXiv 2010.11929, Table 4 and appendix B.1.1).
 python -m vit_jax.transfer --config=configs/transfer/paper.py:cifar10 --config.init=runs/b16 \
     --workdir=runs/cifar10
 
-With `sweep=True` the learning rate is chosen on the part that the paper holds out (1% of ImageNet's
-training images, 2% of CIFAR's, 10% of Pets' and Flowers'), then all of them are trained on. The
-runs of Table 2 are `variant=ViT-L/16,size=512,ema=0.9999` and `variant=ViT-H/14,size=518,
-ema=0.9999`: Polyak averaging at a higher resolution.
+`sweep=True` chooses the learning rate on the part that the paper holds out (1% of the training
+images of ImageNet, 2% of CIFAR, 10% of Pets and Flowers), then trains on all images. Table 2's runs
+are `variant=ViT-L/16,size=512,ema=0.9999` and `variant=ViT-H/14,size=518,ema=0.9999`: Polyak
+averaging at a higher resolution.
 
-Of Table 4: SGD with momentum 0.9, batch 512, cosine decay, no weight decay, gradients clipped at 1,
-384 px, and the base learning rate to be chosen on a held-out part of the training split:
-0.003, 0.01, 0.03, 0.06 for ImageNet, 0.001, 0.003, 0.01, 0.03 for the others. Warm-up and the
-half-precision momentum are the released code's. Expected from ImageNet-21k, B/16 (Table 5):
+From Table 4: SGD with momentum 0.9, batch 512, cosine decay, no weight decay, gradient clipping at
+1, 384 px; learning rates 0.003, 0.01, 0.03, 0.06 for ImageNet and 0.001, 0.003, 0.01, 0.03 for the
+others. Warm-up and half-precision momentum are from the released code.
+
+Expected from ImageNet-21k, B/16 (Table 5):
 CIFAR-10 98.95, CIFAR-100 91.67, ImageNet 83.97, Flowers 99.38, Pets 94.43 %.
 """
 

@@ -3,8 +3,8 @@ r"""One of the 19 tasks of VTAB-1k, as in the paper (arXiv 2010.11929, section 4
 python -m vit_jax.transfer --config=configs/transfer/vtab.py:cifar100 --config.init=vit:L/16-21k \
     --workdir=runs/vtab_cifar100
 
-2,500 steps at a learning rate of 0.01 for all tasks, 384 px, SGD with momentum 0.9, batch 512,
-cosine decay, clip 1, on the 1,000 images of `train+dev`. Expected (Table 9, ViT-L/16 from
+All tasks: 2,500 steps on the 1,000 images of `train+dev`, learning rate 0.01, SGD with momentum
+0.9, batch 512, cosine decay, gradient clipping at 1, 384 px. Expected (Table 9, ViT-L/16 from
 ImageNet-21k): 72.7 on average over the tasks; CIFAR-100 84.1, Caltech-101 90.8 %.
 """
 

@@ -1,1 +1,1 @@
-"""Claims about speed: one script each, results beside them."""
+"""Benchmarks: a script for each claim about speed; results are in `results/`."""

@@ -1,4 +1,4 @@
-"""The TPU compiler's listing of a kernel's schedule: made, and read."""
+"""Creates and parses the TPU compiler's listings of kernel schedules."""
 
 import collections
 import math
@@ -25,16 +25,16 @@ with use_mesh(mesh):
 
 
 def kernel_name(text: str) -> str | None:
-    """Which of attention's two kernels is named in `text`."""
+    """Returns which of the two attention kernels `text` names; None for neither."""
     found = re.search(r"(forward|backward)_attention", text)
     return found and found[0]
 
 
 def attention_bundles(topology: str, shape: tuple[int, int, int, int]) -> dict[str, int]:
-    """Bundles of attention's two kernels for one device's [B, N, H, K], each compiled by itself.
+    """Counts the bundles of both attention kernels for one device's [B, N, H, K].
 
-    In a process of its own: the compiler writes schedules only if it was told so when it was
-    loaded, and for whole models it would write for hours.
+    Compiles only the kernels, because listings of whole models take hours, and in a new process,
+    because the compiler reads its options when it is loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = (
@@ -55,11 +55,12 @@ def attention_bundles(topology: str, shape: tuple[int, int, int, int]) -> dict[s
 
 
 def kernel_bundles(text: str) -> int:
-    """Bundles that a kernel's final schedule runs through: each times the trips of its loops.
+    """Counts the executed bundles of a kernel's final schedule, with loops' trip counts.
 
-    The listing marks a bundle's loops by as many `>`, a loop's begin by LB, and its exit test.
+    The listing shows loop depth as `>` characters, the beginning of a loop as LB, and its exit
+    test.
     """
-    path: list[int] = []  # the loops around a line
+    path: list[int] = []  # enclosing loops of a line
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     trips: dict[int, int] = {}
     for line in text.splitlines():

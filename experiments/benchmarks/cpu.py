@@ -1,14 +1,14 @@
-r"""Training and inference on this machine's processor, float32: ours, a plain Flax ViT's, timm's.
+r"""Compares training and inference on a CPU in float32: ours, a plain Flax ViT, timm.
 
 pip install torch timm
 python -m experiments.benchmarks.cpu --output=experiments/benchmarks/results/cpu.json
 
-Each contestant is a process of its own, compiled and warm before the first round; then they take
-turns, in an order that turns with the rounds, while the others wait. All see the same images, as
-uint8, normalise them in the step, and train with softmax cross-entropy, gradients clipped to norm 1
-and AdamW, everything in float32. Ours trains with scan, which takes a processor no longer and less
-memory. timm's ViT is torch's eager mode, its AdamW the fused one. Ratios are medians over rounds of
-images a second; memory is the process's peak, compilation included.
+Each contestant is a separate process, compiled and warmed up before the first round. They run one
+at a time, in an order that rotates with the rounds. All use the same uint8 images, normalise them
+in the step, and train with softmax cross-entropy, gradient clipping to norm 1 and AdamW in float32.
+Ours trains with scan, which on CPUs saves memory at the same speed. timm runs in torch's eager mode
+with fused AdamW. Ratios are medians over rounds of images per second; memory is the process's peak,
+including compilation.
 """
 
 import datetime
@@ -27,19 +27,19 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-CASES = flags.DEFINE_list("cases", ["S/16:16", "B/16:8"], "Variants, and images in a batch.")
+CASES = flags.DEFINE_list("cases", ["S/16:16", "B/16:8"], "Variant:batch size.")
 TASKS = flags.DEFINE_list("tasks", ["train", "infer"], "What to measure.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each contestant.")
-STEPS = flags.DEFINE_integer("steps", 3, "Steps in a turn.")
-OUTPUT = flags.DEFINE_string("output", "", "JSON file, to which these cases are added.")
-WORKER = flags.DEFINE_string("worker", "", "A contestant: what the processes are started with.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.")
+STEPS = flags.DEFINE_integer("steps", 3, "Steps per round.")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file to add these cases to.")
+WORKER = flags.DEFINE_string("worker", "", "Internal: the contestant of this process.")
 
 TIMM = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}
 TIMM["B/16"] = "vit_base_patch16_224"
 
 
 def batch_of(size: int) -> dict[str, np.ndarray]:
-    """The same images and labels for everybody."""
+    """Returns the images and labels of all contestants."""
     rng = np.random.default_rng(0)
     return {
         "image": rng.integers(0, 256, (size, 224, 224, 3), np.uint8),
@@ -48,7 +48,7 @@ def batch_of(size: int) -> dict[str, np.ndarray]:
 
 
 def weights(shapes):
-    """Random weights, array by array, as from a file: what inference starts with."""
+    """Returns random weights for inference, in separate host arrays as from a file."""
     import jax
     import jax.numpy as jnp
 
@@ -59,7 +59,7 @@ def weights(shapes):
 
 
 def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
-    """The package's own training step, as the loop compiles it, and its model."""
+    """Returns a run of the package's training step or model."""
     import jax
     import jax.numpy as jnp
 
@@ -104,7 +104,7 @@ def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
 
 
 def flax(variant: str, batch: dict, task: str) -> Callable[[], object]:
-    """The yardstick, in float32."""
+    """Returns a run of the plain Flax ViT (yardstick.py)."""
     import jax
     import jax.numpy as jnp
 
@@ -131,7 +131,7 @@ def flax(variant: str, batch: dict, task: str) -> Callable[[], object]:
 
 
 def timm(variant: str, batch: dict, task: str) -> Callable[[], object]:
-    """timm's model and torch's fused AdamW, eager."""
+    """Returns a run of timm's model with torch's fused AdamW, eager."""
     import timm as library
     import torch
 
@@ -168,7 +168,7 @@ CONTESTANTS = {"ours": ours, "flax": flax, "timm": timm}
 
 
 def work() -> None:
-    """A contestant: warms up, then times so many steps for each line that it reads."""
+    """Runs as a contestant: warms up, then times as many steps as each input line says."""
     name, variant, size, task = WORKER.value.split(",")
     start = time.perf_counter()
     run = CONTESTANTS[name](variant, batch_of(int(size)), task)
@@ -186,7 +186,7 @@ def work() -> None:
 
 
 def compete(variant: str, size: int, task: str) -> dict:
-    """One row: every contestant's images a second and memory, and ours over the others'."""
+    """Measures one case: images per second and memory per contestant, and ratios."""
     workers, ready = {}, {}
     for name in CONTESTANTS:
         command = [sys.executable, "-m", "experiments.benchmarks.cpu"]
@@ -224,7 +224,7 @@ def compete(variant: str, size: int, task: str) -> dict:
 
 
 def processor() -> str:
-    """Its name, as Linux knows it."""
+    """Returns the CPU's name from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(": ")[2]
@@ -232,7 +232,7 @@ def processor() -> str:
 
 
 def main(_) -> None:
-    """Measures case after case, and writes."""
+    """Measures all cases and writes the report."""
     if WORKER.value:
         work()
         return
@@ -253,7 +253,7 @@ def main(_) -> None:
             print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
             date = datetime.date.today().isoformat()
             report["cases"][f"{task} {case}"] = {**row, "date": date}
-            if path:  # what a later case may not reach
+            if path:  # after each case, in case a later one fails
                 path.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,14 +1,14 @@
-r"""How fast JPEGs become training crops: each stage, the whole pipeline, tf.data beside it.
+r"""Measures JPEG decoding and cropping: each stage, the whole pipeline, and tf.data.
 
 python -m experiments.benchmarks.input --output=experiments/benchmarks/results/input.json
 
-The JPEGs are made here: 500 x 375 parts of real photographs (scikit-learn's, and scikit-image's
-where it is installed), at the quality that gives about 60 KB; where jpegtran is installed, once
-more with restart markers, as `prepare --restart_markers` writes them. All stages are timed in turns
-in one process. `cpu` is images per second of processor time, which other work on the machine
-changes little; `wall` is images per second with all cores busy. tf.data runs where TensorFlow is
-importable, on the JPEGs without markers: sample_distorted_bounding_box, decode_and_crop_jpeg,
-resize, flip. Both decoders use libjpeg's accurate transform and interpolate chroma.
+The JPEGs are 500 x 375 parts of photographs (scikit-learn's, and scikit-image's if installed) of
+about 60 KB. If jpegtran is installed, they are also measured with restart markers, as
+`prepare --restart_markers` writes them. All stages are timed alternately in one process. `cpu` is
+images per second of CPU time, which other load changes little; `wall` is images per second on all
+cores. tf.data runs if TensorFlow is installed, on JPEGs without markers:
+sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip. Both decoders use libjpeg's
+accurate transform and interpolate chroma.
 """
 
 import importlib.metadata
@@ -36,11 +36,11 @@ from vit_jax.data.decode import decode_image, open_image
 from vit_jax.data.pipeline import DataConfig, train_batches
 from vit_jax.data.sources import Source
 
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Medians are over so many rounds.")
-IMAGES = flags.DEFINE_integer("images", 1280, "Images a round of a pipeline.")
-WIDTH = flags.DEFINE_integer("width", 500, "Of each JPEG, whose height is 3/4 of it.")
-KILOBYTES = flags.DEFINE_integer("kilobytes", 60, "Of each JPEG.")
-OUTPUT = flags.DEFINE_string("output", "", "A JSON file for the results.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds to take medians of.")
+IMAGES = flags.DEFINE_integer("images", 1280, "Images per round of a pipeline.")
+WIDTH = flags.DEFINE_integer("width", 500, "Width of the JPEGs; the height is 3/4 of it.")
+KILOBYTES = flags.DEFINE_integer("kilobytes", 60, "Size of the JPEGs.")
+OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
 SIZE, BATCH = (224, 224), 64
 CROP = "inception_crop|flip"
@@ -51,7 +51,7 @@ PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", 
 
 
 def photographs() -> list[np.ndarray]:
-    """Real photographs: uint8 [H, W, 3]."""
+    """Returns photographs, uint8 [H, W, 3]."""
     from sklearn.datasets import load_sample_images
 
     found = list(load_sample_images().images)
@@ -63,7 +63,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def make_jpegs(count: int, width: int, kilobytes: int) -> list[bytes]:
-    """Random 4:3 parts of the photographs as JPEGs of about that size."""
+    """Encodes random 4:3 parts of the photographs as JPEGs of about `kilobytes`."""
     rng = np.random.default_rng(0)
     jpegs = []
     for photo in itertools.islice(itertools.cycle(photographs()), count):
@@ -91,7 +91,7 @@ def make_jpegs(count: int, width: int, kilobytes: int) -> list[bytes]:
 
 
 def stages(jpegs: list[bytes]) -> dict[str, Callable[[bytes, int], object]]:
-    """Each stage as a function (JPEG, number of the draw), up to and including its name's."""
+    """Returns functions (JPEG, seed), each of all stages up to the named one."""
     crop = parse_preprocess(CROP, SIZE)
     antialiased = parse_preprocess("inception_crop(method='bilinear_antialias')|flip", SIZE)
     whole = decode_image(jpegs[0])
@@ -110,7 +110,7 @@ def stages(jpegs: list[bytes]) -> dict[str, Callable[[bytes, int], object]]:
 
 
 class Meter:
-    """Processor and wall seconds, of this process and its children."""
+    """Measures CPU and wall seconds of this process and its children."""
 
     def __init__(self):
         self.cpu, self.wall = self._cpu(), time.perf_counter()
@@ -128,7 +128,7 @@ class Meter:
 
 
 def raw(jpegs: list[bytes], threads: int) -> Iterator[int]:
-    """The decoder alone in threads: yields after every BATCH crops."""
+    """Runs only the decoder, in threads; yields after every BATCH crops."""
     crop = parse_preprocess(CROP, SIZE)
 
     def work(step: int) -> int:
@@ -147,7 +147,7 @@ def raw(jpegs: list[bytes], threads: int) -> Iterator[int]:
 def ours(
     jpegs: list[bytes], threads: int, workers: int = 0, put: bool = False, preprocess: str = CROP
 ) -> Iterator[int]:
-    """The pipeline, to the host's memory or (put) to the device's."""
+    """Runs our pipeline into host memory, or with `put` into device memory."""
     source = Source([{"image": jpeg, "label": 0} for jpeg in jpegs], 1)
     data = DataConfig(
         "given",
@@ -169,7 +169,7 @@ def ours(
 
 
 def tensorflows(jpegs: list[bytes]) -> Iterator[int]:
-    """tf.data's pipeline."""
+    """Runs tf.data's pipeline."""
     import tensorflow as tf
 
     def crop(jpeg):
@@ -193,7 +193,7 @@ def tensorflows(jpegs: list[bytes]) -> Iterator[int]:
 
 
 def measure(start: Callable[[], Iterator[int]], images: int) -> tuple[float, float]:
-    """Images a second of processor time, and a second of the clock, once it is warm."""
+    """Returns images per second of CPU time and of wall time, after warm-up."""
     batches = start()
     for _ in range(4 * CORES):
         next(batches)
@@ -206,7 +206,7 @@ def measure(start: Callable[[], Iterator[int]], images: int) -> tuple[float, flo
 
 
 def quality(jpegs: list[bytes], size: tuple[int, int]) -> dict[str, float]:
-    """Mean grey levels between crops and those of the whole, decoded and antialiased."""
+    """Returns mean differences, in grey levels, to crops of the fully decoded image."""
     best = parse_preprocess("inception_crop(method='bilinear_antialias')", size)
     quick = parse_preprocess("inception_crop", size)
     found = {"ours": [], "whole, bilinear": []}
@@ -219,7 +219,7 @@ def quality(jpegs: list[bytes], size: tuple[int, int]) -> dict[str, float]:
 
 
 def main(_) -> None:
-    """Prints and writes the results."""
+    """Measures, prints and writes the results."""
     jpegs = make_jpegs(96, WIDTH.value, KILOBYTES.value)
     kinds = {"": jpegs}
     if shutil.which("jpegtran"):

@@ -1,9 +1,9 @@
-"""Is the order of a billion examples random, and what does it cost?
+"""Tests the randomness of the data order for up to a billion examples, and measures its cost.
 
 python -m experiments.benchmarks.order
 
-Draws `results/order.png` and writes `results/order.json`: p-values of chi-square tests (each should
-be uniform in [0, 1], so none near 0), the time of an index, and the memory of an epoch's order.
+Writes `results/order.png` and `results/order.json`: p-values of chi-square tests (uniform in [0, 1]
+for a random order), the time per index, and the memory of an epoch's order.
 """
 
 import json
@@ -24,20 +24,20 @@ SIZES = (10_000, 1_281_167, EXAMPLES)
 
 
 def counts(values: np.ndarray, bound: int) -> np.ndarray:
-    """How many of the whole numbers in [0, bound) fall into each of the bins."""
+    """Counts the integers of [0, bound) in each bin."""
     return np.bincount(values.astype(np.int64) * BINS // bound, minlength=BINS)
 
 
 def main(_) -> None:
-    """Tests, draws, writes."""
+    """Tests, draws and writes the results."""
     results = {"bins": BINS, "draws": COUNT, "p_values": {}}
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), constrained_layout=True)
     for size, (above, below) in zip(SIZES, axes.T, strict=True):
-        # The first two examples of many seeds: no order has more than one pair in common.
+        # The first two examples of many seeds.
         pairs = np.array([global_indices(seed, 0, 2, size) for seed in range(COUNT)])
         landed = counts(pairs[:, 0], size)
         gap = counts((pairs[:, 1] - pairs[:, 0]) % size - 1, size - 1)
-        # The first tenth of one epoch, or as many of it.
+        # The first tenth of one epoch, at most COUNT examples.
         stream = global_indices(0, 0, min(COUNT, size // 10), size)
         places = counts(stream, size)
         tests = {"first example": landed, "distance of the second": gap, "one epoch": places}

@@ -1,11 +1,11 @@
-r"""Plans of the paper's and larger models on pods and GPUs: what compilers alone say of them.
+r"""Plans of the paper's and larger models on TPU pods and GPUs, estimated by compilers.
 
 python -m experiments.benchmarks.plan --rows='v5e|v4|tpu7x|v3'  # pip install 'vit_jax[tpu]'
 python -m experiments.benchmarks.plan --rows='h100|h200|a100|b200'  # pip install 'vit_jax[cuda]'
 
-Each row is one `python -m vit_jax.plan`, whose whole report goes to results/plan.json; the table of
-all rows that are there goes to results/plan.md. No chip is used: these are estimates of the
-compilers and no measurements. A row takes one to ten minutes of two cores, and 3 GB.
+Each row is one call of `python -m vit_jax.plan`. Reports go to results/plan.json, and a table of
+all of them to results/plan.md. No chip is used: these are estimates, not measurements. A row takes
+one to ten minutes on two cores, and 3 GB.
 """
 
 import datetime
@@ -23,8 +23,8 @@ from absl import app, flags
 
 from experiments.benchmarks.step_table import compiled_by
 
-ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Which rows to compile: a regex, searched in names.")
-TABLE = flags.DEFINE_bool("table", False, "Only write the table again.")
+ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Regex of names of rows to compile.")
+TABLE = flags.DEFINE_bool("table", False, "Only rewrite the table.")
 RESULTS = Path(__file__).parent / "results"
 
 PAPER, JFT, SCALING, AUGREG, PLAIN, BIT, MASKED = (
@@ -45,7 +45,7 @@ MODELS = {
 }
 FULL = ("--config.model.remat=full",)
 SCAN = ("--config.model.scan=true",)
-# Model, topology, how it is run there: what `--search` or the plan of the recipe itself led to.
+# Model, topology, and options, chosen by `--search` or the recipe's own plan.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "v5e:16x16", ()),
     ("B/16", "v5e:16x16", SCAN),
@@ -81,21 +81,21 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "b200:8", ("--config.batch_size=1024",)),
 )
 
-HEADER = """# Plans: what the compilers say before a chip is bought
+HEADER = """# Plans estimated by compilers
 
-ESTIMATES, no measurements. Memory is the compilers' own account. Times on TPUs are the TPU
-compiler's cycles at the chip's clock, with kernels and collectives added at their rooflines, as if
-nothing overlapped; times on GPUs assume the MFU that is shown. `mesh` is data x FSDP x tensor;
-`state` parameters and optimizer, GiB of a device; `init` the most that a device holds while the
-state is born; `without flash` a GPU's peak with plain attention.
+ESTIMATES, not measurements. Memory is the compilers' analysis. Times on TPUs are the TPU compiler's
+cycles at the chip's clock, plus kernels and collectives at their rooflines, without overlap. Times
+on GPUs assume the MFU shown. `mesh` is data x FSDP x tensor. `state` is parameters and optimizer,
+`init` the peak during initialisation, `without flash` a GPU's peak with plain attention; all in GiB
+per device.
 
-Again: `python -m experiments.benchmarks.plan`, with the compilers of the extras `tpu` and `cuda`,
-and no chip. Every command, and all that the plans say, is in plan.json.
+Reproduce with `python -m experiments.benchmarks.plan` and the compilers of the extras `tpu` and
+`cuda`, without a chip. plan.json has all commands and full reports.
 """
 
 
 def name_of(row: tuple[str, str, tuple[str, ...]]) -> str:
-    """Its key in the results: what differs from the recipe, without the flags' prefixes."""
+    """Returns a row's key in the results: model, topology and options without prefixes."""
     model, topology, options = row
     return " ".join(
         (model, topology, *(o.removeprefix("--").split("config.")[-1] for o in options))
@@ -103,7 +103,7 @@ def name_of(row: tuple[str, str, tuple[str, ...]]) -> str:
 
 
 def run(row: tuple[str, str, tuple[str, ...]]) -> dict:
-    """One plan: its report, or the error."""
+    """Runs one plan and returns its report; raises RuntimeError with the command's error."""
     model, topology, options = row
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -130,14 +130,14 @@ def run(row: tuple[str, str, tuple[str, ...]]) -> dict:
 
 
 def versions(topology: str) -> dict[str, str]:
-    """Of what compiled it."""
+    """Returns the versions of the compiler's packages."""
     gpu = topology.startswith(("a100", "h100", "h200", "b200"))
     names = ("jax", "jaxlib", *(("jax-cuda12-plugin", "nvidia-cudnn-cu12") if gpu else ("libtpu",)))
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def table(results: dict[str, dict]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     columns = (
         *("plan", "batch", "mesh", "state", "peak", "of GiB", "init", "without flash"),
         *("step ms", "MFU", "img/s", "days", "chip-hours"),
@@ -170,7 +170,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def main(_) -> None:
-    """Compiles the rows that are asked for, one after another, and writes after each."""
+    """Compiles the selected rows one by one, and writes the results after each."""
     path = RESULTS / "plan.json"
     for row in ROWS:
         if TABLE.value or not re.search(ROWS_FLAG.value, name_of(row)):

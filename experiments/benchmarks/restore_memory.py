@@ -1,10 +1,10 @@
-"""Memory that restoring a sharded checkpoint on one device takes, against the size of the state.
+"""Measures the peak memory of restoring a sharded checkpoint on one device.
 
 python -m experiments.benchmarks.restore_memory --variant=ViT-B/16
 
-One process writes the train state of a model (AdamW, random values) from a mesh of data=4 x fsdp=2
-CPU devices, another one with a single device restores it. A restore that streams peaks at the
-state's own size; one that gathers first, at twice as much or more.
+One process writes a model's train state (AdamW, random values) from a mesh of data=4 x fsdp=2 CPU
+devices; another with a single device restores it. A streaming restore peaks at the state's size;
+one that gathers first needs at least twice as much.
 """
 
 import datetime
@@ -27,13 +27,13 @@ from vit_jax.training import loop
 from vit_jax.training.checkpoint import Checkpoints, restore
 
 VARIANT = flags.DEFINE_string("variant", "ViT-B/16", "The model.")
-OUTPUT = flags.DEFINE_string("output", None, "A file for the result.")
-ROLE = flags.DEFINE_enum("role", "both", ["both", "write", "read"], "For the script itself.")
-WORKDIR = flags.DEFINE_string("workdir", None, "For the script itself.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+ROLE = flags.DEFINE_enum("role", "both", ["both", "write", "read"], "Internal.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Internal.")
 
 
 def training(mesh: dict) -> loop.Training:
-    """The model's training on the devices that are there."""
+    """Builds the model's training on all devices."""
     config = build(
         loop.TrainConfig,
         {
@@ -50,7 +50,7 @@ def training(mesh: dict) -> loop.Training:
 
 
 def write() -> None:
-    """Saves a state of random values from all devices."""
+    """Saves a state with random values from all devices."""
     parts = training({"data": 4, "fsdp": 2})
     rng = np.random.default_rng(0)
 
@@ -69,14 +69,14 @@ def write() -> None:
 
 
 def read() -> None:
-    """Restores it on one device, and prints sizes in bytes."""
+    """Restores the state on one device, and prints sizes in bytes."""
     parts = training({"data": 1, "fsdp": 1})
     as_placed = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         parts.shapes,
         parts.shardings,
     )
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = memory("VmRSS"), time.perf_counter()
     with use_mesh(parts.mesh):
         state = jax.block_until_ready(restore(Path(WORKDIR.value) / "checkpoints" / "7", as_placed))
@@ -90,13 +90,13 @@ def read() -> None:
 
 
 def memory(name: str) -> int:
-    """A figure of this process in bytes."""
+    """Returns a memory figure of this process in bytes, such as VmHWM."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 
 
 def main(_) -> None:
-    """Runs both roles in processes of their own and reports."""
+    """Runs both roles in separate processes and reports."""
     logging.set_verbosity(logging.WARNING)
     if ROLE.value != "both":
         write() if ROLE.value == "write" else read()

@@ -1,11 +1,10 @@
-r"""From a command's start to the first step of ViT-B/16, on this machine's processor.
+r"""Measures the time from a command's start to the first step of ViT-B/16, on a CPU.
 
 python -m experiments.benchmarks.startup --output=experiments/benchmarks/results/startup.json
 
-Each start is a new process that imports `vit_jax.pretrain`, makes the state as the loop does,
-compiles the step and takes one, with 8 images in float32: cold, and again with the compilation
-cache that the first has filled. Times are of the process's own clock. Imports are told apart by
-Python's `-X importtime`: of each package the time in its own modules.
+Each start is a new process that imports `vit_jax.pretrain`, initialises the state, compiles the
+step and runs it once, with 8 images in float32: first with an empty compilation cache, then with a
+full one. Import times per package are from Python's `-X importtime`, without imported packages.
 """
 
 import collections
@@ -21,11 +20,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-REPEATS = flags.DEFINE_integer("repeats", 3, "Imports to take the least time of.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Imports to take the minimum of.")
 MODEL = flags.DEFINE_string("model", "ViT-B/16", "The variant.")
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 
-# What vit_jax.pretrain does before its loop, with a clock between the parts.
+# The parts of vit_jax.pretrain before its loop, timed.
 FIRST_STEP = """
 import json, sys, time
 from vit_jax.training.clock import process_age
@@ -65,14 +64,14 @@ print(json.dumps(marks))
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    """A new process; its errors end this one."""
+    """Runs Python in a new process; raises CalledProcessError if it fails."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
 
 
 def first_step(cache: str) -> dict[str, float]:
-    """Seconds of each part of a start, and `total`."""
+    """Returns the seconds of each part of a start, and `total`."""
     marks = json.loads(python("-c", FIRST_STEP, MODEL.value, cache).stdout.splitlines()[-1])
     times = list(marks.values())
     parts = {
@@ -82,7 +81,7 @@ def first_step(cache: str) -> dict[str, float]:
 
 
 def imports() -> dict[str, float]:
-    """Seconds of `import vit_jax.pretrain`, and of the packages that take the most of it."""
+    """Returns the seconds of `import vit_jax.pretrain` and of the slowest packages in it."""
     text = python("-X", "importtime", "-c", "import vit_jax.pretrain").stderr
     packages: collections.Counter[str] = collections.Counter()
     for line in text.splitlines()[1:]:
@@ -95,7 +94,7 @@ def imports() -> dict[str, float]:
 
 
 def main(_) -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the results."""
     imported = min((imports() for _ in range(REPEATS.value)), key=lambda found: found["total"])
     with tempfile.TemporaryDirectory() as cache:
         cold, cached = first_step(cache), first_step(cache)

@@ -1,19 +1,21 @@
-r"""What a training step costs on chips that are not here: cycles, memory, FLOPs, collectives.
+r"""Estimates a training step on chips that aren't attached: cycles, memory, FLOPs, collectives.
 
 python -m experiments.benchmarks.step --model=ViT-B/16 --per_chip=64 --topology=v5e:4x4
 python -m experiments.benchmarks.step --model=ViT-B/16 --step=experiments.benchmarks.yardstick:plain
 
-Cycles of a step are the compiler's estimate for all that it schedules (loops times their trips),
-and, apart, of each Pallas kernel the bundles of its final schedule times the trips of its loops, or
-the time in which the memory moves its arguments and results where that is longer. Neither is a
-measurement: stalls, and waiting for other chips, are in neither. Of GPUs (`h100:8`) the compiler
-estimates no time: memory, and what is started how often.
+Cycles are estimates without stalls and waiting for other chips, not measurements:
 
-`--step` names a function that builds another step for the same chips (`yardstick.plain` says how),
-to stand beside ours. `--depths=1,2` compiles these depths alone and continues in a straight line to
-the variant's: an unrolled model takes as long to compile as it is deep. With `--write` the report
-goes to results/step.json and all reports there to results/step.md. Needs the compiler alone:
-pip install 'vit_jax[tpu]' or 'vit_jax[cuda]'.
+- the compiler's estimate for everything that it schedules, with loops' trip counts;
+- separately for each Pallas kernel, the larger of the bundles of its final schedule and the time to
+  transfer its arguments and results.
+
+For GPUs (`h100:8`) the compiler estimates no time; the report has memory and counts of kernels.
+
+`--step` names a function that builds another step for the same chips, to compare with ours; see
+`yardstick.plain`. `--depths=1,2` compiles only these depths and extrapolates linearly to the
+variant's, because compile time grows with the depth of an unrolled model. `--write` adds the report
+to results/step.json and rewrites results/step.md. Needs only a compiler: pip install 'vit_jax[tpu]'
+or 'vit_jax[cuda]'.
 """
 
 import collections
@@ -52,17 +54,19 @@ from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
 from vit_jax.training.recipe import TrainConfig, build_training
 
 MODEL = flags.DEFINE_string("model", "ViT-B/16", "The variant.")
-PER_CHIP = flags.DEFINE_integer("per_chip", 64, "Images a device.")
+PER_CHIP = flags.DEFINE_integer("per_chip", 64, "Images per device.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "The chips.")
-DEPTHS = flags.DEFINE_list("depths", [], "Two depths to continue from; none: the variant's own.")
-STEP = flags.DEFINE_string("step", "", "module:function, which builds another step than ours.")
+DEPTHS = flags.DEFINE_list(
+    "depths", [], "Two depths to extrapolate from; default: compile the variant's."
+)
+STEP = flags.DEFINE_string("step", "", "module:function that builds another step.")
 OPTIONS = flags.DEFINE_string("options", "{}", 'JSON of ModelConfig: {"scan": true}.')
 MESH = flags.DEFINE_string("mesh", "{}", 'JSON of MeshConfig: {"fsdp": 16}.')
 SIZE = flags.DEFINE_integer("image_size", 224, "Pixels.")
 WRITE = flags.DEFINE_bool("write", False, "Add the report to results/.")
 RESULTS = Path(__file__).parent / "results"
 
-# What a line of the program belongs to: the first pattern in its name.
+# Kind of an operation: the first regex found in its name.
 KINDS = (
     (
         "attention",
@@ -78,10 +82,10 @@ KINDS = (
 
 
 def kernels(program: Program, bundles: dict[str, int], topology: Topology) -> list[dict]:
-    """A row for each kernel of a step: bundles of a call, and cycles of the memory."""
+    """Returns a row per kernel of a step: bundles per call, and cycles of memory traffic."""
     rows: dict[str, dict] = {}
     chip = topology.chip
-    cores = 2 if chip.name in ("v4", "v5p") else 1  # the grid is split
+    cores = 2 if chip.name in ("v4", "v5p") else 1  # the grid is split over both
     for kernel in program.kernels:
         name = kernel_name(kernel.name)
         moves = round((kernel.bytes or 0) * chip.devices / chip.hbm_bandwidth * chip.clock)
@@ -93,9 +97,9 @@ def kernels(program: Program, bundles: dict[str, int], topology: Topology) -> li
 
 
 def cycles_by(program: Program) -> tuple[dict[str, int], dict[str, int]]:
-    """The compiler's cycles of each kind of operation, forward and backward, and of each layer.
+    """Sums the compiler's cycles by kind of operation (forward, backward) and by layer.
 
-    A loop over the layers counts as one layer, "all".
+    A loop over layers counts as one layer, "all".
     """
     kinds: collections.Counter[str] = collections.Counter()
     layers: collections.Counter[str] = collections.Counter()
@@ -114,7 +118,7 @@ def cycles_by(program: Program) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def started(program: Program) -> dict[str, int]:
-    """How often a step starts what on a GPU: fusions by kind, libraries' calls, collectives."""
+    """Counts a GPU step's launches: fusions by kind, library calls, collectives."""
     counts: collections.Counter[str] = collections.Counter()
 
     def name(instruction: Instruction) -> str | None:
@@ -136,7 +140,7 @@ def started(program: Program) -> dict[str, int]:
 
 
 def compile_ours(devices: list, depth: int | None):
-    """Our step with the yardstick's settings."""
+    """Compiles our step with the yardstick's settings."""
     options = {**json.loads(OPTIONS.value), **({"depth": depth} if depth else {})}
     config = TrainConfig(
         model=ModelConfig(MODEL.value, **options),
@@ -152,7 +156,7 @@ def compile_ours(devices: list, depth: int | None):
 
 
 def compile_other(devices: list, depth: int | None):
-    """The step that `--step` builds, data parallel."""
+    """Compiles the step of `--step`, data parallel."""
     module, _, function = STEP.value.partition(":")
     build = getattr(importlib.import_module(module), function)
     mesh = make_mesh(MeshConfig(), devices)
@@ -171,7 +175,7 @@ def compile_other(devices: list, depth: int | None):
 
 
 def measure(depth: int | None, bundles: dict[str, int], topology: Topology) -> dict:
-    """Compiles, and counts."""
+    """Compiles a step and returns its counts."""
     devices = open_topology(topology)
     start = time.perf_counter()
     compiled = (compile_other if STEP.value else compile_ours)(devices, depth)
@@ -193,7 +197,7 @@ def measure(depth: int | None, bundles: dict[str, int], topology: Topology) -> d
     return {
         **report,
         "flops": program.flops,
-        # XLA's count, of all operands and results, a loop's body once.
+        # XLA's count of all operands and results, with loop bodies counted once.
         "bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
         "cycles": {**cycles, "step": sum(cycles.values())},
         "by_kind": kinds,
@@ -203,7 +207,7 @@ def measure(depth: int | None, bundles: dict[str, int], topology: Topology) -> d
 
 
 def bundles_of_step(model, topology: Topology) -> dict[str, int]:
-    """Those of the attention kernels that our step for `model` calls."""
+    """Counts the bundles of the attention kernels in our step for `model`."""
     if STEP.value or not topology.chip.is_tpu or model.config.attention == "xla":
         return {}
     heads = model.config.num_heads // json.loads(MESH.value).get("tensor", 1)

@@ -1,21 +1,21 @@
-"""The step benchmark's reports as Markdown."""
+"""Formats the step benchmark's reports as Markdown."""
 
 from collections.abc import Iterable
 
-HEADER = """# Steps: what the compilers say of them
+HEADER = """# Training steps estimated by compilers
 
-ESTIMATES of compilers, no measurements: `python -m experiments.benchmarks.step` says of what. Each
-report whole, with its command, its cycles by kind of operation and layer, its collectives and its
-versions, is in step.json. `compiler` and `kernels` are two kinds of number, M cycles a step of one
-device each: the TPU compiler's estimate of all that it schedules, and of the Pallas kernels, which
-it doesn't see into, the bundles of their final schedule or the time of their memory traffic.
-`ratio` is of their sum to a plain Flax ViT's (yardstick.py) in the same place.
+ESTIMATES, not measurements, from `python -m experiments.benchmarks.step`. step.json has the full
+reports: commands, cycles by kind of operation and layer, collectives and versions. `compiler` and
+`kernels` are million cycles per step and device. `compiler` is the TPU compiler's estimate of
+everything that it schedules. `kernels` is, for Pallas kernels, which it can't analyse, the bundles
+of their final schedules or their memory traffic. `ratio` is the sum relative to a plain Flax ViT
+(yardstick.py) on the same chips.
 """
 PLAIN = "experiments.benchmarks.yardstick:plain"
 
 
 def compiled_by(reports: Iterable[dict]) -> str:
-    """A line with the versions and dates of all reports, each once."""
+    """Returns a line with the distinct versions and dates of all reports."""
     seen = {
         f"{', '.join(f'{k} {v}' for k, v in report['versions'].items())} ({report['date']})"
         for report in reports
@@ -49,7 +49,7 @@ def _tpu_table(reports: list[dict]) -> list[str]:
     for report in reports:
         cycles, last = report["cycles"], report["compiled"][-1]
         yardstick = yardsticks.get(_place(report))
-        whole = not report["from_depths"]  # of a part of the layers memory says nothing
+        whole = not report["from_depths"]  # memory of fewer layers isn't meaningful
         collectives = (
             f"{row['count']} {row['kind']} of {row['gib']:.2f} GiB" for row in last["collectives"]
         )
@@ -87,7 +87,7 @@ def _gpu_table(reports: list[dict]) -> list[str]:
 
 
 def table(reports: dict[str, dict]) -> str:
-    """All reports: those of TPUs, then those of GPUs."""
+    """Formats all reports: TPUs, then GPUs."""
     ordered = sorted(reports.values(), key=lambda r: (*_place(r), r["what"], str(r["mesh"])))
     tpus = [report for report in ordered if "cycles" in report]
     gpus = [report for report in ordered if "cycles" not in report]

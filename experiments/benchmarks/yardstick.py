@@ -1,4 +1,4 @@
-"""The step to beat: a plain Flax ViT's, as the reference code trains it, written with flax.linen.
+"""A plain Flax ViT's training step, as in the reference code, for comparison.
 
 bfloat16 activations, class token, learned positions, `nn.MultiHeadDotProductAttention`, unrolled,
 without dropout; softmax cross-entropy, gradients clipped to norm 1, Adam with bfloat16 momentum,
@@ -58,7 +58,7 @@ class PlainViT(nn.Module):
 def make_step(
     model: PlainViT, momentum_dtype: jnp.dtype = jnp.bfloat16
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer, and the step: (params, state, images, labels) -> (params, state, loss)."""
+    """Returns the optimizer and a step (params, state, images, labels) -> (params, state, loss)."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(mu_dtype=momentum_dtype),
@@ -79,9 +79,12 @@ def make_step(
 
 
 def plain(variant: str, depth: int | None, images: jax.ShapeDtypeStruct) -> tuple[Callable, tuple]:
-    """For `step --step`: a step (state, images, labels) -> (state, loss), and its state's shapes.
+    """Returns a step (state, images, labels) -> (state, loss) and its state's shapes.
 
-    `variant` is such as ViT-B/16, `depth` may replace the variant's, `images` is the global batch.
+    Args:
+      variant: such as ViT-B/16.
+      depth: replaces the variant's, unless None.
+      images: the global batch.
     """
     model = PlainViT(variant.removeprefix("ViT-"), depth)
     optimizer, step = make_step(model)

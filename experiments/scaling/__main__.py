@@ -1,11 +1,11 @@
 """The scaling study: python -m experiments.scaling COMMAND --study=mini
 
 expand    lists the runs of a study
-cost      exaFLOPs, chip-hours and price of each on a named slice, before anything runs
-run       makes what is missing; may be killed and repeated, on several machines at a time
-status    what became of every run
-figures   draws the paper's figures, and the study's results on top
-fit       scaling laws, compute-optimal frontier and crossing points, with intervals
+cost      estimates exaFLOPs, chip-hours and price per run on a given slice
+run       runs what is missing; can be killed and restarted, and run on several machines at once
+status    shows the state of every run
+figures   draws the paper's figures with the study's results
+fit       fits scaling laws, the compute-optimal frontier and crossing points, with intervals
 """
 
 import argparse
@@ -35,9 +35,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
     def add(name: str, **kwargs) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name)
-        command.add_argument("--study", help="a name in studies/, or a file; :ARG behind", **kwargs)
-        command.add_argument("--folder", type=Path, help="of the runs; runs/scaling/STUDY")
-        command.add_argument("--results", type=Path, help="results.jsonl; in the folder")
+        command.add_argument("--study", help="name in studies/ or file, then :ARG", **kwargs)
+        command.add_argument("--folder", type=Path, help="runs; default runs/scaling/STUDY")
+        command.add_argument("--results", type=Path, help="default results.jsonl in the folder")
         return command
 
     add("expand", required=True)
@@ -46,35 +46,35 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     cost.add_argument("--num_slices", type=int, default=1)
     cost.add_argument("--mfu", type=float, default=0.4)
     cost.add_argument("--price_per_chip_hour", type=float)
-    cost.add_argument("--compile", action="store_true", help="ask the compiler, not the MFU")
+    cost.add_argument("--compile", action="store_true", help="estimate with the compiler")
     run = add("run", required=True)
-    run.add_argument("--print", action="store_true", help="commands for a cluster; runs nothing")
-    run.add_argument("--only", help="the name of one run")
-    run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
-    run.add_argument("--workers", type=int, default=1, help="processes, with a GPU each")
+    run.add_argument("--print", action="store_true", help="only print commands for a cluster")
+    run.add_argument("--only", help="name of a single run")
+    run.add_argument("--minutes", type=float, default=float("inf"), help="then start no more runs")
+    run.add_argument("--workers", type=int, default=1, help="processes, each with one GPU")
     run.add_argument("--retry_failed", action="store_true")
     run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                     help="of this machine: mesh.fsdp=8, data.data_dir=/data")  # fmt: skip
+                     help="a field of this machine: mesh.fsdp=8, data.data_dir=/data")  # fmt: skip
     status = add("status", required=True)
-    status.add_argument("--all", action="store_true", help="those that are done too")
+    status.add_argument("--all", action="store_true", help="also show finished runs")
     figures = add("figures")
-    figures.add_argument("--output", type=Path, help="folder; beside the results")
+    figures.add_argument("--output", type=Path, help="folder; default beside the results")
     fit = add("fit")
-    fit.add_argument("--output", type=Path, help="folder; beside the results")
+    fit.add_argument("--output", type=Path, help="folder; default beside the results")
     return parser.parse_args(arguments)
 
 
 def open_store(options: argparse.Namespace, study: Study) -> Store:
-    """The study's folder; results that are kept in the repository stay there."""
+    """Opens the study's folder; results kept in the repository stay there."""
     folder = options.folder or Path("runs/scaling") / study.name
     kept = RESULTS / study.name / "results.jsonl"
     return Store(folder, options.results or (kept if kept.exists() else None))
 
 
 def run(options: argparse.Namespace, study: Study) -> int:
-    """1 if anything failed or was refused; with --only, if that run isn't done."""
+    """Runs the study; returns 1 if a run failed or was refused, or with --only isn't done."""
     store = open_store(options, study)
-    # Programs are compiled once for the study. Not shared between hosts: a CPU's may not run there.
+    # The compilation cache is per host: code for one CPU may not run on another.
     compiled = (store.folder / "compiled" / platform.node()).absolute()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -102,10 +102,10 @@ def run(options: argparse.Namespace, study: Study) -> int:
 
 
 def run_workers(count: int) -> int:
-    """The same command in `count` processes, which share the study by its claims.
+    """Runs the same command in `count` processes, which share the study by its claims.
 
-    One that a signal ends, such as for want of memory, is started again; the run over which it died
-    is given up after some deaths.
+    Restarts a process that a signal killed, for example when out of memory. A run that kills
+    several processes is recorded as failed.
     """
     arguments = [a for a in sys.argv[1:] if a != "--retry_failed"] + ["--workers=1"]
 
@@ -119,7 +119,7 @@ def run_workers(count: int) -> int:
             if (code := worker.poll()) is None:
                 continue
             if code < 0:
-                print(f"worker {i} died of signal {-code}: another takes its place")
+                print(f"worker {i} was killed by signal {-code}: restarting it")
                 workers[i] = start(i)
             else:
                 codes.append(workers.pop(i).returncode)
@@ -128,7 +128,7 @@ def run_workers(count: int) -> int:
 
 
 def parse_field(text: str) -> tuple[str, object]:
-    """`mesh.fsdp=8`; a value that is no literal is a string."""
+    """Parses `mesh.fsdp=8`; a value that isn't a Python literal is a string."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set={text}: expected FIELD=VALUE")
@@ -139,7 +139,7 @@ def parse_field(text: str) -> tuple[str, object]:
 
 
 def show(found: list, everything: bool) -> None:
-    """Counts, and what there is to say of those that aren't done."""
+    """Prints counts by state, and a line for each run that isn't done."""
     shown = set()
     for status in found:
         if everything or status.state != "done":

@@ -1,9 +1,9 @@
-"""Who does what: one file a claim, on a file system that all machines share.
+"""Distributes runs over processes with claim files on a shared file system.
 
-Claim number n of a run is the file `NAME.n`, made with O_EXCL, so by one process alone; the highest
-number holds. Its owner touches it as long as it lives. When it has not been touched for `lease`
-seconds its owner is dead or cut off, and whoever first makes NAME.n+1 has the run. Nothing is ever
-renamed or removed, so there is no moment at which two can win. Times are the file system's own.
+Claim n of a run is the file `NAME.n`, created with O_EXCL, so only one process succeeds. The
+highest number is valid. Its owner touches the file while it lives. A claim that hasn't been touched
+for `lease` seconds has expired, and the first process to create NAME.n+1 takes over. Files are
+never renamed or removed, so two processes can't both win. Times are those of the file system.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import threading
 import uuid
 from pathlib import Path
 
-LEASE = 300.0  # seconds; a beat is due every sixth of it
+LEASE = 300.0  # seconds; the heartbeat is a sixth of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Claim:
     """The newest claim of a run."""
 
     number: int
-    age: float  # seconds since its owner last gave a sign of life
-    released: bool  # given back, with what was done so far saved
+    age: float  # seconds since the last heartbeat
+    released: bool  # given back after saving
     owner: str  # host:pid
-    progress: str  # how far the run was when this owner took it
+    progress: str  # step of the run when this owner claimed it
 
 
 class Claims:
-    """The claims in one folder, as one process sees them."""
+    """The claims in one folder."""
 
     def __init__(self, folder: Path, lease: float = LEASE):
         self.folder, self.lease = folder, lease
@@ -37,17 +37,17 @@ class Claims:
         self._clock = folder / ".clock"
 
     def newest(self, name: str) -> Claim | None:
-        """The claim that holds, or the last one that did."""
+        """Returns the newest claim, valid or expired; None without one."""
         number = self._last(name)
         return self._read(name, number) if number else None
 
     def is_held(self, name: str) -> bool:
-        """Whether somebody living has the run."""
+        """Whether a live process has claimed the run."""
         claim = self.newest(name)
         return claim is not None and self._is_alive(claim)
 
     def deaths(self, name: str) -> int:
-        """How many owners of the run died in a row without getting any further."""
+        """Counts consecutive owners that died without progress."""
         last = self._last(name)
         claims = [self._read(name, number) for number in range(last, 0, -1)]
         count = 0
@@ -58,7 +58,7 @@ class Claims:
         return count
 
     def take(self, name: str, progress: str = "") -> "Held | None":
-        """The run, unless another has it."""
+        """Claims the run; returns None if another process holds it."""
         number = self._last(name)
         if number and self._is_alive(self._read(name, number)):
             return None
@@ -86,13 +86,13 @@ class Claims:
         return self.folder / f"{name}.{number}"
 
     def _now(self) -> float:
-        """The time by the file system's clock, which alone all machines share."""
+        """Returns the file system's time, which all machines share."""
         self._clock.touch()
         return self._clock.stat().st_mtime
 
 
 class Held:
-    """A claim that this process holds; beats in the background until it is left."""
+    """A claim of this process, as a context manager with a background heartbeat."""
 
     def __init__(self, claims: Claims, name: str, path: Path):
         self._claims, self._name, self._path = claims, name, path
@@ -115,18 +115,18 @@ class Held:
                 newest = self._claims.newest(self._name).number
                 if newest == number:
                     os.utime(self._path)
-            except OSError as error:  # of a network's file system; the next beat may come through
-                print(f"no sign of life for {self._name}: {error}", file=sys.stderr)
+            except OSError as error:  # a network file system's; the next may succeed
+                print(f"no heartbeat for {self._name}: {error}", file=sys.stderr)
                 continue
             if newest != number:
-                # This process stood still for longer than the lease. Another now writes into the
-                # run's workdir, so it must not write one byte more: as if it had been killed.
-                print(f"lost the claim on {self._name}: this process slept", file=sys.stderr)
+                # This process was suspended for longer than the lease. Another process now writes
+                # to the run's workdir, so this one must end at once without writing.
+                print(f"lost the claim on {self._name}: process was suspended", file=sys.stderr)
                 os._exit(1)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A file that is there whole or not at all, whoever else writes it."""
+    """Writes a file by renaming a temporary one, so that readers never see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)

@@ -1,4 +1,4 @@
-"""What a study costs, before anything runs: exaFLOPs, chip-hours and price of every run."""
+"""Estimates exaFLOPs, chip-hours and price of every run of a study."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from vit_jax.models.variants import ModelConfig, build_model
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run. A branch costs what it computes itself: its trunk is another run."""
+    """The cost of one run. A branch doesn't include its trunk, which is another run."""
 
     run: Run
     steps: int
@@ -25,7 +25,7 @@ class Cost:
     chip_hours: float
     days: float
     price: float | None
-    fits: bool | None = None  # in the chips' memory; None: the compiler wasn't asked
+    fits: bool | None = None  # whether it fits in memory; None without the compiler
 
 
 def estimate(
@@ -35,13 +35,20 @@ def estimate(
     price: float | None,
     compiled: dict[str, dict] | None = None,
 ) -> Cost:
-    """From the FLOPs of the formula and a stated MFU, or from the compiler's cycles.
+    """Estimates a run from formula FLOPs and an MFU, or from the compiler's cycles.
 
-    With `compiled` the compiler is asked, and the dict keeps what it said of each program.
+    Needs no data if the number of images is known. Leaves out the head if the number of classes
+    isn't known, because a fine-tuning dataset isn't prepared.
 
-    Needs no data where the number of images is known; a head whose classes aren't known, of a
-    dataset to fine-tune on that isn't prepared here, is left out. Raises ValueError or
-    FileNotFoundError for epochs of an unknown set.
+    Args:
+      run: the run.
+      topology: the chips.
+      mfu: assumed model FLOPs utilisation, in [0, 1].
+      price: per chip-hour.
+      compiled: None uses `mfu`; otherwise uses the compiler, with this cache of its reports.
+
+    Raises:
+      ValueError, FileNotFoundError: epochs of an unknown dataset.
     """
     config = run.config
     classes, examples = _size(config)
@@ -64,7 +71,7 @@ def estimate(
         report = run_report(
             topology, flops=flops, batch_size=batch_size, steps=steps, mfu=mfu, price=price
         )
-    if not report:  # it does not fit
+    if not report:  # doesn't fit
         report = {"chip_hours": math.nan, "days": math.nan, "price": None}
     exaflops = flops * steps / 1e18
     hours, days = report["chip_hours"], report["days"]
@@ -84,7 +91,7 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
 def _compile(
     run: Run, topology: Topology, classes: int, examples: int, compiled: dict[str, dict]
 ) -> dict[str, Any]:
-    """The plan of vit_jax.plan; of fine-tuning too, whose step is the same."""
+    """Returns the report of vit_jax.plan, also for fine-tuning, which has the same step."""
     from vit_jax.parallel.mesh import make_mesh
     from vit_jax.training.plan import plan_step
     from vit_jax.training.recipe import TrainConfig, build_training
@@ -95,7 +102,7 @@ def _compile(
     fields |= {"evaluators": {}}
     fields |= {"steps": None, "epochs": 1.0, "schedule": {"peak": 1.0, "warmup": 0}}
     config = build(TrainConfig, fields)
-    program = f"{config} {classes} {topology}"  # learning rates, seeds and budgets share it
+    program = f"{config} {classes} {topology}"  # shared by learning rates, seeds, budgets
     if program not in compiled:
         mesh = make_mesh(config.mesh, open_topology(topology))
         training = build_training(config, mesh, classes or 1000, max(examples, 1))
@@ -104,7 +111,7 @@ def _compile(
 
 
 def show_cost(study: Study, options: argparse.Namespace) -> None:
-    """Prints a line a run and the sums."""
+    """Prints one line per group of runs, and sums."""
     topology = parse_topology(options.topology, options.num_slices)
     source = "the compiler's cycles" if options.compile else f"an MFU of {options.mfu:.0%}"
     print(f"{study.name} on {topology}, time from {source}; evaluations and input not counted\n")
@@ -112,7 +119,7 @@ def show_cost(study: Study, options: argparse.Namespace) -> None:
     price = options.price_per_chip_hour
     costs = [estimate(run, topology, options.mfu, price, compiled) for run in expand(study)]
     lines: dict[str, list[Cost]] = {}
-    for cost in costs:  # a line for all points of a sweep, and for all seeds
+    for cost in costs:  # one line for all points and seeds of a sweep
         labels = cost.run.labels | {"kind": cost.run.kind}
         names = [labels.get(k) for k in ("model", "set", "budget", "task")]
         names.append("trunk" if cost.run.kind == "trunk" else None)
@@ -129,7 +136,7 @@ def show_cost(study: Study, options: argparse.Namespace) -> None:
 
 
 def total(costs: list[Cost]) -> Cost:
-    """The sum; chips work on one run after another."""
+    """Sums costs of runs in sequence."""
     prices = [cost.price for cost in costs]
     return Cost(
         costs[0].run,

@@ -1,8 +1,7 @@
-"""Figures 2 to 5, 8, 9, 12, 13 and Tables 5 and 6 of arXiv 2010.11929: the paper's and a study's.
+"""Draws Figures 2 to 5, 8, 9, 12, 13 and Tables 5 and 6 of arXiv 2010.11929.
 
-Without a study the paper's own numbers are redrawn, from `paper/*.csv`. With one, the same figures
-show the study's results: over the paper's points, faded, where it measured the same task on the
-same axes, otherwise in panels of their own beside them.
+Without a study, draws the paper's numbers from `paper/*.csv`. With a study, adds its results: over
+the paper's faded points for the same task and axes, otherwise in separate panels.
 """
 
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments.scaling.table import read_csv
 
 PAPER = Path(__file__).parent / "paper"
 SETS = ("ImageNet", "ImageNet-21k", "JFT-300M")
-# In Figure 5: where labels go whose usual place is taken.
+# Figure 5: label offsets of crowded points.
 CROWDED = {
     "ViT-L/32": ((-8, -9), "right"),
     "ViT-L/16*": ((4, -16), "left"),
@@ -44,7 +43,7 @@ def paper(name: str) -> list[dict[str, str]]:
 
 
 def _short(name: str) -> str:
-    """Names of the paper's tables and figures -> ours."""
+    """Converts the paper's names to ours."""
     return name.replace("ResNet", "R").replace(" (BiT)", "")
 
 
@@ -52,7 +51,7 @@ LOOKS = Looks()
 
 
 def figure_2_panel(axes: Axes, group: str = "VTAB", named: bool = True) -> None:
-    """VTAB's tasks of one group, or all."""
+    """Draws one group of VTAB's tasks, or all."""
     rows = paper("fig2_vtab")
     colours = [LOOKS.colour("ViT-H/14"), LOOKS.colour("R152x4"), OTHERS[1], OTHERS[0]]
     names = [row["model"] for row in rows] if named else []
@@ -62,7 +61,7 @@ def figure_2_panel(axes: Axes, group: str = "VTAB", named: bool = True) -> None:
 
 
 def figure_2() -> Figure:
-    """VTAB by groups of tasks."""
+    """Draws VTAB by groups of tasks."""
     figure, axes = new_figure(len(VTAB), 2.3, 3.4)
     for panel, group in zip(axes, VTAB, strict=True):
         figure_2_panel(panel, group, named=False)
@@ -79,7 +78,7 @@ def columns(
     colours: list,
     errors: np.ndarray | None = None,
 ) -> None:
-    """Upright bars [N] from not far below the lowest, with errors [2, N] below and above."""
+    """Draws vertical bars [N], from just below the lowest, with errors [2, N] below and above."""
     bars = axes.bar(range(len(values)), values, color=colours, yerr=errors, ecolor="0.25")
     axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
     below, above = (0, 0) if errors is None else errors
@@ -92,7 +91,7 @@ def columns(
 
 
 def figure_3_panel(axes: Axes) -> None:
-    """ImageNet after fine-tuning, by pretraining set, BiT's band behind."""
+    """Draws fine-tuned ImageNet accuracy by pretraining set, with BiT as a band."""
     band = paper("fig3_bit_band")
     low = [float(row["bit_low_R50x1"]) for row in band]
     high = [float(row["bit_high_R152x4"]) for row in band]
@@ -108,7 +107,7 @@ def figure_3_panel(axes: Axes) -> None:
 
 
 def figure_4_panel(axes: Axes) -> None:
-    """Linear 5-shot ImageNet by subset of JFT."""
+    """Draws linear 5-shot ImageNet accuracy by subset of JFT."""
     ends = []
     for row in paper("fig4"):
         model = _short(row["model"])
@@ -123,7 +122,7 @@ def figure_4_panel(axes: Axes) -> None:
 
 
 def figure_5_panel(axes: Axes, column: str, title: str, limits: tuple[float, float]) -> None:
-    """Accuracy against pretraining compute; filled markers in three families."""
+    """Draws accuracy against pretraining compute for three families."""
     rows = paper("table6")
     names, x, y = [], [], []
     for row in rows:
@@ -155,7 +154,7 @@ def figure_5_panel(axes: Axes, column: str, title: str, limits: tuple[float, flo
 
 
 def figure_8_panel(axes: Axes, metric: str, title: str, base: float) -> None:
-    """Depth, width, patch and MLP of a base model, one scaled at a time."""
+    """Draws models with depth, width, patch or MLP width scaled."""
     lines = {
         axis: [
             (float(r["relative_compute"]), 100 * float(r["accuracy"]))
@@ -168,7 +167,7 @@ def figure_8_panel(axes: Axes, metric: str, title: str, base: float) -> None:
 
 
 def scaled(axes: Axes, lines: dict[str, list[tuple[float, float]]], base: float, y: str) -> None:
-    """(compute relative to a base model, accuracy) by what was scaled; the base is in each line."""
+    """Draws (relative compute, accuracy) per scaled dimension; each line contains the base."""
     markers = dict(zip(SCALED, "oDs^v", strict=True))
     colours = dict(zip(SCALED, ("#000000", *HUES.values(), OTHERS[0]), strict=True))
     for axis in [axis for axis in SCALED if lines.get(axis)]:
@@ -181,7 +180,7 @@ def scaled(axes: Axes, lines: dict[str, list[tuple[float, float]]], base: float,
 
 
 def figure_9_panel(axes: Axes) -> None:
-    """Class token against global average pooling, while pretraining."""
+    """Draws class token against global average pooling during pretraining."""
     rows = paper("fig9")
     styles = {
         "CLS lr=8e-4": (HUES["ViT"], "-"),
@@ -196,7 +195,7 @@ def figure_9_panel(axes: Axes) -> None:
 
 
 def figure_12_panel(axes: Axes) -> None:
-    """Peak inference speed of one TPUv3 core."""
+    """Draws the peak inference speed of one TPUv3 core."""
     rows = sorted(paper("fig12"), key=lambda r: float(r["img_per_sec_per_core"]))
     names = [row["model"] for row in rows]
     values = [float(row["img_per_sec_per_core"]) for row in rows]
@@ -214,7 +213,7 @@ FIGURE_13 = (
 
 
 def figure_13_panel(panel: Axes, column: str, label: str, limits: tuple[float, float]) -> None:
-    """Axial models: 5-shot accuracy against compute or against speed."""
+    """Draws axial models: 5-shot accuracy against compute or speed."""
     for row in paper("fig13"):
         axial = row["model"].startswith("Axial")
         colour = HUES[row["family"]]
@@ -247,7 +246,7 @@ def bars(axes: Axes, names: list[str], values: list[float], looks: Looks, label:
 
 
 def draw_paper(folder: Path) -> list[Path]:
-    """The paper's figures and tables from its own numbers alone."""
+    """Draws the paper's figures and tables from its numbers; returns the paths."""
     written = save(figure_2(), folder, "figure_2")
     for name, panel in (("3", figure_3_panel), ("4", figure_4_panel), ("9", figure_9_panel)):
         figure, axes = new_figure(1, 5.2)
@@ -274,7 +273,7 @@ def draw_paper(folder: Path) -> list[Path]:
 
 
 def write_markdown(path: Path, rows: list[dict]) -> Path:
-    """Rows as a Markdown table."""
+    """Writes rows as a Markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a study's results, or the paper's, say in numbers: laws, crossings, compute for quality."""
+"""Fits laws, crossings and compute ratios to the results of a study or of the paper."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from experiments.scaling.table import Point, average_tasks, grouped, kind_of, po
 
 
 def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
-    """Prints every fit that the results allow, and why the others aren't; writes fits.json, .png.
+    """Prints all fits, or why one isn't possible; writes fits.json and fits.png to `folder`.
 
-    Without a study, of the paper's own numbers. Raises ValueError when there is nothing to fit.
+    Without a study, fits the paper's numbers. Raises ValueError if there is nothing to fit.
     """
     found = points(study, store.records()) if study else paper_points()
-    found = [point for point in found if point.examples]  # no law begins at no pretraining
+    found = [point for point in found if point.examples]  # laws need pretraining
     if not found:
         raise ValueError(f"study {study.name} has no finished run: `run` makes them")
     results: dict[str, dict] = {"laws": {}, "crossings": {}}
@@ -61,7 +61,7 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
 
 
 def paper_points() -> list[Point]:
-    """Table 6 and Figure 4 of the paper as points of a study."""
+    """Returns Table 6 and Figure 4 of the paper as points of a study."""
     nothing = {"sweep": "", "seed": 0, "images_seen": 0, "parameters": 0, "img_per_sec": 0.0}
     families = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
     found = []
@@ -110,7 +110,7 @@ def _tasks(found: list[Point]) -> dict[str, list[Point]]:
 
 
 def _law_data(found: list[Point]):
-    """(name, x of a point, its unit, points) of the laws that are tried."""
+    """Yields the laws to fit: name, x of a point, its unit, points."""
 
     def compute(point):
         return point.exaflops
@@ -127,13 +127,13 @@ def _law_data(found: list[Point]):
 
 
 def _one_budget(found: list[Point]) -> list[Point]:
-    """The points of the budget that most sizes have."""
+    """Returns the points of the budget that most sizes have."""
     budgets = grouped(found, lambda p: p.budget)
     return max(budgets.values(), key=lambda of: (len({p.examples for p in of}), len(of)))
 
 
 def _crossings(found: list[Point]):
-    """(name, text, values): where each ViT and hybrid overtakes each ResNet, by images."""
+    """Yields (name, text, values): images from which a ViT or hybrid is better than a ResNet."""
     found = _one_budget(found)
     models = grouped(found, lambda p: p.model)
     rivals = [m for m, of in models.items() if of[0].family == "ResNet"]
@@ -154,7 +154,7 @@ def _crossings(found: list[Point]):
 
 
 def _ratios(found: list[Point]):
-    """(name, text, values): the compute that one family takes for another's quality."""
+    """Yields (name, text, values): relative compute of two families at equal error."""
     largest = max(p.examples for p in found)
     families = grouped([p for p in found if p.examples == largest], lambda p: p.family)
     curves = {}
@@ -176,12 +176,12 @@ def _ratios(found: list[Point]):
 
 
 def draw_fits(drawn: list[tuple], folder: Path) -> None:
-    """Each law with its points, and its residuals beneath."""
+    """Draws each law with its points, and residuals below."""
     shown = [d for d in drawn if d[0].startswith("average")][:8] or drawn[:8]
     figure, axes = new_figure(2, 5.2, 4.2)
     colours = (*HUES.values(), *OTHERS)
     for number, (title, unit, at, error, law) in enumerate(shown):
-        # Frontiers share points: those drawn later are smaller, and the earlier ones show as rings.
+        # Frontiers share points: later ones are smaller, so that earlier ones show as rings.
         style = {"color": colours[number], "ms": 10 - number}
         line = np.geomspace(at.min(), at.max(), 100)
         open_ = " (not determined)" if law.undetermined else ""

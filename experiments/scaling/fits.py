@@ -1,7 +1,7 @@
-"""Scaling laws, the compute-optimal frontier and crossing points, each with its uncertainty.
+"""Fits scaling laws, the compute-optimal frontier and crossing points, with intervals.
 
 The law is that of "Scaling Vision Transformers" (arXiv 2106.04560, section 2): E = a (C + d)^-b + c
-of the compute C. c is the error that no compute removes, d bends the curve where little was spent.
+for compute C. c is the irreducible error; d shifts the curve at low compute.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from scipy.optimize import least_squares
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 
-LEVEL = 0.95  # of all intervals
+LEVEL = 0.95  # confidence level of all intervals
 NAMES = ("a", "b", "c", "d")
-B_MIN, B_MAX = 0.01, 5.0  # a fit that comes here is not of a law
+B_MIN, B_MAX = 0.01, 5.0  # bounds of the exponent; a fit at a bound isn't meaningful
 C_MIN = 1e-6
 Interval = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """E = a (x + d)^-b + c, fitted in log E. E is an error in (0, 1)."""
+    """The law E = a (x + d)^-b + c for errors E in (0, 1), fitted in log E."""
 
     a: float
     b: float
@@ -29,7 +29,7 @@ class Law:
     d: float
     intervals: dict[str, Interval]
     residuals: np.ndarray  # of log E, in the order of the data
-    undetermined: tuple[str, ...]  # what the data leave open, in words
+    undetermined: tuple[str, ...]  # parameters that the data don't determine, in words
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return self.a * (np.asarray(x) + self.d) ** -self.b + self.c
@@ -54,11 +54,20 @@ def fit_law(
     samples: int = 200,
     seed: int = 0,
 ) -> Law:
-    """Fits the law; intervals from a bootstrap of the residuals.
+    """Fits a law, with intervals from a bootstrap of the residuals.
 
-    Without `shift`, d is 0. Raises ValueError for fewer than one distinct x more than parameters,
-    and for what is no error rate. A parameter whose interval is so wide that the law would tell
-    nothing is named in `undetermined`.
+    Args:
+      x: compute or number of images, > 0.
+      error: error rates in (0, 1).
+      shift: whether to fit d; otherwise d = 0.
+      samples: bootstrap samples.
+      seed: seed of the bootstrap.
+
+    Returns:
+      The law. `undetermined` names parameters with uninformative intervals.
+
+    Raises:
+      ValueError: fewer distinct x than parameters + 1, or values out of range.
     """
     x, error = np.asarray(x, float), np.asarray(error, float)
     parameters = 4 if shift else 3
@@ -76,7 +85,7 @@ def fit_law(
     fitted = _predict(best, scaled)
     residuals = np.log(error) - np.log(fitted)
     rng = np.random.default_rng(seed)
-    # A fit of p parameters to n points shrinks the residuals by about this.
+    # Corrects for the shrinkage of residuals by a fit of p parameters to n points.
     spread = residuals * np.sqrt(len(x) / max(len(x) - parameters, 1))
     fits = []
     for _ in range(samples):
@@ -84,7 +93,7 @@ def fit_law(
         fits.append(_unscaled(_solve(scaled, np.minimum(noisy, 0.9999), shift, [best]), scale))
     values = _unscaled(best, scale)
     tail = (1 - LEVEL) / 2
-    # Percentiles, as much wider as Student's t is than the normal: the noise's size is estimated.
+    # Percentiles, widened from normal to Student's t, because the noise level is estimated.
     wider = student.ppf(1 - tail, len(x) - parameters) / normal.ppf(1 - tail)
     middle = np.log(values)
     low, high = np.exp(
@@ -126,7 +135,7 @@ def _starts(error: np.ndarray) -> list[np.ndarray]:
 
 
 def _solve(x: np.ndarray, error: np.ndarray, shift: bool, starts: list) -> np.ndarray:
-    """The logarithms of a, b, c, d (a for scaled x) that fit best."""
+    """Returns the best-fitting logarithms of a, b, c, d (a for scaled x)."""
     lower = np.array([-12.0, np.log(B_MIN), np.log(C_MIN), np.log(1e-6)])
     upper = np.array([12.0, np.log(B_MAX), 0.0, np.log(1e3)])
     free = slice(0, 4 if shift else 3)
@@ -167,7 +176,7 @@ def _unscaled(theta: np.ndarray, scale: float) -> tuple[float, float, float, flo
 
 
 def fit_simplest(x: Sequence[float], error: Sequence[float], **kwargs) -> Law:
-    """The whole law; where the points are too few for it or leave it open, that with d = 0."""
+    """Fits the full law; with d = 0 if the points are too few or don't determine it."""
     if len(np.unique(x)) > 5:
         law = fit_law(x, error, **kwargs)
         if not law.undetermined:
@@ -176,7 +185,7 @@ def fit_simplest(x: Sequence[float], error: Sequence[float], **kwargs) -> Law:
 
 
 def frontier(x: Sequence[float], error: Sequence[float]) -> np.ndarray:
-    """Indices of the points that nothing beats with less or equal x, by increasing x."""
+    """Returns the indices of Pareto-optimal points, by increasing x."""
     x, error = np.asarray(x, float), np.asarray(error, float)
     order = np.lexsort((error, x))
     best, kept = np.inf, []
@@ -190,10 +199,18 @@ def frontier(x: Sequence[float], error: Sequence[float]) -> np.ndarray:
 def compute_ratio(
     first: tuple[Sequence[float], Sequence[float]], second: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[float, float, float]:
-    """How many times the compute of `first` does `second` take for the same error.
+    """Computes the compute of `second` relative to `first` at equal error.
 
-    Each is (compute, error); their frontiers are compared where both have been, as lines in log
-    compute. (lowest, median, highest) over the common errors. Raises ValueError if there are none.
+    Args:
+      first: compute and error of each point.
+      second: the same.
+
+    Returns:
+      The lowest, median and highest ratio of the frontiers, interpolated in log compute, over the
+      errors that both reach.
+
+    Raises:
+      ValueError: no common errors.
     """
     curves = []
     for compute, error in (first, second):
@@ -202,7 +219,7 @@ def compute_ratio(
     low = max(error[0] for error, _ in curves)
     high = min(error[-1] for error, _ in curves)
     if low >= high:
-        raise ValueError("no error that both reached: nothing to compare")
+        raise ValueError("no error that both reached, so there is nothing to compare")
     at = np.linspace(low, high, 50)
     ratio = np.exp(np.interp(at, *curves[1]) - np.interp(at, *curves[0]))
     return float(ratio.min()), float(np.median(ratio)), float(ratio.max())
@@ -210,12 +227,12 @@ def compute_ratio(
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
-    """From which x on one curve is above another."""
+    """The x from which one curve is above another."""
 
     at: float | None  # the median over samples; None: most samples don't cross
     interval: Interval | None
-    share: float  # of the samples in which it crosses inside the range measured
-    ahead: float  # share of the samples in which the first curve is above at the largest x
+    share: float  # of samples with a crossing inside the measured range
+    ahead: float  # share of samples with the first curve above at the largest x
     span: Interval
 
     def describe(self, unit: str = "") -> str:
@@ -240,12 +257,21 @@ def crossing(
     samples: int = 1000,
     seed: int = 0,
 ) -> Crossing:
-    """Where `first` overtakes `second`, which were both measured at all `x`.
+    """Finds the x at which `first` overtakes `second`, with a bootstrap interval.
 
-    first[i] are the accuracies of every seed at x[i]. Between the x, accuracy is a line in log x. A
-    sample draws seeds anew at each x and adds normal `noise` (standard deviation) to each mean: the
-    error of reading a figure, or of a finite test set. The last overtaking counts. Raises
-    ValueError for fewer than two x, and where neither seeds nor noise give an uncertainty.
+    Interpolates accuracy linearly in log x; the last crossing counts. A sample resamples the seeds
+    at each x and adds normal noise to each mean.
+
+    Args:
+      x: where both were measured.
+      first: first[i] are the accuracies of all seeds at x[i].
+      second: the same.
+      noise: standard deviation, for example of reading a figure or of a finite test set.
+      samples: bootstrap samples.
+      seed: seed of the bootstrap.
+
+    Raises:
+      ValueError: fewer than two x, or no uncertainty from seeds or noise.
     """
     x = np.asarray(x, float)
     if len(x) < 2:

@@ -1,13 +1,13 @@
-"""The recipes of arXiv 2010.11929, Tables 3 and 4, as fields of a study's grid."""
+"""The recipes of Tables 3 and 4 of arXiv 2010.11929, as fields of a study's grid."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.scaling.study import Choice, Fields, Model, Task, merge
 
-# Table 3, on JFT-300M: base learning rate. ResNets too were trained with Adam for this study.
+# Table 3: base learning rates on JFT-300M with Adam, also for ResNets.
 JFT_RATES = {
-    "ViT-b/32": 8e-4,  # not in the table; as B's
+    "ViT-b/32": 8e-4,  # not in the table; as B
     "ViT-B/32": 8e-4,
     "ViT-B/16": 8e-4,
     "ViT-L/32": 6e-4,
@@ -18,7 +18,7 @@ JFT_RATES = {
     "R101x1": 8e-4,
     "R152x1": 6e-4,
     "R152x2": 6e-4,
-    "R200x3": 6e-4,  # not in the table; as R152's
+    "R200x3": 6e-4,  # not in the table; as R152
     "R50x1+ViT-B/32": 8e-4,
     "R50x1+ViT-B/16": 8e-4,
     "R50x1+ViT-L/32": 2e-4,
@@ -28,14 +28,14 @@ WIDTHS = {"b": 384, "B": 768, "L": 1024, "H": 1280}
 
 
 def family(variant: str) -> str:
-    """ViT | ResNet | hybrid."""
+    """Returns the family of a variant: ViT, ResNet or hybrid."""
     if "+" in variant:
         return "hybrid"
     return "ViT" if variant.startswith("ViT") else "ResNet"
 
 
 def model(variant: str, fields: Fields) -> Model:
-    """A model of the paper, with the tanh layer that its pretraining head has."""
+    """Returns a model of the paper, with the tanh layer of its pretraining head."""
     kind = family(variant)
     own: dict[str, Any] = {"model.variant": variant}
     if kind != "ResNet":
@@ -45,7 +45,7 @@ def model(variant: str, fields: Fields) -> Model:
 
 
 def pretraining(dataset: str, train: str, validation: str, **fields: Any) -> dict[str, Any]:
-    """What all of Table 3 has in common; sigmoid loss as the authors' released configs."""
+    """Returns the common fields of Table 3, with sigmoid loss as in the released configs."""
     recipe = {
         "image_size": 224,
         "batch_size": 4096,
@@ -70,8 +70,8 @@ def pretraining(dataset: str, train: str, validation: str, **fields: Any) -> dic
     return merge(recipe, fields)
 
 
-# Table 4 and appendix B.1.1: dataset, training split without the dev images, these, test split,
-# steps, warm-up, learning rates.
+# Table 4 and appendix B.1.1: dataset, training split without dev, dev split, test split, steps,
+# warm-up, learning rates.
 _SMALL = (0.001, 0.003, 0.01, 0.03)
 _TABLE_4 = (
     ("ImageNet", "imagenet2012", "train[:99%]", "train[99%:]", "validation", 20_000, 500,
@@ -86,10 +86,10 @@ TASK_NAMES = tuple(row[0] for row in _TABLE_4)
 
 
 def fine_tuning(*names: str) -> tuple[Task, ...]:
-    """Tasks at 384 px, learning rate chosen on the dev images.
+    """Returns tasks at 384 px, with the learning rate chosen on dev.
 
-    The paper trains once more on all training images with the rate that was best; here the model
-    that was chosen is the one reported, so nothing runs twice.
+    The paper trains again on train and dev with the chosen rate. Here the chosen run itself is
+    reported, to save that second run.
     """
     return tuple(_task(*row) for row in _TABLE_4 if row[0] in names)
 
@@ -119,4 +119,4 @@ def _task(
 
 
 def _image_size(of: Model) -> Fields:
-    return {"image_size": 378} if of.name.endswith("/14") else {}  # 384 is no multiple of 14
+    return {"image_size": 378} if of.name.endswith("/14") else {}  # 384 isn't a multiple of 14

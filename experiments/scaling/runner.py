@@ -1,9 +1,9 @@
-"""Makes the runs of a study that are missing, and knows which those are.
+"""Executes the missing runs of a study.
 
-The folder of a study holds `runs/NAME` (the workdirs), `claims/` and `records/NAME.json`, one for
-each run that ended, well or with an error. Any number of processes, on any number of machines that
-share the folder, may `work` on one study at a time and be killed at any moment. All that figures
-and fits need is in the records, which are also collected into one `results.jsonl`.
+A study's folder contains `runs/NAME` (workdirs), `claims/` and `records/NAME.json`, one for each
+run that ended, successfully or not. Any number of processes, on machines that share the folder, can
+`work` on a study at the same time and be killed at any moment. Figures and fits need only the
+records, which are also collected in `results.jsonl`.
 """
 
 import contextlib
@@ -28,15 +28,16 @@ from experiments.scaling.study import (
 )
 from vit_jax.config import covered
 
-DEATHS = 3  # a run over which so many processes died is taken for their murderer
+DEATHS = 3  # a run that killed this many processes is recorded as failed
 Train = Callable[[Run, dict, Path], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """A run's: done | failed | changed | running | blocked | waits | interrupted | missing.
+    """The state of a run.
 
-    `work` also knows: no data.
+    done | failed | changed | running | blocked | waits | interrupted | missing; in `work` also "no
+    data".
     """
 
     run: Run
@@ -45,7 +46,7 @@ class Status:
 
 
 class Store:
-    """What is on the disk of a study."""
+    """The files of a study."""
 
     def __init__(self, folder: Path, results: Path | None = None, lease: float = LEASE):
         self.folder = folder
@@ -56,20 +57,22 @@ class Store:
         return self.folder / "runs" / name
 
     def checkpoint(self, name: str) -> int:
-        """The step of a run's newest checkpoint; 0 without one."""
+        """Returns the step of a run's newest checkpoint; 0 without one."""
         folder = self.workdir(name) / "checkpoints"
         found = folder.iterdir() if folder.is_dir() else ()
         return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
     def is_kept(self, record: Mapping[str, Any]) -> bool:
-        """Whether the last checkpoint of a run that is done is there, for others to start from."""
+        """Whether a finished run's last checkpoint exists, for other runs to start from."""
         return self.checkpoint(record["name"]) >= record.get("steps", 1)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Every run that ended, by name. A record of the folder outweighs a collected one."""
+        """Returns the records of ended runs, by name; the folder's take precedence."""
         found = {record["name"]: record for record in read_results(self.results)}
         for path in sorted((self.folder / "records").glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # another process retries what failed
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # removed by another process that retries it
                 record = json.loads(path.read_text())
                 found[record["name"]] = record
         return found
@@ -88,10 +91,10 @@ class Store:
         self.collect()
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """Writes the records of what is done into one file, and returns all records.
+        """Writes the records of finished runs to one file; returns all records.
 
-        Others may do so at the same time: who wrote last may have read first. So everyone looks
-        again afterwards, and whoever sees more than he wrote writes again.
+        Safe with concurrent processes: each one reads again after writing, and writes again if it
+        finds more records.
         """
         while True:
             records = self.records()
@@ -101,12 +104,12 @@ class Store:
                 return records
 
     def forget_failed(self) -> list[str]:
-        """Removes the records of runs that failed, so that they are tried again."""
+        """Removes the records of failed runs, so that they are retried."""
         forgotten = []
         for record in self.records().values():
             held = record["status"] == "failed" and self.claims.take(record["name"])
-            if held:  # else another process is at it
-                with held:  # a claim that is given back ends the count of deaths
+            if held:  # otherwise another process runs it
+                with held:  # releasing the claim resets the count of deaths
                     path = self.folder / "records" / f"{record['name']}.json"
                     path.unlink(missing_ok=True)
                 forgotten.append(record["name"])
@@ -114,7 +117,7 @@ class Store:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a `results.jsonl`, of runs that are done; none if there is no such file."""
+    """Reads the records of a `results.jsonl`; returns none if there is no file."""
     if not path.exists():
         return []
     records = []
@@ -124,17 +127,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number}: expected a run's record in JSON, found {line[:40]!r}. "
-                "Delete the line: the run is recorded in the study's folder too, or made again"
+                "Delete the line: the study's folder also has the record, or the run is repeated"
             ) from error
     return records
 
 
 def statuses(study: Study, store: Store) -> list[Status]:
-    """What became of every run of the study, in the study's order."""
+    """Returns the status of every run, in the study's order."""
     runs = expand(study)
     records = store.records()
     by_key = {record["key"]: record for record in records.values()}
-    # A run that is done is made again when somebody needs its checkpoint, which is gone.
+    # A finished run is repeated if another run needs its checkpoint and it no longer exists.
     needed = {run.init for run in runs if run.init and run.name not in records}
     needed = {name for name in needed if name in records and not store.is_kept(records[name])}
     found: dict[str, Status] = {}
@@ -179,7 +182,7 @@ def _status(
 def _progress(store: Store, run: Run) -> str:
     path = store.workdir(run.name) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()  # its process may be writing the last line
+    whole = text[: text.rfind("\n") + 1].splitlines()  # the last line may be incomplete
     return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
 
 
@@ -194,11 +197,20 @@ def work(
     poll: float = 10.0,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> list[Status]:
-    """Makes what is missing, in the study's order, until nothing is left or `seconds` are over.
+    """Executes missing runs in the study's order; waits for other processes' runs if needed.
 
-    `free` are fields of this machine (mesh, data_dir, ...), which no record depends on. `only` is
-    the name of one run. Runs that others make are waited for where more depends on them. Returns
-    the statuses at the end.
+    Args:
+      study: the study.
+      store: its files.
+      train: trains one run and returns its record.
+      free: fields of this machine (mesh, data_dir, ...), which don't change results.
+      only: name of a single run.
+      seconds: starts no run after this time.
+      poll: seconds between looks at other processes' runs.
+      say: prints a message.
+
+    Returns:
+      The statuses at the end.
     """
     check_free(free or {})
     began = time.monotonic()
@@ -219,7 +231,7 @@ def work(
             held = store.claims.take(run.name, f"{store.checkpoint(run.name)}")
             if held:
                 with held:
-                    # Another process may have ended it between the look at it and the claim.
+                    # Another process may have finished it between reading the status and the claim.
                     now = {s.run.name: s.state for s in statuses(study, store)}[run.name]
                     if now not in ("done", "failed"):
                         _make(run, store, train, free or {}, say)
@@ -233,7 +245,7 @@ def work(
 
 
 def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str], say) -> Status:
-    """The status, or "no data": known before the run, or what it waits for, has cost anything."""
+    """Checks a run's data first; returns the status, or "no data"."""
     from vit_jax.data.sources import open_source
 
     if status.state not in ("missing", "interrupted", "waits"):
@@ -253,7 +265,7 @@ def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str]
 
 
 def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
-    """(name, split, data_dir) of all that a run reads."""
+    """Yields (name, split, data_dir) of all datasets of a run."""
     evaluators = {**config.get("classification", {}), **config.get("fewshot", {})}.values()
     for group in (config, *evaluators):
         data = group["data"]
@@ -265,7 +277,7 @@ def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) ->
     workdir = store.workdir(run.name)
     died = store.claims.deaths(run.name)
     if died >= DEATHS:
-        error = f"{died} processes died over it (out of memory?); the log of the last one tells"
+        error = f"{died} processes died in this run (out of memory?); see the log of the last one"
         store.record(run, {"status": "failed", "error": error})
         say(f"failed: {run.key}: {error}")
         return
@@ -273,7 +285,7 @@ def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) ->
     began = time.time()
     try:
         result = train(run, resolve(run, store, free), workdir)
-    except Exception as error:  # whatever it is, it is recorded, and the other runs go on
+    except Exception as error:  # recorded with the run, so that other runs continue
         last = f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error)[-3:])
         store.record(run, {"status": "failed", "error": last, "traceback": trace})
@@ -284,12 +296,12 @@ def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) ->
 
 
 def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with this folder's paths and this machine's fields."""
+    """Returns the config with this folder's paths and this machine's fields."""
     config = merge(run.config, free)
     if run.init:
         config["init"] = str(store.workdir(run.init))
     begun = store.workdir(run.name) / "config.json"
-    if begun.exists():  # goes on as it began
+    if begun.exists():  # continues with its own config
         config["resume"] = json.loads(begun.read_text())["resume"]
     elif run.trunk and store.checkpoint(run.trunk) == run.trunk_steps:
         config["resume"] = str(store.workdir(run.trunk) / "checkpoints" / str(run.trunk_steps))
@@ -297,19 +309,19 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_free(fields: Mapping[str, Any]) -> None:
-    """ValueError for fields that would make another run."""
+    """Raises ValueError for fields that would change the run's identity."""
     for name in fields:
         if not covered(name, machine_fields()):
             raise ValueError(
-                f"{name} defines what a run is: set it in the study file. A machine may set "
+                f"{name} is part of a run's identity: set it in the study file. A machine may set "
                 f"{', '.join(machine_fields())}"
             )
 
 
 def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Trains with the package's own loop, from where it was stopped; what to record of it.
+    """Trains with the package's loop, resuming if interrupted; returns the values to record.
 
-    `evaluations`: all of them, a dict each with its step; `loss` and `img_per_sec`: the last.
+    `evaluations`: one dict per evaluation, with its step. `loss`, `img_per_sec`: the last ones.
     """
     import jax
 
@@ -342,12 +354,12 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    jax.clear_caches()  # what is compiled stays in the persistent cache
+    jax.clear_caches()  # compiled programs stay in the persistent cache
     return result
 
 
 def commands(found: list[Status], arguments: str) -> Iterator[str]:
-    """Command lines for a cluster's queue; what waits for others comes after them."""
+    """Yields command lines for a cluster's queue; runs come after those they depend on."""
     for status in found:
         if status.state in ("missing", "interrupted", "waits"):
             line = f"python -m experiments.scaling run {arguments} --only={status.run.name}"

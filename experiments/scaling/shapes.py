@@ -1,4 +1,4 @@
-"""Models of a study that differ in one thing: what Figures 8 and 9 compare."""
+"""Finds models of a study that differ in one dimension, for Figures 8 and 9."""
 
 import dataclasses
 from collections import Counter
@@ -15,7 +15,7 @@ AXES = {("depth",): "Depth", ("patch",): "Patch size", ("mlp_dim",): "Width MLP"
 
 
 def _vits(study: Study) -> dict[str, tuple[dict, dict]]:
-    """(its sizes, its other fields) of every ViT."""
+    """Returns sizes and other fields of every ViT, by name."""
     found = {}
     for grid in study.grids:
         for model in grid.models:
@@ -38,10 +38,10 @@ def _without(model: Model, names: tuple[str, ...]) -> dict:
 
 
 def scaled_models(study: Study) -> tuple[str, dict[str, str]]:
-    """(the base, {a model scaled from it: which dimension}); ("", {}) if no two models fit.
+    """Returns the base model and {scaled model: dimension}; ("", {}) if no two models fit.
 
-    The base is the one from which most others differ in depth, width, MLP width or patch alone;
-    those that differ in more are "All".
+    The base is the model from which most others differ in only one of depth, width, MLP width and
+    patch. Models that differ in more are "All".
     """
     vits = _vits(study)
 
@@ -58,7 +58,7 @@ def scaled_models(study: Study) -> tuple[str, dict[str, str]]:
 
 
 def pooled_models(study: Study) -> list[str]:
-    """Models that differ in their pooling, and the learning rate that suits it, from another."""
+    """Returns models that differ from another one only in pooling and learning rate."""
     models = {m.name: m for grid in study.grids for m in grid.models if m.family != "ResNet"}
     same = {name: _without(model, POOLING) for name, model in models.items()}
     pools = {name: model.fields.get("model.pool", "token") for name, model in models.items()}

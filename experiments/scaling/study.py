@@ -1,9 +1,9 @@
-"""What a scaling study is: grids that expand to runs with stable names. Imports nothing heavy.
+"""Defines scaling studies: grids that expand to runs with stable names. Doesn't import jax.
 
 A study file (`studies/*.py`) has `get_study(arg) -> Study`. A grid is models x pretraining sets x
-sweep x seeds x budgets, and tasks to fine-tune each result on. Every combination is a `Run`: a
-config, which a loop of the package trains, under a key for people and a name that ends in the hash
-of what defines the run. So a grid may grow at any time, and what has run keeps its name.
+sweep x seeds x budgets, and tasks to fine-tune each result on. Each combination is a `Run` with a
+config, a readable key, and a name that ends in the hash of all fields that define the run. A grid
+can grow at any time without renaming existing runs.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from vit_jax.recipes import merge
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("ViT", "ResNet", "hybrid")
-Fields = Mapping[str, Any]  # dotted names of a recipe's fields, and their values
+Fields = Mapping[str, Any]  # dotted name of a recipe's field -> value
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A column of the study. `family` chooses its marker in the figures."""
+    """A model of the study. `family` determines its marker in figures."""
 
     name: str
     family: str
@@ -39,7 +39,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingSet:
-    """A set, or a subset, of `examples` images; with 0, tasks start from random weights."""
+    """A dataset or subset of `examples` images; 0: tasks start from random weights."""
 
     name: str
     examples: int
@@ -48,7 +48,7 @@ class PretrainingSet:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long: exactly one of steps and epochs of the pretraining set."""
+    """The length of pretraining: either steps or epochs."""
 
     steps: int | None = None
     epochs: float | None = None
@@ -67,7 +67,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One point of a sweep, such as of the regularisation or of the learning rate."""
+    """One point of a sweep, for example of the regularisation or learning rate."""
 
     name: str
     fields: Fields
@@ -75,31 +75,31 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A dataset to fine-tune on: a recipe of vit_jax.transfer, and what to sweep in it."""
+    """A dataset to fine-tune on: a recipe of vit_jax.transfer, and a sweep over it."""
 
     name: str
     recipe: Mapping[str, Any]
     sweep: tuple[Choice, ...] = (Choice("", {}),)
-    models: Callable[[Model], Fields] = lambda model: {}  # what a model sets besides its own fields
+    models: Callable[[Model], Fields] = lambda model: {}  # extra fields per model
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training, of the loop of vit_jax.pretrain or vit_jax.transfer.
+    """One training run of vit_jax.pretrain or vit_jax.transfer.
 
-    A config may hold "@NAME", which stands for the workdir of another run.
+    In the config, "@NAME" is the workdir of another run.
     """
 
-    kind: str  # pretrain | trunk: without evaluations, for others to start from | transfer
+    kind: str  # pretrain | trunk: shared start of several runs, not evaluated | transfer
     labels: Mapping[str, Any]  # model, family, set, examples, budget, sweep, seed; task, task_sweep
     config: Mapping[str, Any]
-    init: str | None = None  # name of the run whose parameters it needs
-    trunk: str | None = None  # name of a run of which it is the continuation, bit for bit
+    init: str | None = None  # name of the run that provides its initial parameters
+    trunk: str | None = None  # name of the run that it continues, bit for bit
     trunk_steps: int = 0
 
     @property
     def key(self) -> str:
-        """What people call it; unique in a study."""
+        """A readable name, unique in a study."""
         parts = [self.labels[k] for k in ("model", "set", "sweep", "budget")]
         parts.append(f"seed {self.labels['seed']}")
         parts += [self.labels[k] for k in ("task", "task_sweep") if k in self.labels]
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The key as a file's name, and the hash of all that defines the run."""
+        """The key as a file name, with the hash of all fields that define the run."""
         words = "".join(c if c.isalnum() or c in ".-+" else "_" for c in self.key)
         while "__" in words:
             words = words.replace("__", "_")
@@ -121,14 +121,14 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The config without what may differ from machine to machine."""
+        """The config without machine-dependent fields."""
         fields = flatten(self.config).items()
         return {name: value for name, value in fields if not covered(name, machine_fields())}
 
 
 @functools.cache
 def machine_fields() -> tuple[str, ...]:
-    """Returns the fields of a recipe that change a run's speed and none of its numbers."""
+    """Returns the fields of a recipe that change only the speed of a run."""
     from vit_jax.training.recipe import TrainConfig  # imports jax
 
     return tuple(fields_where(TrainConfig, changes="speed"))
@@ -136,12 +136,12 @@ def machine_fields() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """models x sets x sweep x seeds x budgets, in this order of loops; then tasks.
+    """models x sets x sweep x seeds x budgets, in this order of loops, then tasks.
 
-    With `cooldown`, the part of a budget in which the learning rate falls to 0, all budgets of a
-    cell are branches of one trunk with a constant or rsqrt schedule ("Scaling Vision Transformers",
-    arXiv 2106.04560, section 3.5). A branch is bit for bit what a run from the beginning would be,
-    so whether there is a trunk is no part of its name.
+    `cooldown` is the share of a budget in which the learning rate falls to 0. With it, all budgets
+    of a cell branch from one trunk with a constant or rsqrt schedule ("Scaling Vision
+    Transformers", arXiv 2106.04560, section 3.5). A branch is bit-identical to a separate run, so
+    its name doesn't depend on the trunk.
     """
 
     recipe: Mapping[str, Any]
@@ -157,23 +157,23 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Grids, most important first; where they overlap, a run is made once."""
+    """Grids, most important first; runs that several grids share are executed once."""
 
     name: str
     grids: tuple[Grid, ...]
-    # Upstream metric that selects, among sweep points and evaluations, what is reported; None: the
-    # last evaluation of the only sweep point. It stands for "early stopping" in section 4.3.
+    # Upstream metric that selects the reported sweep point and evaluation; None: the last
+    # evaluation of a single sweep point. It implements the early stopping of section 4.3.
     select: str | None = None
     task_select: str = "validation/accuracy"  # the same for a task's sweep
-    # Tasks and few-shot sets by group, as VTAB's in Figure 2.
+    # Group -> tasks and few-shot datasets, as for VTAB in Figure 2.
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     about: str = ""
 
 
 def expand(study: Study) -> list[Run]:
-    """All runs, in the order in which they should be made.
+    """Returns all runs in execution order.
 
-    Raises ValueError for two different runs of one key.
+    Raises ValueError for two different runs with the same key.
     """
     runs: dict[str, Run] = {}
     for grid in study.grids:
@@ -224,7 +224,7 @@ def _expand_grid(grid: Grid) -> Iterator[Run]:
 def _branches(
     cooldown: float, labels: Fields, recipe: Mapping[str, Any], budgets: list[Budget]
 ) -> Iterator[Run]:
-    """Trunk to the first branching point, that branch, trunk to the next, ..."""
+    """Yields the trunk to the first branching point, that branch, the trunk to the next, ..."""
     trunk = None
     for budget in sorted(budgets, key=lambda b: b.steps or 0):
         if budget.steps is None:
@@ -260,7 +260,7 @@ def _branches(
 
 def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> Iterator[Run]:
     architecture = {k: v for k, v in model.fields.items() if k.startswith("model.")}
-    dropped = ("model.head_bias", "model.representation_size")  # of the pretraining head alone
+    dropped = ("model.head_bias", "model.representation_size")  # of the pretraining head only
     fields = {k: v for k, v in architecture.items() if k not in dropped}
     fields["seed"] = labels["seed"]
     if init:
@@ -273,7 +273,7 @@ def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> It
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> dotted names, with what JSON would make of tuples."""
+    """Flattens nested mappings to dotted names, with tuples as lists as in JSON."""
     if isinstance(tree, Mapping) and (tree or not prefix):
         flat = {}
         for name, value in tree.items():
@@ -283,7 +283,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Fields, now: Fields) -> list[str]:
-    """A line for each field in which two flat configs differ."""
+    """Returns one line for each field in which two flat configs differ."""
     return [
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
@@ -292,9 +292,9 @@ def differences(before: Fields, now: Fields) -> list[str]:
 
 
 def load_study(name: str) -> Study:
-    """`mini`, a path of a study file, either with `:ARGUMENT` behind it.
+    """Loads a study by name, such as "mini", or by path; ":ARGUMENT" may follow.
 
-    Raises ValueError or FileNotFoundError with what there is.
+    Raises ValueError for an unknown name, FileNotFoundError for a missing file.
     """
     name, _, arg = name.partition(":")
     folder = Path(__file__).parent / "studies"

@@ -1,4 +1,4 @@
-"""A study's own results in the forms of the paper's figures, over the paper's or beside them."""
+"""Draws a study's results like the paper's figures, over or beside the paper's results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,19 +24,19 @@ IMAGENET = "ImageNet fine-tuned"
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One of the paper's figures for a study. Without `own` panels, `lacks` says what it lacks."""
+    """One of the paper's figures for a study; `lacks` explains missing `own` panels."""
 
     original: list[Panel]
     own: list[Panel]
     lacks: str
-    same_axes: bool = False  # the paper measured the same: its points lie faded beneath
+    same_axes: bool = False  # draw over the paper's faded points, for the same task
     size: tuple[float, float] = (4.2, 3.7)  # of a panel, in inches
 
 
 def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
-    """Figures and tables of what is done; a figure that has no points says why.
+    """Draws figures and tables of finished runs; prints why a figure isn't drawn.
 
-    Raises ValueError if nothing is done.
+    Raises ValueError without finished runs.
     """
     records = store.collect()
     found = points(study, records)
@@ -76,7 +76,7 @@ def _draw(drawing: Drawing, shown: list[Panel]) -> Figure:
 
 
 def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict[str, Drawing]:
-    """The figures by name, each with the paper's panels and the study's."""
+    """Returns the figures by name, each with the paper's and the study's panels."""
     looks = make_looks(study)
     tasks = sorted({p.task for p in found})
     few = [t for t in tasks if t.endswith("-shot")]
@@ -173,7 +173,7 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
 
 
 def make_looks(study: Study) -> Looks:
-    """The study's models behind the paper's, in the order of the study file."""
+    """Returns styles for the paper's models, then the study's in the order of its file."""
     models = {m.name: m.family for grid in study.grids for m in grid.models}
     if all(name in names for name, f in models.items() for names in [ORDER[f]]):
         return figures.LOOKS
@@ -189,7 +189,7 @@ def _has_points(panel: Panel) -> bool:
 
 
 def fade(axes: Axes) -> None:
-    """Leaves the paper's points as a background."""
+    """Fades the points drawn so far to a background."""
     for artist in (*axes.lines, *axes.collections):
         artist.set_alpha(0.3)
     for text in list(axes.texts):
@@ -199,7 +199,7 @@ def fade(axes: Axes) -> None:
 
 
 def write_tables(found: list[Point], folder: Path) -> list[Path]:
-    """Table 5 (fine-tuned, by set and task) and Table 6 (a row a model and budget)."""
+    """Writes Table 5 (fine-tuned, by set and task) and Table 6 (by model and budget)."""
     written = []
     tuned = [p for p in found if p.task.endswith("fine-tuned")]
     models = list(dict.fromkeys(p.model for p in found))

@@ -1,4 +1,4 @@
-"""The panels of a study's figures: its points in the forms of the paper's."""
+"""Draws the panels of a study's figures, like those of arXiv 2010.11929."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from experiments.scaling.table import Point, average_tasks, grouped, kind_of
 
 
 def _line(axes: Axes, model: str, x: list, values: list, looks: Looks, dashes: str = "-") -> tuple:
-    """The seeds' means of `values` (at each x, of each seed), in a band from lowest to highest."""
+    """Draws the mean over seeds of `values` [x][seed], with a band from lowest to highest."""
     means = [float(np.mean(v)) for v in values]
     lows, highs = [min(v) for v in values], [max(v) for v in values]
     axes.plot(x, means, dashes, **looks.style(model))
     axes.fill_between(x, lows, highs, color=looks.colour(model), alpha=0.22, lw=0)
-    if len(x) == 1:  # where no band can be seen
+    if len(x) == 1:  # a band would be invisible
         axes.vlines(x, lows, highs, color=looks.colour(model), lw=1.6)
     return model, x[-1], means[-1], looks.colour(model)
 
@@ -26,7 +26,7 @@ def _line(axes: Axes, model: str, x: list, values: list, looks: Looks, dashes: s
 def _curves(
     axes: Axes, found: list[Point], looks: Looks, x: Callable[[Point], float]
 ) -> list[tuple]:
-    """A line a model."""
+    """Draws one line per model."""
     ends = []
     for model, of_model in grouped(found, lambda p: p.model).items():
         cells = sorted(grouped(of_model, x).items())
@@ -36,7 +36,7 @@ def _curves(
 
 
 def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 4: accuracy against the size of the pretraining set, at the budget most common."""
+    """Draws Figure 4: accuracy against pretraining set size, at the most common budget."""
     budgets = grouped([p for p in found if p.examples], lambda p: p.budget)
     sizes = {budget: len({p.examples for p in of}) for budget, of in budgets.items()}
     if max(sizes.values(), default=0) < 2:
@@ -52,7 +52,7 @@ def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
 
 
 def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 5: accuracy against compute; a model's budgets are joined."""
+    """Draws Figure 5: accuracy against compute, with one line per model over budgets."""
     if not found:
         return
     ends = _curves(axes, found, looks, lambda p: p.exaflops)
@@ -63,12 +63,12 @@ def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
 
 
 def longest(found: list[Point]) -> str:
-    """The largest budget."""
+    """Returns the largest budget."""
     return max(found, key=lambda p: p.images_seen).budget
 
 
 def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 3: accuracy against the pretraining set, as categories."""
+    """Draws Figure 3: accuracy by pretraining set."""
     if not found:
         return
     by_size = sorted(found, key=lambda p: p.examples)
@@ -91,9 +91,9 @@ def while_training(
     models: list[str],
     dashed: tuple[str, ...] = ("-",),
 ) -> None:
-    """Figure 9: few-shot accuracy (the mean over sets of the most shots) while pretraining.
+    """Draws Figure 9: few-shot accuracy during pretraining, at the most common budget.
 
-    Of the budget that most runs have.
+    The accuracy is the mean over datasets at the largest number of shots.
     """
     runs = [
         r
@@ -124,14 +124,14 @@ def while_training(
 
 
 def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
-    """Figure 12: images a second in training."""
+    """Draws Figure 12: images per second in training."""
     speeds = speed_of(found)
     names = sorted(speeds, key=speeds.get)
     figures.bars(axes, names, [speeds[n] for n in names], looks, "training, images / s here")
 
 
 def speed_of(found: list[Point]) -> dict[str, float]:
-    """Images a second in training, of the fastest run of each model."""
+    """Returns images per second in training of each model's fastest run."""
     models = grouped(found, lambda p: p.model)
     return {model: max(p.img_per_sec for p in of) for model, of in models.items()}
 
@@ -139,7 +139,7 @@ def speed_of(found: list[Point]) -> dict[str, float]:
 def by_group(
     axes: Axes, found: list[Point], looks: Looks, tasks: tuple[str, ...], name: str
 ) -> None:
-    """Figure 2: a bar a model, the mean over the tasks of a group, at the longest budget."""
+    """Draws Figure 2: mean accuracy over a group's tasks per model, at the longest budget."""
     found = [p for p in found if p.task.rpartition(" ")[0] in tasks]
     if not found:
         return
@@ -155,7 +155,7 @@ def by_group(
 
 
 def by_shape(axes: Axes, found: list[Point], base: str, scaled: dict[str, str], task: str) -> None:
-    """Figure 8: accuracy against the compute an image, relative to the base model's."""
+    """Draws Figure 8: accuracy against compute per image, relative to the base model."""
     models = grouped(found, lambda p: p.model)
     if base not in models:
         return
@@ -178,7 +178,7 @@ def by_shape(axes: Axes, found: list[Point], base: str, scaled: dict[str, str], 
 
 
 def against(axes: Axes, found: list[Point], looks: Looks, speed: bool) -> None:
-    """Figure 13: accuracy at the longest budget against compute, or against speed."""
+    """Draws Figure 13: accuracy at the longest budget against compute or speed."""
     speeds, ends, shown = speed_of(found), [], []
     for model, of in grouped(found, lambda p: p.model).items():
         cell = [p for p in of if p.budget == longest(of)]

@@ -1,7 +1,7 @@
-"""How every figure looks: one colour for a model everywhere, told apart by the colour-blind too.
+"""Styles of all figures: the same colour for a model everywhere, suitable for colour blindness.
 
-The family gives the hue (Okabe & Ito's blue, vermilion and green) and the marker; the size within
-the family gives the shade and the marker's area. So a figure printed in grey can still be read.
+The family determines the hue (Okabe & Ito's blue, vermilion and green) and the marker; the size
+within the family determines shade and marker area. Figures are also readable in grey.
 """
 
 from collections.abc import Iterable
@@ -20,26 +20,26 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 HUES = {"ViT": "#0072B2", "ResNet": "#D55E00", "hybrid": "#009E73"}
-HALO = [withStroke(linewidth=2, foreground="white")]  # of text that may cross a line
+HALO = [withStroke(linewidth=2, foreground="white")]  # for text that may cross a line
 MARKERS = {"ViT": "o", "ResNet": "s", "hybrid": "D"}
-# The paper's models, from small to large; a study adds its own behind.
+# The paper's models, from small to large; a study's models follow.
 ORDER = {
     "ViT": ["ViT-b/32", "ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14"],
     "ResNet": ["R50x1", "R50x2", "R101x1", "R152x1", "R152x2", "R152x4", "R200x3"],
     "hybrid": ["R50x1+ViT-B/32", "R50x1+ViT-B/16", "R50x1+ViT-L/32", "R50x1+ViT-L/16"],
 }
-OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # what is no model
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # lines that aren't models
 
 
 class Looks:
-    """Colours, markers and areas of models: the paper's, or those of a study."""
+    """Colours, markers and areas of the models of the paper or a study."""
 
     def __init__(self, sizes: dict[str, Iterable[str]] | None = None):
         self._order = {f: list(m) for f, m in (sizes or ORDER).items()}
         self.family = {model: family for family, all_ in self._order.items() for model in all_}
 
     def _rank(self, model: str) -> float:
-        """0 for the smallest of its family, 1 for the largest."""
+        """Returns 0 for the smallest of its family, 1 for the largest."""
         models = self._order[self.family[model]]
         return models.index(model) / max(len(models) - 1, 1)
 
@@ -56,7 +56,7 @@ class Looks:
         return 30 + 90 * self._rank(model)
 
     def style(self, model: str) -> dict:
-        """Of a line through the model's points."""
+        """Returns the style of a line through the model's points."""
         return {
             "color": self.colour(model),
             "marker": self.marker(model),
@@ -68,7 +68,7 @@ class Looks:
 
 
 def new_figure(panels: int, width: float = 4.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """A row of panels, in inches for print."""
+    """Creates a row of panels; sizes in inches per panel."""
     plt.rcParams.update(
         {
             "font.size": 10,
@@ -87,7 +87,7 @@ def new_figure(panels: int, width: float = 4.4, height: float = 3.6) -> tuple[Fi
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PDF and PNG, without the date, so that the same data give the same file."""
+    """Saves as PDF and PNG without the date, so that files are reproducible."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
@@ -98,7 +98,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
-    """Names right of the ends of lines (name, x, y, colour), pushed apart where they would meet."""
+    """Labels ends of lines (name, x, y, colour) on the right, without overlaps."""
     ends = sorted(ends, key=lambda end: end[2])
     at = [axes.transData.transform(end[1:3]) * 72 / axes.figure.dpi for end in ends]  # in points
     rows = [row for _, row in at]
@@ -111,7 +111,7 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
             if j < i and rows[i] - rows[j] < 10:
                 rows[i] = rows[j] + 10
     top = axes.transAxes.transform((0, 1))[1] * 72 / axes.figure.dpi - 3
-    for i in reversed(range(len(ends))):  # back down, if that led out of the panel
+    for i in reversed(range(len(ends))):  # back down, to stay in the panel
         rows[i] = min([rows[i], top, *(rows[j] - 10 for j in neighbours(i) if j > i)])
     for (name, x, y, colour), (_, row), moved in zip(ends, at, rows, strict=True):
         axes.annotate(
@@ -122,7 +122,7 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic x with labels enough within one decade, and not too many over several."""
+    """Sets a logarithmic x axis with a readable number of labels."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     steps = (1, 2, 5) if high < 30 * low else (1,)
@@ -135,7 +135,7 @@ def log_axis(axes: Axes) -> None:
 
 
 def compact(number: int) -> str:
-    """9,000,000 -> 9M."""
+    """Formats 9,000,000 as 9M."""
     return f"{number / 1e6:g}M" if number >= 1e6 else f"{number:,}"
 
 

@@ -1,4 +1,4 @@
-"""Records of runs -> points: one measured accuracy each, with what was spent for it."""
+"""Converts records of runs to points: accuracies with their pretraining compute."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from experiments.scaling.study import Study, expand
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What one pretrained model is worth on one task."""
+    """The accuracy of one pretrained model on one task."""
 
     model: str
     family: str
@@ -26,7 +26,7 @@ class Point:
     seed: int
     task: str  # "digits 5-shot", "digits fine-tuned", "upstream"
     accuracy: float  # percent
-    noise: float  # its standard deviation from the draw of shots, or a finite test set: percent
+    noise: float  # standard deviation from drawing shots or a finite test set, percent
     exaflops: float  # of pretraining
     images_seen: int
     parameters: int
@@ -34,10 +34,10 @@ class Point:
 
 
 def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
-    """All points of the runs of the study that are done.
+    """Returns the points of all finished runs.
 
-    Of a run's evaluations, and of a sweep's runs, the one counts that is best in `study.select`: an
-    upstream metric, which the tasks' test images have no part in; without one, the last.
+    Selects the evaluation and sweep point with the best `study.select`, an upstream metric
+    independent of the tasks' test images; without one, the last.
     """
     runs = {run.name: run for run in expand(study)}
     done = [r for name, r in records.items() if name in runs and r["status"] == "done"]
@@ -64,7 +64,7 @@ def points(study: Study, records: dict[str, dict[str, Any]]) -> list[Point]:
 def _task(metric: str, config: dict[str, Any]) -> str | None:
     if match := re.fullmatch(r"(\w+)/(\d+)shot", metric):
         return f"{match[1]} {match[2]}-shot"
-    # Of a run without labels it is the share of patches: nothing to compare the others with.
+    # Without labels, upstream accuracy is that of patches, which isn't comparable.
     supervised = config.get("loss.name") != "masked_patches"
     return "upstream" if metric == "validation/accuracy" and supervised else None
 
@@ -84,13 +84,13 @@ def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Ite
     for (start, task), (_, record, last) in best.items():
         value = last["test/accuracy"]
         noise = _noise("test/accuracy", value, last)
-        # Without pretraining nothing was spent for it.
+        # Without pretraining the compute is 0.
         pretraining = upstream.get(start) or {**record, "steps": 0}
         yield _point(pretraining, record["labels"], f"{task} fine-tuned", value, noise)
 
 
 def _noise(metric: str, value: float, evaluation: dict[str, float]) -> float:
-    """Standard deviation of a share: of the draws of shots, else of so many test images."""
+    """Returns an accuracy's standard deviation over draws of shots, else from the test set size."""
     draws = evaluation.get(f"{metric}_std", 0.0)
     examples = evaluation.get(f"{metric.rpartition('/')[0]}/examples")
     return draws if examples is None else (value * (1 - value) / examples) ** 0.5
@@ -112,7 +112,7 @@ def _point(record: dict, labels: dict, task: str, value: float, noise: float) ->
 
 
 def write_csv(path: Path, rows: Iterable[Any]) -> None:
-    """Dataclasses or dicts as CSV."""
+    """Writes dataclasses or dicts as CSV."""
     rows = [dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -127,7 +127,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def grouped(items: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
-    """Lists of points by key, in the order in which keys first come."""
+    """Groups points by key, in order of first occurrence."""
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -135,12 +135,12 @@ def grouped(items: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, li
 
 
 def kind_of(task: str) -> str:
-    """What is measured: "5-shot", "fine-tuned" or "upstream"."""
+    """Returns the kind of a task: "5-shot", "fine-tuned" or "upstream"."""
     return task.rpartition(" ")[2]
 
 
 def average_tasks(found: list[Point], kind: str) -> list[Point]:
-    """Means over all tasks of a kind ("5-shot", ...), of the runs that have them all."""
+    """Averages over all tasks of a kind ("5-shot", ...), for runs that have all of them."""
     some = [p for p in found if kind_of(p.task) == kind]
     tasks = {p.task for p in some}
     result = []

@@ -1,1 +1,1 @@
-"""What a step takes: FLOPs, memory, time and price, on devices that are here or not."""
+"""FLOPs, memory, time and price of a training step, also for devices that aren't attached."""

@@ -1,13 +1,16 @@
-"""The chips a run may be planned for, one table: what their makers publish.
+"""Published specifications of the chips that a run can be planned for.
 
-TPU: "System architecture" of docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}. Those of
-v5e, v5p, v6e and TPU7x were read again in November 2026: peak, HBM, ICI (published both ways: half
-of it here) and the network's Gbit/s of a chip (v5e: its pod's 6.4 Tbit/s over 256). Links of v2 and
-v3: Norrie et al., "The Design Process for Google's Training Chips: TPUv2 and TPUv3", IEEE Micro
-2021; of v4: arXiv 2304.01433, Table 4. MXUs: the same pages, and jax's own table (0.10.2,
-jax/_src/pallas/mosaic/tpu_info.py), which has two of 256 x 256 a core of v6e and TPU7x.
-GPU: NVIDIA's data sheets of the SXM boards and of the DGX and HGX systems around them, without
-sparsity; memory is what nvidia-smi shows.
+Sources:
+
+- TPU: "System architecture" of docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}; v5e to
+  TPU7x as of November 2026. ICI bandwidths are published for both directions and halved here. The
+  network bandwidth of v5e is its pod's 6.4 Tbit/s divided by 256 chips.
+- Links of v2 and v3: Norrie et al., "The Design Process for Google's Training Chips: TPUv2 and
+  TPUv3", IEEE Micro 2021. Links of v4: arXiv 2304.01433, Table 4.
+- MXUs: the same pages and jax 0.10.2 (jax/_src/pallas/mosaic/tpu_info.py), which lists two of
+  256 x 256 per core for v6e and TPU7x.
+- GPU: NVIDIA's data sheets of SXM boards and DGX and HGX systems, without sparsity. Memory is as
+  nvidia-smi shows it.
 """
 
 import dataclasses
@@ -19,20 +22,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; a jax device is 1 / `devices` of it. Bandwidths are bytes/s in one direction."""
+    """A chip with `devices` jax devices. Bandwidths are in bytes/s and one direction."""
 
     name: str
     device_kinds: tuple[str, ...]  # `jax.Device.device_kind`
     peak_flops: float  # FLOP/s, dense bfloat16
     hbm_gib: float
     hbm_bandwidth: float
-    link_bandwidth: float  # to the chips around it: all ICI or NVLink links together
+    link_bandwidth: float  # sum of all ICI or NVLink links
     network_bandwidth: float | None = None  # to other slices or nodes; None: not published
     devices: int = 1
-    # TPU alone. Usable: what libtpu 0.0.42 lets the program of a device have, from its messages.
+    # TPU only. Memory that libtpu 0.0.42 lets one device's program use, from its messages.
     usable_gib: float = 0.0
-    # Of a device's matrix units: 2 x MXUs x rows x columns, of v6e and TPU7x doubled, without which
-    # the published peak would need a clock of 3.5 GHz and the compiler's cycles would exceed it.
+    # Per device: 2 x MXUs x rows x columns. Doubled for v6e and TPU7x: otherwise the published peak
+    # would imply a clock of 3.5 GHz, and the compiler's estimates would exceed the peak.
     flops_per_cycle: int = 0
     pod: tuple[int, ...] = ()  # chips along the sides of the largest slice
 
@@ -42,24 +45,23 @@ class Chip:
 
     @property
     def device_peak_flops(self) -> float:
-        """FLOP/s of one jax device."""
+        """Peak FLOP/s of one jax device."""
         return self.peak_flops / self.devices
 
     @property
     def device_hbm_gib(self) -> float:
-        """GiB that a program may use of one jax device.
+        """GiB that a program can use on one jax device.
 
-        Of a GPU it is the part that jax takes unless told otherwise, XLA_PYTHON_CLIENT_MEM_FRACTION
-        = 0.75.
+        For GPUs this is jax's default share, XLA_PYTHON_CLIENT_MEM_FRACTION = 0.75.
         """
         return self.usable_gib if self.is_tpu else 0.75 * self.hbm_gib
 
     @property
     def clock(self) -> float:
-        """Hz of the matrix units: the published peak over the FLOPs of a cycle. TPU alone.
+        """Clock of a TPU's matrix units in Hz: published peak / FLOPs per cycle.
 
-        This gives the 700, 940 and 1050 MHz that are published of v2, v3 and v4. Of later chips no
-        clock is published; theirs come out as 1.50 (v5e), 1.75 (v5p, v6e) and 2.20 GHz (TPU7x).
+        Gives the published 700, 940 and 1050 MHz for v2, v3 and v4. Later chips have no published
+        clock; the results are 1.50 (v5e), 1.75 (v5p, v6e) and 2.20 GHz (TPU7x).
         """
         return self.device_peak_flops / self.flops_per_cycle
 
@@ -101,6 +103,6 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def num_chips(devices: int) -> float:
-    """Chips of so many of jax's devices; one that isn't in the table is a chip."""
+    """Converts a number of jax devices to chips; unknown devices count as one chip each."""
     kind = jax.devices()[0].device_kind
     return devices / next((chip.devices for chip in _TABLE if kind in chip.device_kinds), 1)

@@ -1,6 +1,6 @@
-"""What the compiler says of a program: memory, cycles, FLOPs and collectives of one device.
+"""Reads memory, cycles, FLOPs and collectives of one device from a compiled program.
 
-XLA counts the body of a loop once; here everything is multiplied by the loop's trips.
+XLA's cost analysis counts a loop's body once. Here everything is multiplied by the trip count.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from vit_jax.costs.chips import Chip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)?(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$")
-# TPUs send what crosses from slice to slice through their hosts.
+# TPUs communicate between slices through their hosts.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _KERNEL = re.compile(
@@ -30,11 +30,11 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device."""
+    """Memory of one device's program, in bytes."""
 
     arguments: int
     temporaries: int
-    outputs: int  # those that take no argument's place
+    outputs: int  # not aliased with arguments
     code: int
 
     @property
@@ -44,10 +44,10 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A program inside the program that XLA doesn't see into: of Pallas, or cuDNN's attention.
+    """A custom call that XLA can't analyse: a Pallas kernel or cuDNN's attention.
 
-    `flops` and `bytes` (of the device's memory) of one call are what its author states to XLA;
-    None: nothing.
+    `flops` and `bytes` (device memory traffic) per call are its stated cost estimate; None without
+    one. `times`: calls per step.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Kernel:
     times: int = 1
 
     def seconds(self, chip: Chip) -> float | None:
-        """The least time of all calls: at the peak or at the memory's full bandwidth."""
+        """Roofline time of all calls in seconds: at the peak or the full memory bandwidth."""
         if self.flops is None or self.bytes is None:
             return None
         compute = self.flops / chip.device_peak_flops
@@ -65,26 +65,21 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A communication of every step. `bytes`: of the whole array of one device, gathered."""
+    """A collective operation.
+
+    `bytes`: size of the full (gathered) array on one device. `times`: calls per step.
+    """
 
     kind: str
     bytes: int
-    group: tuple[int, ...]  # devices that take part; of several groups the first
+    group: tuple[int, ...]  # participating devices; the first of several groups
     times: int = 1
 
-    @property
-    def wire_bytes(self) -> float:
-        """What each device must send at least, once: an all-reduce scatters, then gathers."""
-        if self.kind == "collective-permute":
-            return self.bytes
-        size = len(self.group)
-        return self.bytes * (size - 1) / size * (2 if self.kind == "all-reduce" else 1)
-
     def seconds(self, chip: Chip, island: int) -> float | None:
-        """The least time of all of them; `island`: devices joined by the chip's own links.
+        """Minimum time of all calls in seconds; None if the network bandwidth is unknown.
 
-        A group that spans several islands reduces within each before it uses the network. None
-        when the network's bandwidth is not known.
+        `island`: number of devices connected by the chip's own links. A group over several islands
+        reduces within each island first, then over the network.
         """
         islands = len({device // island for device in self.group})
         inside = len(self.group) // islands
@@ -103,7 +98,7 @@ class Collective:
 
 
 class OutOfMemory(Exception):
-    """The program needs more memory than the device has: GiB of both, as the compiler says."""
+    """The program needs more memory than the device has; both in GiB, from the compiler."""
 
     def __init__(self, needed: float, capacity: float):
         super().__init__(f"needs {needed:.2f} GiB of {capacity:.2f} GiB")
@@ -111,7 +106,7 @@ class OutOfMemory(Exception):
 
 
 def compile_for(lowered: Any) -> Any:
-    """Compiles a lowered program; raises OutOfMemory where that is why it can't be."""
+    """Compiles a lowered program; raises OutOfMemory if it doesn't fit the device."""
     try:
         return lowered.compile()
     except RuntimeError as error:
@@ -121,7 +116,7 @@ def compile_for(lowered: Any) -> Any:
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
-    """Reads the compiler's error: `Used 21.3G of 15.75G hbm` and the like; None if it's another."""
+    """Parses errors such as `Used 21.3G of 15.75G hbm`; returns None for other errors."""
     size = r"([\d.]+)([KMGT])"
     match = re.search(rf"Used {size} of {size} hbm", message) or re.search(
         rf"\({size}\) exceeds available HBM \({size}\)", message
@@ -133,7 +128,7 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def memory(compiled: Any) -> Memory:
-    """The compiler's account of one device's memory."""
+    """Returns the compiler's memory analysis of one device."""
     stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -145,7 +140,7 @@ def memory(compiled: Any) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO's text."""
+    """One line of HLO text."""
 
     name: str
     shape: str
@@ -161,7 +156,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The TPU compiler's estimate of one run; None where it says that it has none."""
+        """The TPU compiler's estimated cycles of one run; None if it has no estimate."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         cycles = int(match[1]) if match else 0
         return None if cycles == 2**63 - 1 else cycles
@@ -172,15 +167,15 @@ class Instruction:
 
 
 class Program:
-    """A compiled program, read from `compiled.as_text()`.
+    """A compiled program, parsed from `compiled.as_text()`.
 
-    `slices`: the first device of each, where TPUs of several slices run it.
+    `slices`: the first device of each TPU slice.
     """
 
     def __init__(self, text: str, slices: tuple[int, ...] = (0,)):
         self._slices = slices
         self._computations: dict[str, dict[str, Instruction]] = {}
-        self.unknown_loops = 0  # loops whose trips could not be read, counted as one
+        self.unknown_loops = 0  # loops with an unknown trip count, counted as one trip
         self._entry = ""
         name, current = "", {}
         for line in text.splitlines():
@@ -198,21 +193,21 @@ class Program:
                     match[2], match[3], match[4], operands, attributes, bool(match[1]), name
                 )
         if not self._entry:
-            raise ValueError("no ENTRY in the program's text: expected what as_text() gives")
-        self._times: dict[str, int] = {}  # each computation's runs in one step
+            raise ValueError("no ENTRY in the program's text: expected the result of as_text()")
+        self._times: dict[str, int] = {}  # computation -> runs per step
         self._run(self._entry, 1)
 
     def _run(self, name: str, times: int) -> None:
         self._times[name] = self._times.get(name, 0) + times
         for instruction in self._computations[name].values():
             if instruction.opcode.endswith(("-done", "-update")):
-                continue  # names again what its start has called
+                continue  # repeats the computation of its start
             trips = self._trips(name, instruction) if instruction.opcode == "while" else 1
             for called in instruction.called():
                 self._run(called, times * trips)
 
     def _trips(self, computation: str, loop: Instruction) -> int:
-        """Of `for i in range(a, b, c)`: as XLA notes it, or by `i < b` and `i + c` in its text."""
+        """Returns a loop's trip count: as annotated, or from `i < b` and `i + c` in the text."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(match[1])
         scope, condition, body = (
@@ -235,26 +230,26 @@ class Program:
         return 1
 
     def instructions(self) -> Iterator[tuple[int, dict[str, Instruction], Instruction]]:
-        """How often each runs in a step, its computation by name, and itself."""
+        """Yields runs per step, the enclosing computation (name -> instruction), and each one."""
         for name, times in self._times.items():
             for instruction in self._computations[name].values():
                 yield times, self._computations[name], instruction
 
     @property
     def cycles(self) -> int:
-        """The TPU compiler's estimated cycles of one device, but for waiting, and for kernels."""
+        """The TPU compiler's estimated cycles of one device, without waiting and kernels."""
         return sum(times * (i.cycles or 0) for times, _, i in self.instructions())
 
     @property
     def without_estimate(self) -> int:
-        """How many of the instructions that run in a step `cycles` counts as 0 for want of one."""
+        """Number of executed instructions without an estimate, which `cycles` counts as 0."""
         return sum(times for times, _, i in self.instructions() if i.cycles is None)
 
     @property
     def flops(self) -> int:
-        """Of one device's matrix products and convolutions, those recomputed included.
+        """FLOPs of one device's matrix products and convolutions, including recomputation.
 
-        Those of kernels, where these state any, too.
+        Includes the stated FLOPs of kernels.
         """
         total = 0
         for times, scope, instruction in self.instructions():
@@ -266,7 +261,7 @@ class Program:
 
     @property
     def kernels(self) -> list[Kernel]:
-        """Every call of a kernel; of none of them `cycles` knows."""
+        """All calls of kernels, which `cycles` doesn't include."""
         found = []
         for times, _, instruction in self.instructions():
             attributes = instruction.attributes
@@ -283,13 +278,13 @@ class Program:
 
     @property
     def collectives(self) -> list[Collective]:
-        """Every communication, one for all the parts that the compiler may spread it over."""
+        """All collectives; those that the compiler splits into parts count once."""
         found: dict[str, Collective] = {}
         for times, scope, instruction in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
             group = None
             if match := _BETWEEN_SLICES.search(instruction.attributes):
-                if kind != "send":  # its "recv" says the same
+                if kind != "send":  # its "recv" is the same transfer
                     continue
                 kind, group = match[1].lower().replace("_", "-"), self._slices
             if kind in COLLECTIVES:
@@ -298,7 +293,9 @@ class Program:
                 group = group or _first_group(instruction.attributes)
                 if kind == "all-gather":
                     size *= len(group)
-                if instruction.computation.startswith("all-reduce-scatter"):  # as TPUs do it
+                if instruction.computation.startswith(
+                    "all-reduce-scatter"
+                ):  # a reduce-scatter on TPUs
                     kind = "reduce-scatter"
                 found[channel] = Collective(kind, size, group, times)
         return list(found.values())
@@ -309,7 +306,7 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
 
 
 def _constant(scope: dict[str, Instruction], name: str) -> int | None:
-    """A whole number, or copies of it; None for what is computed."""
+    """Returns an integer constant, also through copies; None for computed values."""
     while scope[name].opcode in ("copy", "copy-done", "copy-start", "bitcast"):
         name = scope[name].operands[0]
     value = scope[name].operands[0] if scope[name].opcode == "constant" else ""
@@ -335,7 +332,7 @@ def _dot_flops(scope: dict[str, Instruction], dot: Instruction) -> int:
 
 
 def _convolution_flops(scope: dict[str, Instruction], conv: Instruction) -> int:
-    """2 for each tap that meets an element and not padding, as XLA counts them.
+    """Counts 2 FLOPs per kernel tap on an element, none on padding, as XLA does.
 
     The TPU compiler writes matrix products as convolutions whose windows are mostly padding.
     """
@@ -361,7 +358,7 @@ def _convolution_flops(scope: dict[str, Instruction], conv: Instruction) -> int:
 
 
 def _first_group(attributes: str) -> tuple[int, ...]:
-    """The first of `replica_groups`, in any of the ways that XLA writes them."""
+    """Returns the first group of a collective, in any of XLA's notations."""
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, match[1].split(",")))
     if match := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes):
@@ -375,13 +372,13 @@ def _first_group(attributes: str) -> tuple[int, ...]:
         elif match[4]:
             ids = np.array([int(n) for n in match[4].split(",")])
         inside = tuple(slice(None) if f"'{axis}'" in match[5] else 0 for axis in axes)
-        if ":" not in match[5]:  # which would be a part of an axis
+        if ":" not in match[5]:  # a colon marks part of an axis
             return tuple(ids.reshape(*axes.values())[inside].reshape(-1).tolist())
     raise ValueError(f"cannot read the devices of a collective: {attributes[:200]}")
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """XLA's short form of a list of devices: [2,4]T(1,0) is 0 4 1 5 2 6 3 7."""
+    """Expands XLA's short form of a device list: [2,4]T(1,0) is 0 4 1 5 2 6 3 7."""
     shape = [int(n) for n in dims.split(",")]
     axes = [int(n) for n in order.split(",")] if order else range(len(shape))
     return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)

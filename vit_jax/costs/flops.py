@@ -1,10 +1,10 @@
-r"""How much arithmetic a model needs, by formula.
+r"""Computes parameters and FLOPs of a model by formula.
 
 python -m vit_jax.costs.flops [variant ...]
 
-prints parameters, multiply-accumulates (MACs) and compute of pretraining of the named variants, of
-all of them without a name, the compute column of the paper's Table 6 beside ours, and the MFU that
-the days of its Table 2 imply.
+prints parameters, multiply-accumulates (MACs) and pretraining compute of the variants (default:
+all). It also compares our compute with Table 6 of arXiv 2010.11929, and prints the MFU that the
+TPU days in its Table 2 imply.
 
 Letters in the formulas: N tokens, D width, M MLP width, C channels.
 """
@@ -43,7 +43,7 @@ TABLE_6: tuple[tuple[str, int, int], ...] = (
     ("R50x1+ViT-L/16", 7, 859),
     ("R50x1+ViT-L/16", 14, 1668),
 )
-# The one row that contradicts another: twice the epochs are less than twice the compute.
+# A probable misprint of Table 6: it contradicts the row of twice the epochs.
 MISPRINT = ("R50x1+ViT-L/16", 7, 859)
 JFT_IMAGES = 303_000_000
 
@@ -59,9 +59,9 @@ Size = tuple[int, int]  # rows, columns
 
 
 def forward_macs(model: Model) -> int:
-    """Multiply-accumulates of one image's forward pass: matrix products and convolutions alone.
+    """Counts multiply-accumulates of one image's forward pass: matrix products and convolutions.
 
-    Taps of a convolution on padding are not counted, as XLA does not, nor Table 6.
+    Like XLA and Table 6, doesn't count a convolution's taps on padding.
     """
     count = {ViT: _vit, ResNet: _resnet, Mixer: _mixer}[type(model.module)]
     macs, features = count(model.module, model.image_size)
@@ -69,29 +69,29 @@ def forward_macs(model: Model) -> int:
 
 
 def training_flops(model: Model) -> int:
-    """Model FLOPs of one image's training: forward and backward, nothing recomputed.
+    """Counts model FLOPs of training on one image: forward and backward, without recomputation.
 
-    A multiply-accumulate is 2 FLOPs and the backward pass costs two forward passes; this convention
-    reproduces the compute column of arXiv 2010.11929, Table 6.
+    A multiply-accumulate is 2 FLOPs, and the backward pass costs two forward passes. This
+    convention reproduces the compute column of arXiv 2010.11929, Table 6.
     """
     return 6 * forward_macs(model)
 
 
 def pretraining_exaflops(variant: str, epochs: int, images: int = JFT_IMAGES) -> float:
-    """Compute of Table 6: epochs of JFT-300M at 224 pixels, with one class, so without a head."""
+    """Computes Table 6's exaFLOPs: epochs of JFT-300M at 224 pixels, with one class."""
     model = build_model(ModelConfig(variant), 1, (224, 224))
     return training_flops(model) * images * epochs / 1e18
 
 
 def device_days(exaflops: float, mfu: float, chip: Chip) -> float:
-    """Days that one jax device of `chip` (of TPU v3: a core) takes at a model FLOPs utilisation."""
+    """Returns days on one jax device of `chip` (TPU v3: a core) at a model FLOPs utilisation."""
     return exaflops * 1e18 / (mfu * chip.device_peak_flops) / 86_400
 
 
 def published_parameters(model: Model) -> int:
-    """Parameters as the official checkpoints count them.
+    """Counts parameters as in official checkpoints.
 
-    Their learned position embedding has a slot for the class token; ours is inside the token.
+    Their learned position embedding has a slot for the class token; ours is part of the token.
     """
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -102,7 +102,7 @@ def published_parameters(model: Model) -> int:
 
 
 def _vit(vit: ViT, size: Size) -> tuple[int, int]:
-    """MACs up to the head, of the hybrid too, and the number of features that the head sees."""
+    """Returns the MACs of a ViT or hybrid without the head, and the head's input features."""
     config, channels, macs = vit.config, 3, 0
     if vit.stem is not None:
         macs, size, channels = _stem(vit.stem, size)
@@ -111,7 +111,7 @@ def _vit(vit: ViT, size: Size) -> tuple[int, int]:
     macs += math.prod(size) * channels * config.width  # every pixel is in one patch
     block = _attention(config, tokens, tokens) + _mlp(config, tokens, config.width, config.mlp_dim)
     if vit.positions.kind == "relative":
-        # Queries meet the keys of offsets in every layer; at the stem those of later ones are 0.
+        # Products of queries and offset keys, in every layer, even where the keys are 0.
         block += tokens**2 * config.width
     macs += config.depth * block
     if vit.pool == "map":
@@ -123,7 +123,7 @@ def _vit(vit: ViT, size: Size) -> tuple[int, int]:
 
 
 def _mixer(mixer: Mixer, size: Size) -> tuple[int, int]:
-    """As `_vit`. Each channel is to the mixing of tokens what each token is to that of channels."""
+    """Returns MACs and features like `_vit`. Token mixing is an MLP over N for each channel."""
     config, patches = mixer.config, math.prod(size) // mixer.patch**2
     across_tokens = _mlp(config, config.width, patches, mixer.token_mlp_dim)
     across_channels = _mlp(config, patches, config.width, config.mlp_dim)
@@ -132,24 +132,24 @@ def _mixer(mixer: Mixer, size: Size) -> tuple[int, int]:
 
 
 def _resnet(resnet: ResNet, size: Size) -> tuple[int, int]:
-    """As `_vit`."""
+    """Returns MACs and features like `_vit`."""
     macs, _, channels = _stem(resnet.stem, size)
     return macs, channels
 
 
 def _attention(config: TransformerConfig, queries: int, tokens: int) -> int:
-    """q and out of the queries, k and v of the tokens: D^2 each; scores and sum of values: N D."""
+    """Counts q, out per query and k, v per token (D^2 each), scores and weighted sum (N D each)."""
     projections = (2 * queries + 2 * tokens) * config.width**2
     return projections + 2 * queries * tokens * config.width
 
 
 def _mlp(config: TransformerConfig, vectors: int, width: int, mlp_dim: int) -> int:
-    """D M for each of two dense layers; SwiGLU has a third."""
+    """Counts D M per vector and dense layer: two, or three with SwiGLU."""
     return (3 if config.mlp == "swiglu" else 2) * vectors * width * mlp_dim
 
 
 def _stem(config: StemConfig, size: Size) -> tuple[int, Size, int]:
-    """MACs of root and stages, and the rows, columns and channels of what they put out."""
+    """Returns the MACs of root and stages, the output's (rows, columns), and its channels."""
 
     def halved(size: Size) -> Size:
         return -(-size[0] // 2), -(-size[1] // 2)
@@ -159,7 +159,7 @@ def _stem(config: StemConfig, size: Size) -> tuple[int, Size, int]:
         return math.prod(taps) * inputs * outputs
 
     macs = conv(7, 2, size, 3, config.width)
-    size, channels = halved(halved(size)), config.width  # by the root and by the pooling
+    size, channels = halved(halved(size)), config.width  # by the root and the pooling
     for stage, units in enumerate(config.stages):
         width = config.width * 2**stage
         for unit in range(units):
@@ -175,16 +175,16 @@ def _stem(config: StemConfig, size: Size) -> tuple[int, Size, int]:
 
 
 def _taps(side: int, kernel: int, stride: int) -> int:
-    """How often taps of a kernel that slides along a side of the image meet a pixel, not padding.
+    """Counts the kernel taps on pixels, not padding, along one side of the image.
 
-    The padding is v2's, alike before and behind; that of v1 is the same or its mirror image.
+    Assumes v2's symmetric padding; v1's is the same or mirrored, with the same count.
     """
     starts = range(-(kernel // 2), side - kernel // 2, stride)
     return sum(min(start + kernel, side) - max(start, 0) for start in starts)
 
 
 def variant_row(variant: str) -> str:
-    """Parameters and GMACs with 1,000 classes; exaFLOPs of 7 epochs of JFT-300M."""
+    """Formats parameters and GMACs with 1,000 classes, and exaFLOPs of 7 JFT-300M epochs."""
     large = 378 if variant.endswith("/14") else 384
     models = [build_model(ModelConfig(variant), 1000, (side, side)) for side in (224, large)]
     gmacs, gmacs_large = (forward_macs(model) / 1e9 for model in models)
@@ -195,7 +195,7 @@ def variant_row(variant: str) -> str:
 
 
 def table_6_row(row: tuple[str, int, int]) -> str:
-    """The paper's exaFLOPs, ours, and by how much ours differ."""
+    """Formats the paper's exaFLOPs, ours, and the difference."""
     variant, epochs, paper = row
     ours = pretraining_exaflops(variant, epochs)
     note = ""
@@ -209,7 +209,7 @@ def table_6_row(row: tuple[str, int, int]) -> str:
 
 
 def table_2_row(row: tuple[str, str, int, int, int]) -> str:
-    """The paper's TPUv3-core-days, the MFU that they imply, and what they'd be at 40 %."""
+    """Formats the paper's TPUv3-core-days, the implied MFU, and our core-days at 40% MFU."""
     variant, dataset, images, epochs, paper = row
     exaflops = pretraining_exaflops(variant, epochs, images)
     ours = device_days(exaflops, 0.4, CHIPS["v3"])
@@ -220,7 +220,7 @@ def table_2_row(row: tuple[str, str, int, int, int]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the tables, as Markdown."""
+    """Prints the tables as Markdown."""
     with configuration.explained_errors():
         print(
             "1,000 classes; 384 px is 378 where the patch is 14; exaFLOPs: 7 epochs of JFT-300M\n"

@@ -1,4 +1,4 @@
-"""What a plan says, as plain values for JSON and as text: the compiler's estimates, labelled so."""
+"""Formats plans as JSON values and as text. Estimates are labelled as such."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from vit_jax.costs.topology import Topology
 
 
 def device_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of one device's part of a tree, without the padding of its layout."""
+    """Returns the bytes of one device's shards of a tree, without layout padding."""
     parts = jax.tree.map(
         lambda s, at: s.dtype.itemsize * math.prod(at.shard_shape(s.shape)), shapes, shardings
     )
@@ -21,11 +21,17 @@ def device_bytes(shapes: Any, shardings: Any) -> int:
 def memory_report(
     shapes: Any, shardings: Any, compiled: Any | OutOfMemory, capacity: float
 ) -> dict:
-    """GiB of one device, by the compiler; what doesn't fit has a peak, and no parts but the state.
+    """Returns the compiler's memory analysis of one device, in GiB.
 
-    `shapes` and `shardings` are of the train state, `capacity` is a device's. Keys: capacity, fits,
-    parameters, optimizer (with the parameters' running average), peak, and of what fits arguments
-    (all of the state and the batch, padded), temporaries, program.
+    Args:
+      shapes: of the train state.
+      shardings: of the train state.
+      compiled: the compiled step, or the error if it doesn't fit.
+      capacity: memory of one device, in GiB.
+
+    Returns:
+      "capacity", "fits", "parameters", "optimizer" (with the parameters' average) and "peak". If
+      it fits, also "arguments" (state and batch, padded), "temporaries" and "program".
     """
     parameters = device_bytes(shapes.params, shardings.params)
     report = {
@@ -47,7 +53,7 @@ def memory_report(
 
 
 def collectives_report(collectives: list[Collective], topology: Topology) -> list[dict]:
-    """One device's communication in a step: of each kind and group size, the sums."""
+    """Sums one device's collectives of a step by kind and group size."""
     island = topology.num_devices // topology.islands
     rows: dict[tuple[str, int], dict] = {}
     for collective in collectives:
@@ -67,9 +73,9 @@ def collectives_report(collectives: list[Collective], topology: Topology) -> lis
 
 
 def kernels_report(kernels: list[Kernel], chip: Chip) -> list[dict]:
-    """One device's kernels in a step: of each name, the sums; None where a kernel states nothing.
+    """Sums one device's kernels of a step by name; values are None without a cost estimate.
 
-    They are not in the compiler's cycles; `roofline_seconds` is the least that they take.
+    The compiler's cycles don't include kernels; `roofline_seconds` is their minimum time.
     """
     rows: dict[str, dict] = {}
     for kernel in kernels:
@@ -98,10 +104,16 @@ def run_report(
     mfu: float | None = None,
     price: float | None = None,
 ) -> dict:
-    """What a run takes, from the seconds of a step or from an MFU.
+    """Computes time and price of a run from either the seconds per step or an MFU.
 
-    `flops`: the model's of a step, on all chips, nothing recomputed. Chip-hours of v2, v3 and TPU7x
-    are of chips, with two cores (devices) each.
+    Args:
+      topology: the chips.
+      flops: model FLOPs of a step over all chips, without recomputation.
+      batch_size: images per step.
+      steps: steps of the run.
+      seconds: per step.
+      mfu: model FLOPs utilisation, in [0, 1].
+      price: per chip-hour. A chip of v2, v3 or TPU7x has two devices.
     """
     peak = topology.chip.peak_flops * topology.num_chips
     seconds = flops / (mfu * peak) if seconds is None else seconds
@@ -120,14 +132,14 @@ def run_report(
 
 
 def remedies(report: dict) -> list[str]:
-    """What would make a step fit that doesn't: by proportion, so `--search` has the last word."""
+    """Suggests options that may make a step fit, by proportion; `--search` verifies them."""
     sizes, mesh, devices = report["memory_gib"], report["mesh"], report["devices"]
     state = sizes["parameters"] + sizes["optimizer"]
     activations = sizes["peak"] - state
     room = sizes["capacity"] - state
     found = []
     if report["remat"] != "full":
-        found.append("remat: --config.model.remat=full keeps the input of each layer alone")
+        found.append("remat: --config.model.remat=full saves only the input of each layer")
     per_device = report["batch_size"] // (mesh["data"] * mesh["fsdp"])
     for times in range(2, per_device + 1):
         if per_device % times == 0 and activations / times <= room:
@@ -144,11 +156,11 @@ def remedies(report: dict) -> list[str]:
     if room > 0:
         chips = 2 ** math.ceil(math.log2(activations / room)) * report["chips"]
         found.append(f"a larger slice: {chips} chips with the same global batch")
-    return found or ["none of them alone: FSDP and remat together, or fewer images a step"]
+    return found or ["no single option: combine FSDP and remat, or use a smaller batch"]
 
 
 def show(report: dict) -> str:
-    """The plan as a table."""
+    """Formats a plan as a table."""
     sizes = report["memory_gib"]
     mesh = " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items())
     lines = [
@@ -157,11 +169,11 @@ def show(report: dict) -> str:
         f"{report['topology']}: {report['chips']:,} chips, {report['devices']:,} devices, "
         f"mesh {mesh}, remat {report['remat']}, {report['accumulation']} microbatch(es)",
         "",
-        "Memory of a device, GiB: the compiler's account",
+        "Memory of a device, GiB, as compiled",
     ]
     notes = {
         "arguments": "  the two above and the batch, padded",
-        "init_peak": "  while the parameters are born",
+        "init_peak": "  during initialisation",
         "without_flash": "  peak with --config.model.attention=xla",
     }
     for name in (
@@ -174,17 +186,17 @@ def show(report: dict) -> str:
     verdict = "fits" if sizes["fits"] else "DOES NOT FIT"
     lines.append(f"  {'capacity':13} {sizes['capacity']:9.2f}  {verdict}")
     if not sizes["fits"]:
-        lines += ["", "What would make it fit, by proportion (--search compiles it):"]
+        lines += ["", "Options that may make it fit, by proportion (--search compiles them):"]
         lines += [f"  {remedy}" for remedy in remedies(report)]
     lines += ["", "FLOPs of a step, all chips", f"  {'model':13} {report['flops']['model']:9.3g}"]
     if "compiled" in report["flops"]:
         total, recomputed = report["flops"]["compiled"], report["flops"]["recomputed"]
         lines.append(f"  {'compiled':13} {total:9.3g}  {recomputed:+.1%}: recomputed, if more")
     if "collectives" in report:
-        lines += ["", "Communication of a device in a step: bytes, at the links' full bandwidth"]
+        lines += ["", "Communication of a device in a step, at full link bandwidth"]
         for row in report["collectives"]:
             seconds = row["roofline_seconds"]
-            shown = "network's bandwidth unknown" if seconds is None else f"{seconds * 1e3:9.2f} ms"
+            shown = "unknown network bandwidth" if seconds is None else f"{seconds * 1e3:9.2f} ms"
             lines.append(
                 f"  {row['count']:4} x {row['kind']:18} of {row['devices']:4} devices "
                 f"{row['gib']:8.3f} GiB {shown}"
@@ -194,15 +206,15 @@ def show(report: dict) -> str:
     if "cycles" in report:
         lines += [
             "",
-            f"Estimated cycles of a device: {report['cycles']:,}, the compiler's: "
+            f"Cycles of a device, estimated by the compiler: {report['cycles']:,}: "
             f"{report['compute_seconds'] * 1e3:.1f} ms",
         ]
         if unknown := report["instructions_without_estimate"]:
-            lines.append(f"  of {unknown} instruction(s) the compiler says none: they count as 0")
+            lines.append(f"  {unknown} instruction(s) without an estimate count as 0")
     if report.get("kernels"):
         lines += [
             "",
-            "Kernels, of which the compiler estimates nothing: at the peak or memory-bound",
+            "Kernels, not in the compiler's estimate: roofline time",
         ]
         for row in report["kernels"]:
             cost = "states no costs" + ": NOT in the time" * ("cycles" in report)
@@ -225,7 +237,7 @@ def show(report: dict) -> str:
 
 
 def show_ranked(reports: list[dict]) -> str:
-    """Those that fit, the fastest first."""
+    """Formats the plans that fit as a table, fastest first."""
     lines = ["  step ms    MFU  peak GiB  remat  microbatches  mesh"]
     for report in sorted(reports, key=lambda r: r["run"]["step_seconds"]):
         mesh = " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items())

@@ -1,4 +1,4 @@
-"""From `v5e:16x16` to devices that programs can be compiled for, and that need not exist here."""
+"""Opens topologies such as `v5e:16x16` for ahead-of-time compilation, without the devices."""
 
 import dataclasses
 import importlib.util
@@ -12,8 +12,8 @@ from jax.experimental import topologies
 from vit_jax.config import unknown
 from vit_jax.costs.chips import CHIPS, GIB, Chip
 
-# Without the first, libtpu asks a metadata server that only TPU VMs have; the others keep a second
-# process from being refused, and libtpu from complaining that this is no TPU VM.
+# The first keeps libtpu from querying the metadata server of TPU VMs. The others allow a second
+# process and silence warnings outside TPU VMs.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -21,8 +21,9 @@ LIBTPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# What XLA asks of a GPU: multiprocessors, FP32 units and bytes of shared memory in each, bytes of
-# L2 cache, GHz, compute capability. From NVIDIA's white papers of Ampere, Hopper and Blackwell.
+# XLA's GPU parameters: multiprocessors, FP32 units and bytes of shared memory per multiprocessor,
+# bytes of L2 cache, clock in GHz, compute capability. From NVIDIA's white papers of Ampere, Hopper
+# and Blackwell.
 GPU_TARGETS = {
     "a100": (108, 64, 164 * 1024, 40 * 2**20, 1.41, 8),
     "h100": (132, 128, 228 * 1024, 50 * 2**20, 1.98, 9),
@@ -33,7 +34,7 @@ GPU_TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`num_slices` slices of chips in a grid of `shape`; GPUs: nodes, and GPUs in each."""
+    """`num_slices` TPU slices of grid `shape`, or GPUs with `shape` = (nodes, GPUs per node)."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class Topology:
 
     @property
     def islands(self) -> int:
-        """Groups of chips joined by their own links: slices, or nodes."""
+        """Number of groups of chips connected by their own links: slices or nodes."""
         return self.num_slices if self.chip.is_tpu else self.shape[0]
 
     @property
@@ -61,7 +62,7 @@ class Topology:
 def parse_topology(text: str, num_slices: int = 1) -> Topology:
     """Reads `v5e:16x16`, `v4:8x8x16`, or for GPUs `h100:8` and `h100:32x8` (nodes x GPUs).
 
-    Raises ValueError for a chip, shape or number of slices that doesn't exist, with the nearest.
+    Raises ValueError for an unknown chip or an impossible shape or number of slices.
     """
     name, _, sides = text.partition(":")
     if name not in CHIPS:
@@ -77,8 +78,8 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     if not chip.is_tpu:
         if len(shape) > dims or num_slices > 1:
             raise ValueError(
-                f"topology {text!r} with num_slices = {num_slices}: GPUs have nodes and GPUs in "
-                f"each: {name}:8 or {name}:32x8, without slices"
+                f"topology {text!r} with num_slices = {num_slices}: expected GPUs, or nodes "
+                f"x GPUs, such as {name}:8 or {name}:32x8, without slices"
             )
         return Topology(chip, (1, *shape)[-2:])
     if dims == 3:
@@ -86,7 +87,8 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     if len(shape) != dims or any(a > b for a, b in zip(sorted(shape), chip.pod, strict=True)):
         raise ValueError(
             f"topology {text!r}: {name} has slices of {dims} sides, the largest "
-            f"{name}:{'x'.join(map(str, chip.pod))}; more chips are several slices (--num_slices)"
+            f"{name}:{'x'.join(map(str, chip.pod))}; for more chips use several slices "
+            "(--num_slices)"
         )
     even = tuple(n + n % 2 for n in shape[:2]) + shape[2:]
     if even != shape and math.prod(shape) > 1:
@@ -98,9 +100,9 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
 
 
 def open_topology(topology: Topology) -> list[jax.Device]:
-    """The devices of `topology`, known to the compiler alone.
+    """Returns devices that programs can be compiled for, but not run on.
 
-    Raises ValueError when the compiler for them isn't installed or refuses the topology.
+    Raises ValueError if the compiler for them isn't installed or rejects the topology.
     """
     kind, module, extra = ("GPU", "jax_plugins.xla_cuda12", "cuda")
     if topology.chip.is_tpu:
@@ -110,17 +112,17 @@ def open_topology(topology: Topology) -> list[jax.Device]:
             f"{topology}: the compiler for {kind}s is not installed; it needs no {kind}: "
             f"pip install 'vit_jax[{extra}]'"
         )
-    jax.config.update("jax_platforms", "cpu")  # the devices that are here, if any, stay untouched
+    jax.config.update("jax_platforms", "cpu")  # doesn't allocate local devices
     try:
         return _open_tpus(topology) if topology.chip.is_tpu else _open_gpus(topology)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"{topology}: the compiler refuses it: {error}") from error
+        raise ValueError(f"{topology}: the compiler rejects it: {error}") from error
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor the package around it
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -128,7 +130,7 @@ def _open_tpus(topology: Topology) -> list[jax.Device]:
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {}
-    if topology.chip.name == "v4":  # as Cloud TPUs run: both cores one device
+    if topology.chip.name == "v4":  # as on Cloud TPUs: one device for both cores
         options["chip_config_name"] = "megacore"
     if math.prod(topology.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -139,7 +141,7 @@ def _open_tpus(topology: Topology) -> list[jax.Device]:
 
 
 def _open_gpus(topology: Topology) -> list[jax.Device]:
-    # Its autotuner needs a device, and without it some of its products don't compile.
+    # Triton's autotuner needs a device; without one, some matrix products don't compile.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false"
     nodes, gpus = topology.shape
@@ -149,7 +151,7 @@ def _open_gpus(topology: Topology) -> list[jax.Device]:
 
 
 def _gpu_target(chip: Chip) -> str:
-    """XLA's GpuTargetConfigProto, as text."""
+    """Returns XLA's GpuTargetConfigProto as text."""
     cores, fpus, shared, l2_cache, clock, major = GPU_TARGETS[chip.name]
     return f"""
 gpu_device_info {{

@@ -1,1 +1,1 @@
-"""How good it is."""
+"""Evaluation protocols and their registry, calibration and intervals."""

@@ -23,7 +23,7 @@ def bin_confidences(confidence: jax.Array, correct: jax.Array, mask: jax.Array) 
 
 
 def bin_predictions(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Does the same on the host in float64: [N, C], [N] -> [3, BINS]."""
+    """Sums like `bin_confidences`, on the host in float64: [N, C], [N] -> [3, BINS]."""
     confidence = probabilities.max(axis=1)
     values = (np.ones_like(confidence), probabilities.argmax(axis=1) == labels, confidence)
     return np.stack([np.bincount(bin_index(confidence), v, minlength=BINS) for v in values])
@@ -41,11 +41,11 @@ def calibration_error(bins: np.ndarray) -> float:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the T > 0 that minimises the cross-entropy of softmax(logits / T): [N, C], [N] -> T.
 
-    Temperature scaling (Guo et al., section 4.2) changes no prediction. Fit it on a dev split. The
-    loss is convex in 1 / T. T is limited to [0.01, 100], which it reaches where all labels are
-    predicted correctly, or no better than by chance.
+    Temperature scaling (Guo et al., section 4.2) doesn't change predictions. Fit it on a dev split.
+    The loss is convex in 1 / T. T is limited to [0.01, 100]; it reaches a limit if all predictions
+    are correct, or no better than chance.
     """
-    from scipy import optimize, special  # a third of a second, which pretraining need not wait for
+    from scipy import optimize, special  # takes a third of a second; pretraining doesn't need it
 
     logits = logits.astype(np.float64)
     right = logits[np.arange(len(labels)), labels]

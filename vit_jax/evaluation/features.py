@@ -1,4 +1,4 @@
-"""Whole datasets through a model: batches on the mesh, and frozen representations."""
+"""Runs a model over whole datasets: batches on the mesh, and frozen features."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -17,10 +17,10 @@ Batches = Callable[[], Iterator[dict[str, jax.Array]]]
 def make_batches(
     source: Source, data: DataConfig, model: Model, mesh: Mesh, batch_size: int
 ) -> Batches:
-    """A function that iterates over the dataset, in global batches as `eval_batches` makes them.
+    """Returns a function that iterates over the dataset in global batches of `eval_batches`.
 
-    ValueError at once, not at the first evaluation hours later, for a batch that doesn't divide or
-    a preprocessing that doesn't work.
+    Raises ValueError at once for a batch size that doesn't divide or invalid preprocessing, not at
+    the first evaluation hours later.
     """
     check_batch_size(batch_size, mesh)
 
@@ -40,9 +40,10 @@ def make_batches(
 def make_extractor(
     model: Model, mesh: Mesh, output: str = "features"
 ) -> Callable[[dict, Batches], tuple[np.ndarray, np.ndarray]]:
-    """(params, batches) -> (outputs float32 [N, D], labels [N] or [N, K]), in dataset order.
+    """Returns a function (params, batches) -> (outputs, labels), in dataset order.
 
-    `output`: the "features" that the head takes, or its "logits". Every process gets all of them.
+    `output`: "features", the head's input, or "logits". Outputs are float32 [N, D], labels [N] or
+    [N, K]. Every process gets all of them.
     """
 
     def forward(params, batch):
@@ -63,7 +64,7 @@ def make_extractor(
 def extract_split(
     sources: Mapping[str, Source], data: DataConfig, model: Model, mesh: Mesh, batch_size: int
 ) -> Callable[[dict, str], tuple[np.ndarray, np.ndarray]]:
-    """(params, name of a source) -> its features and labels, as `make_extractor` gives them."""
+    """Returns a function (params, name in `sources`) -> (features [N, D], labels [N])."""
     batches = {
         name: make_batches(source, data, model, mesh, batch_size)
         for name, source in sources.items()
@@ -73,11 +74,11 @@ def extract_split(
 
 
 def open_single_label(data: DataConfig) -> Source:
-    """The source; ValueError if its examples have several labels."""
+    """Opens a dataset; raises ValueError if its examples have several labels."""
     source = open_data(data)
     if source.labels_per_example is not None:
         raise ValueError(
-            f"{data.dataset} has several labels an image: this protocol takes one. Evaluate with "
+            f"{data.dataset} has several labels per image, this protocol needs one: use "
             "--protocol=classification"
         )
     return source

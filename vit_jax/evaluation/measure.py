@@ -1,4 +1,4 @@
-"""Measures a trained model on a dataset, by any protocol of the registry."""
+"""Evaluates a trained model on a dataset with any protocol of the registry."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from vit_jax.weights.trained import TrainedModel, load
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Mapping):
-    """What was measured: a mapping from names, such as "accuracy", to values."""
+    """The results of an evaluation: a mapping from names, such as "accuracy", to values."""
 
     model: str
     dataset: str
@@ -54,23 +54,26 @@ def evaluate(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Measures a model on a dataset.
+    """Evaluates a model on a dataset.
 
     Args:
       model: a model, or anything that `load` reads.
       dataset: a name or a path, as a recipe's `data.dataset`.
-      protocol: "classification" measures the model's own head. The others measure its frozen
-        features, with `train_split` to learn from: "fewshot", "knn", "linear".
-      split: where accuracy is measured.
-      dev_split: where l2 is chosen (fewshot, linear), or a temperature is fitted (classification).
+      protocol: "classification" evaluates the model's own head. "fewshot", "knn" and "linear"
+        evaluate its frozen features.
+      split: split to measure on.
+      train_split: split to fit on (fewshot, knn, linear).
+      dev_split: split to choose l2 on (fewshot, linear) or to fit a temperature on
+        (classification).
       preprocess: as a recipe's `data.preprocess`; by default the model's own.
-      data_dir: where prepared datasets lie.
-      batch_size: images at a time, over all processes.
-      loss: the loss that classification reports, "softmax" or "sigmoid".
+      data_dir: folder of prepared datasets.
+      batch_size: images per batch, over all processes.
+      loss: loss that classification reports, "softmax" or "sigmoid".
       mesh: by default all devices of all processes.
       **options: other fields of the protocol's `Config`.
 
-    Raises ValueError for a dataset, option or class names that don't fit the model.
+    Raises:
+      ValueError: a dataset, option or class names that don't fit the model.
     """
     model = model if isinstance(model, TrainedModel) else load(model)
     mesh = mesh or make_mesh(MeshConfig())
@@ -85,9 +88,7 @@ def evaluate(
         if "dev_split" in known:
             fields["dev_split"] = dev_split
         elif dev_split:
-            raise ValueError(
-                f"dev_split = {dev_split!r}: {protocol} chooses nothing on a dev split"
-            )
+            raise ValueError(f"dev_split = {dev_split!r}: {protocol} doesn't use a dev split")
     if strange := sorted(options.keys() - known):
         raise unknown(f"option of {protocol}", strange[0], known - {"protocol", "data"})
     config = config_type(**fields)

@@ -1,8 +1,7 @@
-"""The registry of evaluators: a file of `evaluation/protocols/` is a protocol of that name.
+"""The registry of evaluators: each file of `evaluation/protocols/` is a protocol of that name.
 
-Such a file has a dataclass `Config`, a subclass of `EvaluatorConfig`, and a function
-`make(config, model, mesh, objective)` that returns params -> {name: value}. Nothing else has to
-know of a new protocol.
+A protocol has a dataclass `Config`, a subclass of `EvaluatorConfig`, and a function `make(config,
+model, mesh, objective)` that returns an `Evaluator`. A new protocol needs no other change.
 """
 
 import dataclasses
@@ -21,13 +20,13 @@ from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig
 from vit_jax.models.variants import Model
 
-Objective = LossConfig | MaskedPatchConfig  # what the model was trained for
+Objective = LossConfig | MaskedPatchConfig  # what the model was trained with
 Evaluator = Callable[[dict], dict[str, float]]  # params -> {name: value}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatorConfig:
-    """What all evaluators have; `protocol` selects the subclass when a recipe is read."""
+    """Fields of all evaluators; `protocol` selects the subclass."""
 
     data: DataConfig
     batch_size: int = 256
@@ -40,7 +39,7 @@ class EvaluatorConfig:
 
 
 def list_protocols() -> list[str]:
-    """Returns the protocols' names."""
+    """Returns the names of the protocols."""
     return sorted(module.name for module in pkgutil.iter_modules(protocols.__path__))
 
 
@@ -49,7 +48,7 @@ def make_evaluator(
 ) -> Evaluator:
     """Opens the data and returns the evaluator. Raises ValueError for data that don't fit."""
     protocol = config.protocol
-    # A model that was trained without labels has no classifier: its own objective is measured.
+    # A model trained on masked patches has no classifier, so its own objective is measured.
     if protocol == "classification" and isinstance(objective, MaskedPatchConfig):
         protocol = "masked_patches"
     return _module(protocol).make(config, model, mesh, objective)

@@ -1,4 +1,4 @@
-"""Classification losses. Letters in shapes: B images, C classes, K labels an image at most."""
+"""Classification losses. Letters in shapes: B images, C classes, K labels per image at most."""
 
 import dataclasses
 

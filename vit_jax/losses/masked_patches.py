@@ -1,9 +1,9 @@
 """Masked patch prediction: pretraining without labels (arXiv 2010.11929, appendix B.1.2).
 
-Half of an image's patches are corrupted, and the model predicts of each of these what it looked
-like: the mean colour in 3 bits a channel, by default.
+Corrupts half of an image's patches. The model predicts the original content of each of them; by
+default the mean colour, with 3 bits per channel.
 
-Letters in shapes: B images, N patches, K predictions a patch, P a patch's sides in pixels.
+Letters in shapes: B images, N patches, K predictions per patch, P patch side in pixels.
 """
 
 import dataclasses
@@ -18,16 +18,20 @@ from vit_jax.models.transformer import fold_keys
 from vit_jax.models.variants import Model, ModelConfig, normalize
 
 COLORS = 512  # 3 bits of each of red, green and blue
-MASK = -1  # in `sources`: the learned mask embedding
+MASK = -1  # patch index of the learned mask embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPatchConfig:
-    """What is hidden and what is predicted; the defaults are the paper's.
+    """Corruption and targets; the defaults are the paper's.
 
-    Targets: "mean_color", one of 512; "colors_4x4", the same of the patch shrunk to 4 x 4;
-    "pixels", all of the patch, by least squares. Of the corrupted patches `masked` are replaced by
-    the mask embedding and `swapped` by another patch of the image; the rest stay as they are.
+    Attributes:
+        target: "mean_color", one of 512 colours per patch; "colors_4x4", one for each cell of the
+            patch resized to 4 x 4; "pixels", all pixels of the patch, with squared error.
+        corrupted: share of the patches to corrupt and predict.
+        masked: share of the corrupted patches replaced by the mask embedding.
+        swapped: share of the corrupted patches replaced by another patch of the image. The rest
+            stay unchanged.
     """
 
     target: str = "mean_color"
@@ -48,11 +52,14 @@ class MaskedPatchConfig:
 
 
 def corrupt(config: MaskedPatchConfig, key: jax.Array, patches: int) -> tuple[jax.Array, jax.Array]:
-    """Which patches of an image to corrupt, and how: (sources int32 [N], corrupted bool [N]).
+    """Draws the corruption of one image.
 
-    A patch's embedding becomes that of patch `sources`, which is itself unless it is corrupted, or
-    `MASK`. How many are corrupted each way is the same in every image, so that a mean over images
-    is one over patches, and microbatches weigh alike.
+    The number of corrupted patches of each kind is the same for all images, so that images and
+    microbatches have equal weight.
+
+    Returns:
+        patch indices int32 [N]: the patch whose embedding to use (itself if unchanged), or `MASK`;
+        and bool [N], True for the corrupted patches, which the model predicts.
     """
     for_rank, for_swap = jax.random.split(key)
     count = max(1, round(config.corrupted * patches))
@@ -61,12 +68,12 @@ def corrupt(config: MaskedPatchConfig, key: jax.Array, patches: int) -> tuple[ja
     rank = jax.random.permutation(for_rank, patches)
     itself = jnp.arange(patches)
     another = (itself + jax.random.randint(for_swap, (patches,), 1, max(patches, 2))) % patches
-    sources = jnp.where(rank < masked + swapped, another, itself)
-    return jnp.where(rank < masked, MASK, sources), rank < count
+    patch_indices = jnp.where(rank < masked + swapped, another, itself)
+    return jnp.where(rank < masked, MASK, patch_indices), rank < count
 
 
 def split_patches(images: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Images [B, H, W, 3] -> their patches [B, N, H / rows, W / columns, 3]."""
+    """Splits images [B, H, W, 3] into patches [B, N, H / rows, W / columns, 3]."""
     batch, height, width, channels = images.shape
     rows, columns = grid
     cells = images.reshape(batch, rows, height // rows, columns, width // columns, channels)
@@ -74,25 +81,25 @@ def split_patches(images: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def quantize(colors: jax.Array) -> jax.Array:
-    """Colours [..., 3] in [-1, 1] -> one of 512, int32 [...]: the upper 3 bits of 8 of each."""
+    """Quantises colours [..., 3] in [-1, 1] to int32 [...] in [0, 512): 3 bits per channel."""
     levels = jnp.clip((colors + 1.0) * 4.0, 0.0, 7.0).astype(jnp.int32)
     return (levels * jnp.array([64, 8, 1])).sum(axis=-1)
 
 
 def mean_color(patches: jax.Array) -> jax.Array:
-    """Patches [B, N, P, P, 3] -> [B, N, 1]."""
+    """Computes the target "mean_color": patches [B, N, P, P, 3] -> int32 [B, N, 1]."""
     return quantize(patches.mean(axis=(2, 3)))[..., None]
 
 
 def colors_4x4(patches: jax.Array) -> jax.Array:
-    """Patches [B, N, P, P, 3] -> [B, N, 16]."""
+    """Computes the target "colors_4x4": patches [B, N, P, P, 3] -> int32 [B, N, 16]."""
     batch, number = patches.shape[:2]
     cells = split_patches(patches.reshape(-1, *patches.shape[2:]), (4, 4))
     return quantize(cells.mean(axis=(2, 3))).reshape(batch, number, 16)
 
 
 def pixels(patches: jax.Array) -> jax.Array:
-    """Patches [B, N, P, P, 3] -> [B, N, P * P * 3]."""
+    """Computes the target "pixels": patches [B, N, P, P, 3] -> [B, N, P * P * 3]."""
     return patches.reshape(*patches.shape[:2], -1)
 
 
@@ -100,9 +107,9 @@ TARGETS = {"mean_color": mean_color, "colors_4x4": colors_4x4, "pixels": pixels}
 
 
 def patch_outputs(config: MaskedPatchConfig, patch: tuple[int, int]) -> int:
-    """How many numbers the model predicts of a patch of (height, width) pixels.
+    """Returns the number of outputs per patch of (height, width) pixels.
 
-    Raises ValueError for "colors_4x4" where 4 does not divide the patch.
+    Raises ValueError for "colors_4x4" if 4 doesn't divide the patch.
     """
     if config.target == "colors_4x4" and (patch[0] % 4 or patch[1] % 4):
         raise ValueError(f"colors_4x4 of patches of {patch[0]} x {patch[1]}: 4 must divide both")
@@ -111,12 +118,12 @@ def patch_outputs(config: MaskedPatchConfig, patch: tuple[int, int]) -> int:
 
 
 def predicting(config: MaskedPatchConfig, model: Model) -> ModelConfig:
-    """The config of a model like `model` that predicts patches.
+    """Returns the config of `model` with patch outputs.
 
-    Raises ValueError for one that has none, and as `patch_outputs`.
+    Raises ValueError for a model without patches, and if `patch_outputs` does.
     """
     if model.grid is None:
-        raise ValueError(f"masked_patches: {model.config.variant} has no patches, take a ViT")
+        raise ValueError(f"masked_patches: {model.config.variant} has no patches; use a ViT")
     patch = tuple(side // n for side, n in zip(model.image_size, model.grid, strict=True))
     return dataclasses.replace(model.config, patch_outputs=patch_outputs(config, patch))
 
@@ -130,17 +137,28 @@ def masked_patch_losses(
     *,
     train: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each image, over its corrupted patches: (mean loss [B], share predicted right [B]).
+    """Computes losses and accuracies over the corrupted patches of each image.
 
-    Cross-entropy, or mean squared error for pixels, of which a prediction is right within 1/8, half
-    a step of the 3 bits. `keys` [B] decide what is corrupted and, with `train`, dropout.
+    The loss is cross-entropy, or mean squared error for "pixels".
+
+    Args:
+        config: corruption and targets.
+        model: a model with patch outputs (see `predicting`).
+        params: its parameters.
+        images: [B, H, W, 3], uint8 or float in [-1, 1].
+        keys: PRNG keys [B] for the corruption and, with `train`, for dropout.
+        train: whether dropout is on.
+
+    Returns:
+        The mean loss [B] and the share of correct predictions [B]. A predicted pixel is correct
+        within 1/8, half a step of 3 bits.
     """
     images = normalize(images)
     target = TARGETS[config.target](split_patches(images, model.grid))  # [B, N, K]
     corrupt_image = jax.vmap(corrupt, (None, 0, None))
-    # The model folds 0, 1 and 2 into an image's key.
-    sources, corrupted = corrupt_image(config, fold_keys(keys, 3), target.shape[1])
-    predicted = model.apply(params, images, keys if train else None, sources).patches
+    # The model folds 0, 1 and 2 into each image's key.
+    patch_indices, corrupted = corrupt_image(config, fold_keys(keys, 3), target.shape[1])
+    predicted = model.apply(params, images, keys if train else None, patch_indices).patches
     if config.target == "pixels":
         losses = jnp.square(predicted - target)
         right = jnp.abs(predicted - target) < 1 / 8

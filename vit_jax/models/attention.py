@@ -1,7 +1,9 @@
-"""The core of attention, equations 6 and 7 of arXiv 2010.11929. `hardware` chooses how it runs.
+"""Scaled dot-product attention, equations 6 and 7 of arXiv 2010.11929, in three implementations.
 
-- `xla`: plain attention. Scores and softmax are float32 arrays. Attention dropout, `intermediates`
-  and the decoder (masks, a cache) need the weights themselves, so they use it.
+`hardware.choose_attention` chooses one:
+
+- `xla`: plain attention, with float32 scores and softmax in memory. Attention dropout,
+  `intermediates`, relative positions, masks and the decoder's cache require it.
 - `pallas`: the TPU kernel of `models.flash`. Other platforms interpret it, for tests.
 - `cudnn`: NVIDIA's flash attention, in bfloat16.
 - `auto`: in bfloat16 `pallas` on TPUs from v4 on and `cudnn` on GPUs; otherwise `xla`.
@@ -55,9 +57,16 @@ def attention_weights(
 def flash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """Attention without the weights in memory: [B, N, H, K], [B, M, H, K] twice -> [B, N, H, K].
+    """Computes attention without storing the weights.
 
-    cuDNN requires N = M.
+    Args:
+        query: [B, N, H, K].
+        key: [B, M, H, K]; M = N for cuDNN.
+        value: [B, M, H, K].
+        implementation: "pallas" or "cudnn".
+
+    Returns:
+        [B, N, H, K].
     """
     if implementation == "pallas":
         heads = query.shape[2]
@@ -69,15 +78,23 @@ def flash_attention(
 def pallas_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array, heads: int
 ) -> jax.Array:
-    """Runs `flash.flash_attention` on each device: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
+    """Runs `flash.flash_attention` on each device's images and heads.
 
-    Adds `biases` (none or three, [H K]) to query, key and value.
+    Args:
+        query: [B, N, H K].
+        key: [B, M, H K].
+        value: [B, M, H K].
+        biases: none or three, each [H K], added to query, key and value.
+        heads: H.
+
+    Returns:
+        [B, N, H K].
     """
     batch, _, features = query.shape
     kernel = functools.partial(
         flash.flash_attention, head_dim=features // heads, interpret=interprets_pallas()
     )
-    # One bias per image: XLA adds up their gradients.
+    # The kernel takes one bias per image; XLA sums the gradients over images.
     biases = tuple(jnp.broadcast_to(b.astype(jnp.float32), (batch, 1, features)) for b in biases)
     return map_images_and_heads(lambda q, k, v, *b: kernel(q, k, v, b or None), heads)(
         query, key, value, *biases
@@ -87,9 +104,9 @@ def pallas_attention(
 def even_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, implementation: str
 ) -> jax.Array:
-    """Like `flash_attention`, with jax's attention; pads an odd N with one masked token.
+    """Computes `flash_attention` with `jax.nn`; pads an odd N with one masked token.
 
-    cuDNN refuses odd numbers of tokens (197, 577) in training.
+    cuDNN supports only even numbers of tokens in training; ViTs have 197 or 577.
     """
     tokens = query.shape[1]
     lengths = None

@@ -1,8 +1,9 @@
-"""The Transformer's other half (arXiv 1706.03762, section 3.1): the causal decoder.
+"""The causal Transformer decoder (arXiv 1706.03762, section 3.1), pre-norm like the encoder.
 
-Pre-norm, as the encoder, with whose attention and MLP it is made. Given an encoder's output it
-writes a sequence: captions, boxes, classes one after another. Letters in shapes: B sequences, T
-positions, M tokens of the encoder, D width, V vocabulary.
+Predicts a sequence from an encoder's output, for example a caption. No recipe trains it yet.
+
+Letters in shapes: B sequences, T positions, M encoder tokens, E encoder width, D width, V
+vocabulary.
 """
 
 import dataclasses
@@ -22,7 +23,11 @@ from vit_jax.models.transformer import (
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention, attention to the encoder's output, MLP: [B, T, D] -> [B, T, D]."""
+    """Causal self-attention, cross-attention, MLP: x [B, T, D], memory [B, M, E] -> [B, T, D].
+
+    `index` is the position of x's first token. With `cache_length`, self-attention reads and
+    writes a cache of that many positions.
+    """
 
     config: TransformerConfig
     cache_length: int | None
@@ -36,7 +41,7 @@ class DecoderBlock(nn.Module):
         def attention(name, cache_length=None):
             return MultiHeadAttention(config, cache_length, name=name)
 
-        # Position t attends to those up to itself; in a cache, what lies behind is not yet written.
+        # Position t attends to positions up to t. Later cache entries aren't written yet.
         now = index + jnp.arange(x.shape[1])
         mask = jnp.arange(self.cache_length or x.shape[1]) <= now[:, None]
         y = layer_norm(config, "LayerNorm_0")(x)
@@ -82,7 +87,10 @@ class _Decoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Sequences of up to `max_length` tokens out of `vocabulary`, given an encoder's output."""
+    """A decoder of up to `max_length` tokens from `vocabulary`.
+
+    Raises ValueError for encoder options in `config` that a decoder doesn't support.
+    """
 
     config: TransformerConfig
     vocabulary: int
@@ -93,27 +101,30 @@ class Decoder:
             value = getattr(self.config, field.name)
             absent = ("stochastic_depth", "layer_scale", "parallel", "scan", "remat", "attention")
             if field.name in absent and value != field.default:
-                raise ValueError(f"{field.name} = {value!r}: a decoder has no such thing")
+                raise ValueError(
+                    f"{field.name} = {value!r}: a decoder doesn't support it; leave it at "
+                    f"{field.default!r}"
+                )
 
     def init(self, key: jax.Array, memory_width: int) -> dict:
-        """Fresh float32 parameters, for an encoder `memory_width` wide."""
+        """Returns initial float32 parameters for encoder outputs of width `memory_width`."""
         inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, memory_width))
         return self._module().init(key, *inputs)["params"]
 
     def apply(
         self, params: dict, tokens: jax.Array, memory: jax.Array, keys: jax.Array | None = None
     ) -> jax.Array:
-        """All positions at once: tokens int [B, T], memory [B, M, E] -> logits [B, T, V].
+        """Computes all positions at once: tokens int [B, T], memory [B, M, E] -> [B, T, V].
 
-        Those at t are for the token at t + 1 and depend on tokens up to t alone. With `keys` [B]
-        dropout is on. ValueError for more than `max_length` tokens.
+        The logits at t predict token t + 1 from tokens up to t. With PRNG `keys` [B], dropout is
+        on. Raises ValueError for more than `max_length` tokens.
         """
         if tokens.shape[1] > self.max_length:
             raise ValueError(f"{tokens.shape[1]} tokens: expected at most {self.max_length}")
         return self._module().apply({"params": params}, tokens, memory, keys)
 
     def start(self, params: dict, memory: jax.Array) -> dict:
-        """An empty cache for decoding with `step`."""
+        """Returns an empty cache for `step`: keys and values of `max_length` positions."""
         tokens = jnp.zeros((memory.shape[0], 1), jnp.int32)
         step = self._module(caches=True).apply
         _, shapes = jax.eval_shape(
@@ -124,7 +135,7 @@ class Decoder:
     def step(
         self, params: dict, cache: dict, tokens: jax.Array, memory: jax.Array, index: jax.Array
     ) -> tuple[jax.Array, dict]:
-        """One position: the tokens int [B] at `index` -> (logits [B, V], the cache with them)."""
+        """Decodes one position: tokens int [B] at `index` -> logits [B, V] and the new cache."""
         logits, state = self._module(caches=True).apply(
             {"params": params, "cache": cache}, tokens[:, None], memory, None, index,
             mutable=["cache"],

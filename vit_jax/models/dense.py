@@ -1,4 +1,4 @@
-"""The linear layer, computed as one product of two matrices."""
+"""The linear layer, computed as one matrix product."""
 
 import math
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from vit_jax.parallel.mesh import gather_kernel
 class Dense(nn.Module):
     """A linear layer over one or more trailing axes: [..., *inputs] -> [..., *outputs].
 
-    Has the parameters of `nn.DenseGeneral`: kernel [*inputs, *outputs] and bias [*outputs]. The
-    product flattens these axes: with a head's 64 features as the last axis, XLA would pad them to
+    Parameters are those of `nn.DenseGeneral`: kernel [*inputs, *outputs] and bias [*outputs]. The
+    product flattens these axes. With a head's 64 features as the last axis, XLA would pad them to
     128 lanes or transpose around every attention.
     """
 
     outputs: tuple[int, ...]
     inputs: int = 1  # number of trailing axes of x to contract
     use_bias: bool = True
-    # Before a nonlinearity XLA fuses the sum in the bias's gradient: a plain addition is faster.
+    # Before a nonlinearity XLA fuses the bias's gradient, so that plain addition is faster.
     to_nonlinearity: bool = False
     dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()

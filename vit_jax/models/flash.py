@@ -1,24 +1,26 @@
-"""Attention as one TPU kernel a pass, for sequences of images: nothing of size N x N leaves VMEM.
+"""Attention as one fused TPU kernel per pass: the N x N scores never leave VMEM.
 
-A step of the grid computes some images and some heads whole. A vector register has 128 lanes, more
-than most heads have features, so `packed` heads lie side by side in a group of lanes as the
-projections leave them, and a head's share of a product is had by zeroing the others' lanes in one
-of its factors, which costs the matrix units nothing: they are 128 wide anyhow. Multiplied with the
-weights, lanes of ones in the place of the others' values give the softmax's denominator.
-Heads that fill no register, as ViT-H's 80 features, are groups of one, moved to a register's lanes
-by the load; they are padded, which sends them through HBM, where VMEM can't hold all of an image's.
+The formulas are FlashAttention's (arXiv 2205.14135) without its loop over keys: all keys fit in
+VMEM. `flash_plan` chooses the blocks. A grid step processes whole images and whole groups of heads;
+long sequences are processed in chunks of queries.
 
-Forward keeps log2 of the softmax's denominator (`lse`); backward computes weights from it again,
-transposed, [M, N]: what belongs to a query then lies along the lanes, and sums over keys run over
-whole registers. The formulas are FlashAttention's (arXiv 2205.14135), its loop over keys is not
-needed: all of them fit. Queries are cut into chunks where their scores would be large.
+- Packing: a register has 128 lanes, so several heads lie side by side in a group, as the
+  projections write them. A product for one head zeroes the other heads' lanes in one factor. This
+  costs nothing, because the matrix units are 128 wide.
+- Denominators: the lanes of the other heads' values are set to one, so the product of weights and
+  values also sums the weights.
+- Heads that don't pack, such as ViT-H's 80 features, are groups of one. Where VMEM can't hold all
+  of an image's heads, they are padded to 128 lanes, which takes a copy in HBM.
+- The forward pass keeps log2 of the softmax's denominator (`lse`). The backward pass recomputes the
+  weights from it, transposed to [M, N]: values per query lie along the lanes, and sums over keys
+  run over whole registers.
 
-Letters in shapes: B images, N queries, M keys, mostly the same tokens, H heads, K head's width.
+Letters in shapes: B images, N queries, M keys (mostly the same tokens), H heads, K features of a
+head.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,96 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-MAX_TOKENS = 2048
-MAX_CHUNK = 320  # queries whose scores are in VMEM at once
-MAX_BYTES = 6 * 2**20  # of VMEM, for what a step of the grid reads and writes, if it has a choice
-_NEVER = -1e30  # a score; minus infinity would make nan of rows that are masked as a whole
+from vit_jax.models.flash_plan import LANES, Plan
 
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How the work is cut: queries into `chunks` of `chunk`. `rows` are M, filled up."""
-
-    queries: int
-    tokens: int
-    heads: int
-    head_dim: int
-    scale: float
-    itemsize: int
-    masked: bool
-    interpret: bool
-
-    @property
-    def packed(self) -> int:
-        packed = LANES // self.head_dim
-        return 1 if LANES % self.head_dim or self.heads % packed else packed
-
-    @property
-    def width(self) -> int:
-        """Lanes of a group."""
-        return self.packed * self.head_dim
-
-    @property
-    def groups(self) -> int:
-        return self.heads // self.packed
-
-    @property
-    def chunks(self) -> int:
-        chunks = 1
-        while (size := -(-self.queries // chunks)) > MAX_CHUNK or size * self.tokens > 2**18:
-            chunks += 1
-        return chunks
-
-    @property
-    def chunk(self) -> int:
-        return -(-self.queries // (16 * self.chunks)) * 16
-
-    @property
-    def rows(self) -> int:
-        return -(-self.tokens // 16) * 16
-
-    @property
-    def base_2(self) -> float:  # softmax's e^(scale s) is 2^(base_2 s)
-        return self.scale * math.log2(math.e)
-
-    def at_once(self, most: int, arrays: int) -> int:
-        """Groups of heads in a step of the grid: about `most`, and whole registers or all."""
-        whole = math.lcm(self.width, LANES) // self.width
-        if self.groups % whole:
-            return self.groups
-        while most > whole and self.bytes(most, arrays) > MAX_BYTES:
-            most -= 1
-        return max(n for n in range(whole, max(most, whole) + 1, whole) if self.groups % n == 0)
-
-    def bytes(self, groups: int, arrays: int) -> int:
-        """Of VMEM, double-buffered, for an image's `arrays` like query in a step of the grid."""
-        rows = max(self.rows, self.chunks * self.chunk)
-        return 2 * arrays * rows * groups * self.width * self.itemsize
-
-    def images(self, batch: int, groups: int, arrays: int) -> int:
-        """Images in a step of the grid."""
-        most = max(1, min(8, MAX_BYTES // self.bytes(groups, arrays)))
-        return max(n for n in range(1, most + 1) if batch % n == 0)
-
-    def own_lanes(self, j: int) -> jax.Array:
-        """[1, 128]: the lanes of head `j` of a group."""
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        return (lane >= j * self.head_dim) & (lane < (j + 1) * self.head_dim)
-
-    def select(self, parts: list[jax.Array], shift: int = 0) -> jax.Array:
-        """Of [..., 128] a head, each head's own lanes, or those of the head `shift` after it."""
-        whole = parts[0]
-        for j in range(1, self.packed):
-            whole = jnp.where(self.own_lanes((j + shift) % self.packed), parts[j], whole)
-        return whole
-
-    def only(self, j: int, x: jax.Array) -> jax.Array:
-        """x [rows, 128], zero but for the lanes of head `j`."""
-        if self.packed == 1:
-            return x
-        keep = jnp.where(self.own_lanes(j), -1, 0)  # bits: not every chip selects among bfloat16
-        return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & keep, x.dtype)
+_NEVER = -1e30  # the score of padding; finite, because minus infinity could give nan
 
 
 def flash_attention(
@@ -125,32 +40,37 @@ def flash_attention(
     key: jax.Array,
     value: jax.Array,
     biases: Sequence[jax.Array] | None = None,
-    mask: jax.Array | None = None,
     *,
     head_dim: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v: [B, N, H K], [B, M, H K] twice -> [B, N, H K].
+    """Computes softmax(q k / sqrt(K)) v; sums and softmax are float32.
 
-    `biases`, float32 [B, 1, H K] thrice, are added to query, key and value first: their gradients
-    are sums over tokens, which the kernel has at hand. `mask` [B, M] is False for tokens that
-    nothing attends to. `interpret` runs the kernel without a TPU, slowly. Sums are in float32, as
-    is the softmax; the matrix units get the arguments' dtype.
+    Args:
+        query: [B, N, H K].
+        key: [B, M, H K], M at most `flash_plan.MAX_TOKENS`.
+        value: [B, M, H K].
+        biases: three float32 [B, 1, H K], added to query, key and value. The kernel computes their
+            gradients, which are sums over tokens.
+        head_dim: K.
+        interpret: runs the kernel in Pallas' interpreter, slowly, for devices other than TPUs.
+
+    Returns:
+        [B, N, H K] in the dtype of `query`.
     """
     batch, queries, features = query.shape
     tokens, heads = key.shape[1], features // head_dim
     query = jnp.pad(query, ((0, 0), (0, max(0, 16 - queries)), (0, 0)))  # to whole registers
-    plan = _Plan(
+    plan = Plan(
         queries=query.shape[1],
         tokens=tokens,
         heads=heads,
         head_dim=head_dim,
         scale=head_dim**-0.5,
         itemsize=query.dtype.itemsize,
-        masked=mask is not None,
         interpret=interpret,
     )
-    if plan.bytes(plan.at_once(1, 7), 7) > 2 * MAX_BYTES:
+    if not plan.fits:
         plan = dataclasses.replace(plan, head_dim=LANES)
 
     def widen(x):  # [B, ..., H K] -> [B, ..., H 128]
@@ -160,65 +80,59 @@ def flash_attention(
 
     if biases is None:
         biases = [jnp.zeros((batch, 1, features), jnp.float32)] * 3
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, plan.rows - tokens)))
-        mask = jnp.where(mask, 0.0, _NEVER).astype(jnp.float32)[:, None]
-    y = _attention(plan, *map(widen, (query, key, value)), tuple(map(widen, biases)), mask)
+    y = _attention(plan, *map(widen, (query, key, value)), tuple(map(widen, biases)))
     y = y.reshape(batch, -1, heads, plan.head_dim)[:, :queries, :, :head_dim]
     return y.reshape(batch, queries, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, biases, mask):
-    return _attention_forward(plan, query, key, value, biases, mask)[0]
+def _attention(plan, query, key, value, biases):
+    return _attention_forward(plan, query, key, value, biases)[0]
 
 
-def _attention_forward(plan, query, key, value, biases, mask):
-    # Outside the kernel: XLA adds while it multiplies. Named for `jax.checkpoint`, to be kept.
+def _attention_forward(plan, query, key, value, biases):
+    # Outside the kernel, because XLA fuses the sum into the projection. Named for `jax.checkpoint`.
     qkv = [
         checkpoint_name(x + b.astype(x.dtype), "qkv")
         for x, b in zip((query, key, value), biases, strict=True)
     ]
-    y, lse = _forward(plan, *qkv, mask)
-    return y, (*qkv, mask, lse)
+    y, lse = _forward(plan, *qkv)
+    return y, (*qkv, lse)
 
 
 def _attention_backward(plan, residuals, dy):
-    mask = residuals[3]
     dq, dk, dv, *biases = _backward(plan, *residuals, dy)
-    return dq, dk, dv, tuple(biases), None if mask is None else jnp.zeros_like(mask)
+    return dq, dk, dv, tuple(biases)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _forward(plan: _Plan, query, key, value, mask):
-    """(output like query, lse [B, H, chunks, chunk])."""
+def _forward(plan: Plan, query, key, value):
+    """Returns the output, like query, and lse [B, H, chunks, chunk]."""
     call = _Call(plan, query, most=8, arrays=4)
-    inputs = [call.queries, call.tokens, call.tokens] + [call.mask] * plan.masked
+    inputs = [call.queries, call.tokens, call.tokens]
     scratch = [pltpu.VMEM((plan.chunk, LANES), jnp.float32)] * 2
-    return call(_forward_kernel, 2, inputs, [call.queries, call.lse], scratch)(
-        *(query, key, value, mask)[: len(inputs)]
-    )
+    kernel = call(_forward_kernel, 2, inputs, [call.queries, call.lse], scratch)
+    return kernel(query, key, value)
 
 
-def _backward(plan: _Plan, query, key, value, mask, lse, dy):
-    """Gradients of query, key and value, and their sums over tokens, [B, 1, H K]."""
+def _backward(plan: Plan, query, key, value, lse, dy):
+    """Returns the gradients of query, key and value, and their sums over tokens, [B, 1, H K]."""
     call = _Call(plan, query, most=4, arrays=7)
     qkv = [call.queries, call.tokens, call.tokens]
-    inputs = [*qkv, call.queries, call.lse] + [call.mask] * plan.masked
-    return call(_backward_kernel, 5, inputs, qkv + [call.sums] * 3)(
-        *(query, key, value, dy, lse, mask)[: len(inputs)]
-    )
+    inputs = [*qkv, call.queries, call.lse]
+    kernel = call(_backward_kernel, 5, inputs, qkv + [call.sums] * 3)
+    return kernel(query, key, value, dy, lse)
 
 
 class _Call:
-    """The grid over images and groups of heads, and what a step of it sees of each array."""
+    """A `pallas_call` over images and groups of heads, with the block of each array."""
 
-    def __init__(self, plan: _Plan, query: jax.Array, most: int, arrays: int):
+    def __init__(self, plan: Plan, query: jax.Array, most: int, arrays: int):
         batch, _, features = query.shape
-        groups = plan.at_once(most, arrays)
-        images, lse = plan.images(batch, groups, arrays), (plan.chunks, plan.chunk)
+        groups = plan.groups_per_step(most, arrays)
+        images, lse = plan.images_per_step(batch, groups, arrays), (plan.chunks, plan.chunk)
         self.plan, self.images, self.groups = plan, images, groups
         self.grid = (batch // images, plan.groups // groups)
         self.queries, self.tokens = (
@@ -232,23 +146,23 @@ class _Call:
             pl.BlockSpec((images, groups * plan.packed, *lse), lambda i, g: (i, g, 0, 0)),
             jax.ShapeDtypeStruct((batch, plan.heads, *lse), jnp.float32),
         )
-        self.sums, self.mask = (
-            (
-                pl.BlockSpec((images, 1, block), lambda i, g, at=at: (i, 0, g * at)),
-                jax.ShapeDtypeStruct((batch, 1, lanes), jnp.float32),
-            )
-            for block, lanes, at in ((groups * plan.width, features, 1), (plan.rows, plan.rows, 0))
+        self.sums = (
+            pl.BlockSpec((images, 1, groups * plan.width), lambda i, g: (i, 0, g)),
+            jax.ShapeDtypeStruct((batch, 1, features), jnp.float32),
         )
 
     def __call__(
         self, kernel: Callable, products: int, inputs: list, outputs: list, scratch=()
     ) -> Callable:
-        """The kernel, which makes `products` matrix products of N x M x K for every head."""
+        """Returns the compiled kernel's function.
+
+        `products`: matrix products of size N x M x K per head, for the cost estimate.
+        """
 
         def step(*refs):
-            # Straight on for a few groups: the compiler hides one's latencies behind the others.
-            straight = (12 if products == 2 else 4) // self.groups
-            for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs), straight)
+            # Unrolled for a few groups, so that the compiler overlaps their latencies.
+            unroll = (12 if products == 2 else 4) // self.groups
+            for_each(self.images, lambda i: kernel(self.plan, self.groups, i, *refs), unroll)
 
         plan = self.plan
         scores = self.images * self.grid[0] * plan.heads * plan.queries * plan.tokens
@@ -271,23 +185,46 @@ class _Call:
         )
 
 
-def for_each(count: int, body: Callable[[Any], None], straight: int = 1) -> None:
-    """body(0), ..., body(count - 1): a loop, of which a turn is at most `straight` of them."""
-    straight = max(n for n in range(1, max(straight, 1) + 1) if count % n == 0)
+def for_each(count: int, body: Callable[[Any], None], unroll: int = 1) -> None:
+    """Runs body(0), ..., body(count - 1) in a loop with up to `unroll` calls per iteration."""
+    unroll = max(n for n in range(1, max(unroll, 1) + 1) if count % n == 0)
 
     def turn(i, _):
-        for j in range(straight):
-            body(i * straight + j)
+        for j in range(unroll):
+            body(i * unroll + j)
 
-    if count == straight:
+    if count == unroll:
         turn(0, None)
     else:
-        jax.lax.fori_loop(0, count // straight, turn, None)
+        jax.lax.fori_loop(0, count // unroll, turn, None)
+
+
+def _own_lanes(plan: Plan, j: int) -> jax.Array:
+    """Returns a mask [1, 128]: the lanes of head `j` of a group."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return (lane >= j * plan.head_dim) & (lane < (j + 1) * plan.head_dim)
+
+
+def _select(plan: Plan, parts: list[jax.Array], shift: int = 0) -> jax.Array:
+    """Merges one [..., 128] per head: the lanes of head `j + shift` come from `parts[j]`."""
+    whole = parts[0]
+    for j in range(1, plan.packed):
+        whole = jnp.where(_own_lanes(plan, (j + shift) % plan.packed), parts[j], whole)
+    return whole
+
+
+def _only(plan: Plan, j: int, x: jax.Array) -> jax.Array:
+    """Zeroes the lanes of x [rows, 128] outside head `j`."""
+    if plan.packed == 1:
+        return x
+    # A bit mask, because some chips can't select bfloat16 values.
+    keep = jnp.where(_own_lanes(plan, j), -1, 0)
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & keep, x.dtype)
 
 
 def _zero_from(start: int | jax.Array, x: jax.Array, least: int = 0) -> jax.Array:
-    """x [rows, ...], zero from row `start` on, which isn't below `least`."""
-    least = min(least // 16 * 16, x.shape[0])  # no work for rows that stay
+    """Zeroes the rows of x [rows, ...] from `start` on, where `start` >= `least`."""
+    least = min(least // 16 * 16, x.shape[0])  # rows that are certainly kept: no work
     rest = x[least:]
     if not rest.shape[0] or (isinstance(start, int) and start >= x.shape[0]):
         return x
@@ -297,34 +234,34 @@ def _zero_from(start: int | jax.Array, x: jax.Array, least: int = 0) -> jax.Arra
 
 
 def _multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Contracts axis `contract[0]` of a with axis `contract[1]` of b; accumulates in float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest):
-    *mask_ref, y_ref, lse_ref, top_ref, sum_ref = rest
+def _forward_kernel(
+    plan: Plan, groups: int, image, q_ref, k_ref, v_ref, y_ref, lse_ref, top_ref, sum_ref
+):
     attended = jax.lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) < plan.tokens  # [1, M]
-    if plan.masked:
-        attended &= mask_ref[0][image] == 0
 
     def chunk(c):
         queries = pl.ds(c * plan.chunk, plan.chunk)
-        lane_of = {}  # top_ref and sum_ref have a lane a head
+        lane_of = {}  # head -> its lane in top_ref and sum_ref
         for g in range(groups):
             lanes = slice(g * plan.width, (g + 1) * plan.width)
             q, k = q_ref[image, queries, lanes], k_ref[image, :, lanes]
-            # Past the tokens anything may lie, and nan times 0 is nan.
+            # Rows past the tokens are undefined, and nan times 0 is nan.
             v = _zero_from(plan.tokens, v_ref[image, :, lanes], plan.tokens)
             products = []
             for j in range(plan.packed):
-                own = plan.own_lanes(j)
-                scores = _multiply(plan.only(j, q), k, (1, 1))  # [N, M]
+                own = _own_lanes(plan, j)
+                scores = _multiply(_only(plan, j, q), k, (1, 1))  # [N, M]
                 scores = jnp.where(attended, scores * plan.base_2, _NEVER)
                 top = scores.max(axis=1, keepdims=True)
                 weights = jnp.exp2(scores - top).astype(v.dtype)
                 with_ones = v if plan.packed == 1 else jnp.where(own, v, 1)
-                products.append(_multiply(weights, with_ones, (1, 0)))  # [N, K, and the sum]
-                # The sum is in the other heads' lanes alone.
+                # [N, 128]: the outputs in the head's own lanes, the sum of weights in the others.
+                products.append(_multiply(weights, with_ones, (1, 0)))
                 at = (j + 1) % plan.packed * plan.head_dim + g
                 lane_of[g * plan.packed + j] = at
                 if plan.packed > 1:
@@ -332,11 +269,11 @@ def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest)
                 else:
                     total = weights.astype(jnp.float32).sum(axis=1, keepdims=True)
                 top_ref[:, at : at + 1], sum_ref[:, at : at + 1] = top, total
-            if plan.packed > 1:  # the head before each has its sum in those lanes
-                total = pltpu.roll(plan.select(products, 1), LANES - plan.head_dim, 1)
+            if plan.packed > 1:  # a head's sums are in the next head's lanes
+                total = pltpu.roll(_select(plan, products, 1), LANES - plan.head_dim, 1)
             inverse = pl.reciprocal(total, approx=y_ref.dtype == jnp.bfloat16)
-            inverse *= 2.0 - total * inverse  # Newton's step
-            y_ref[image, queries, lanes] = (plan.select(products) * inverse).astype(y_ref.dtype)
+            inverse *= 2.0 - total * inverse  # one Newton step
+            y_ref[image, queries, lanes] = (_select(plan, products) * inverse).astype(y_ref.dtype)
         lse = (top_ref[...] + jnp.log2(sum_ref[...])).T
         for head, at in lane_of.items():
             lse_ref[image, head, pl.ds(c, 1), :] = lse[at : at + 1]
@@ -344,12 +281,10 @@ def _forward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, *rest)
     for_each(plan.chunks, chunk)
 
 
-def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_ref, lse_ref, *rest):
-    *mask_ref, dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = rest
-    if plan.masked:
-        row = jnp.broadcast_to(mask_ref[0][image], (LANES, plan.rows))
-        attended = row.T[:, :1] == 0  # [M, 1]
-
+def _backward_kernel(
+    plan: Plan, groups: int, image, q_ref, k_ref, v_ref, dy_ref, lse_ref,
+    dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref,
+):  # fmt: skip
     for g in range(groups):
         lanes = slice(g * plan.width, (g + 1) * plan.width)
         k, v = (
@@ -366,20 +301,18 @@ def _backward_kernel(plan: _Plan, groups: int, image, q_ref, k_ref, v_ref, dy_re
             for j in range(plan.packed):
                 lse = lse_ref[image, g * plan.packed + j, pl.ds(c, 1), :]
                 lse = jnp.where(column < left, lse, -_NEVER)
-                scores = _multiply(plan.only(j, k), q, (1, 1)) * plan.base_2  # [M, N]
+                scores = _multiply(_only(plan, j, k), q, (1, 1)) * plan.base_2  # [M, N]
                 weights = jnp.exp2(scores - lse)
-                if plan.masked:
-                    weights = jnp.where(attended, weights, 0.0)
                 weights = _zero_from(plan.tokens, weights, plan.tokens)
-                d_weights = _multiply(plan.only(j, v), dy, (1, 1))
+                d_weights = _multiply(_only(plan, j, v), dy, (1, 1))
                 dv.append(_multiply(weights.astype(dy.dtype), dy, (1, 0)))
                 d_sum = (weights * d_weights).sum(axis=0, keepdims=True)
                 d_scores = (weights * (d_weights - d_sum)).astype(q.dtype)
                 dk.append(_multiply(d_scores, q, (1, 0)))
                 dq.append(_multiply(d_scores, k, (0, 0)))
-            dq = plan.select(dq) * plan.scale
+            dq = _select(plan, dq) * plan.scale
             dq_ref[image, queries, lanes] = dq.astype(dq_ref.dtype)
-            return dq.sum(axis=0, keepdims=True), plan.select(dk), plan.select(dv)
+            return dq.sum(axis=0, keepdims=True), _select(plan, dk), _select(plan, dv)
 
         if plan.chunks == 1:
             dq_sum, dk, dv = chunk(0)

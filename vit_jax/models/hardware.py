@@ -1,6 +1,6 @@
 """Choices that depend on the platform, each with its reason.
 
-The platform is the one that is compiled for (`parallel.mesh.platform`), not the one that compiles.
+The platform is the compilation target (`parallel.mesh.platform`), which may differ from the host.
 No choice changes results beyond rounding.
 """
 
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.flash import MAX_TOKENS
+from vit_jax.models.flash_plan import MAX_TOKENS
 from vit_jax.parallel.mesh import device_kind, platform
 
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
@@ -28,13 +28,13 @@ def choose_attention(
 
     Args:
         wanted: one of `ATTENTIONS`.
-        tokens: the number of tokens attended to.
+        tokens: the number of keys, M. Above `MAX_TOKENS` the result is "xla".
         head_dim: features per head.
         dtype: of queries, keys and values.
         plain: whether the caller needs plain attention, for example to read the weights.
 
     Raises:
-        ValueError: `wanted` can't be compiled for the device.
+        ValueError: `wanted` is "pallas" and the device's compiler doesn't support the kernel.
     """
     if plain or tokens > MAX_TOKENS:
         return "xla"
@@ -52,13 +52,15 @@ def choose_attention(
 
 
 def misfit(attention: str, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-    """Says why `attention` doesn't support heads of width `head_dim`; None if it does."""
+    """Returns why `attention` doesn't support this head width and dtype; None if it does."""
     if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
-        return f"cuDNN's needs dtype bfloat16, found {jnp.dtype(dtype).name}"
+        return f"cuDNN's kernel needs dtype bfloat16, found {jnp.dtype(dtype).name}"
     if attention == "cudnn" and (head_dim % 8 or head_dim > 128):
-        return f"cuDNN's needs heads with a multiple of 8 features up to 128, found {head_dim}"
+        return (
+            f"cuDNN's kernel needs heads with a multiple of 8 features up to 128, found {head_dim}"
+        )
     if attention == "pallas" and head_dim > 128:
-        return f"the kernel needs heads with up to 128 features, found {head_dim}"
+        return f"the Pallas kernel needs heads with up to 128 features, found {head_dim}"
     return None
 
 
@@ -68,7 +70,7 @@ def interprets_pallas() -> bool:
 
 
 def recomputed_on_cpu(layer: Callable) -> Callable:
-    """Rematerialises an elementwise function or a norm (a flax module class) on CPUs.
+    """Rematerialises an elementwise function or a norm (a flax module class), on CPUs only.
 
     XLA's CPU compiler keeps each factor of the derivative in memory, which takes more time than
     recomputing the layer.
@@ -79,7 +81,7 @@ def recomputed_on_cpu(layer: Callable) -> Callable:
 
 
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] times kernel [D, F] -> [..., F].
+    """Computes x [..., D] @ kernel [D, F] -> [..., F].
 
     On CPUs the leading axes are merged first, because XLA's CPU compiler copies and transposes the
     operands of a gradient that sums over several axes.
@@ -91,10 +93,10 @@ def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y [..., D] + bias [D].
+    """Computes y [..., D] + bias [D].
 
-    Off CPUs the gradient of the bias is a matrix product with ones, because matrix units sum
-    faster than XLA's reductions.
+    On TPUs and GPUs the gradient of the bias is a matrix product with ones, because matrix units
+    sum faster than XLA's reductions.
     """
     if platform() == "cpu":
         return y + bias.astype(y.dtype)

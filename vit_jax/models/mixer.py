@@ -1,6 +1,8 @@
 """MLP-Mixer (arXiv 2105.01601): MLPs across tokens and across channels in turn.
 
-Parameter names are the published ones. Letters in shapes: B images, N tokens, D width.
+Parameter names are those of the published checkpoints.
+
+Letters in shapes: B images, N tokens, D width.
 """
 
 import dataclasses
@@ -22,7 +24,10 @@ from vit_jax.models.transformer import (
 
 
 class MixerBlock(nn.Module):
-    """Token mixing, then channel mixing: [B, N, D] -> [B, N, D]. `drop`: of stochastic depth."""
+    """Token mixing, then channel mixing: [B, N, D] -> [B, N, D].
+
+    Call arguments: PRNG `keys` [B], or None without dropout; `drop` [], the stochastic depth rate.
+    """
 
     config: TransformerConfig
     token_mlp_dim: int
@@ -40,7 +45,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches, L blocks, LayerNorm, mean, head: images [B, H, W, 3] in [-1, 1]."""
+    """Patch embedding, blocks, LayerNorm, mean, head: images [B, H, W, 3] in [-1, 1]."""
 
     config: TransformerConfig
     patch: int

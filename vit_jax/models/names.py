@@ -1,4 +1,4 @@
-"""Patterns on parameter names, and what they say about a parameter.
+"""Regexes on parameter names.
 
 A name is the "/"-joined path of a parameter, such as
 "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel". Scanned layers are stacked in one tensor:
@@ -28,16 +28,37 @@ FAMILIES = {
 }
 
 ENCODER_BLOCK = "Transformer/encoderblock_{}/"  # prefix of an unrolled block, by number
+MIXER_BLOCK = "MixerBlock_{}/"
 STACKED_BLOCKS = "Transformer/encoderblock/"  # prefix of scanned blocks
 ATTENTION = "MultiHeadDotProductAttention_0"
+
+# Names of single parameters. The second group is relative to a block.
+HEAD_KERNEL, HEAD_BIAS = "head/kernel", "head/bias"
+CLASS_TOKEN, REGISTERS, PROBE = "cls", "registers", "MAPHead_0/probe"
+PRE_LOGITS_BIAS = "pre_logits/bias"
+POSITION = "pos_embedding"  # learned_1d
+POSITION_ROWS, POSITION_COLUMNS = "pos_embedding_rows", "pos_embedding_columns"  # learned_2d
+ROOT_KERNEL, ROOT_SCALE = "conv_root/kernel", "gn_root/scale"  # of a ResNet; the scale: v1
+
+QUERY_KERNEL, QUERY_NORM = f"{ATTENTION}/query/kernel", f"{ATTENTION}/query_norm/scale"
+MLP_BIAS, GATE_KERNEL = "MlpBlock_0/Dense_0/bias", "MlpBlock_0/gate/kernel"
+LAYER_SCALE = "layer_scale_0"
+TOKEN_KERNEL, CHANNEL_BIAS = "token_mixing/Dense_0/kernel", "channel_mixing/Dense_0/bias"
+
+# Modules with a kernel on RGB pixels; a model has the first that it contains.
+PIXEL_MODULES = ("conv_root", "embedding", "stem")
+
+# Regexes from a name's first letter: a ResNet's stages, and the units of stage number {}.
+STAGE, UNIT = r"block(\d+)/", r"block{}/unit(\d+)/"
 
 # Whole-name regexes.
 HEAD = "head/.*"
 KERNELS = ".*/kernel"
+ATTENTION_LAYERS = ".*MultiHeadDotProductAttention.*"
 PRETRAINING_ONLY = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
 PATCH_KERNEL = "(embedding|stem)/kernel"
-POSITIONS = "(.*/)?pos_embedding"  # learned_1d
-POSITION_AXES = "(.*/)?pos_embedding(_rows|_columns)"  # learned_2d
+POSITIONS = f"(.*/)?{POSITION}"
+POSITION_AXES = f"(.*/)?({POSITION_ROWS}|{POSITION_COLUMNS})"
 RELATIVE_POSITIONS = "(.*/)?relative_embedding"
 TOKEN_MIXING = ".*/token_mixing/.*"
 

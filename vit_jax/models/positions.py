@@ -1,19 +1,21 @@
-"""Where a patch is: every kind of position embedding, at every place of Table 8 of the paper.
+"""Position embeddings: every kind and place of Table 8 of arXiv 2010.11929.
 
-Kinds (arXiv 2010.11929, appendix D.4, unless said otherwise):
+Kinds (appendix D.4 unless noted):
 
-- `learned_1d`: a vector a patch, in raster order; the paper's.
-- `learned_2d`: half of the vector from the patch's row, half from its column.
-- `sincos_2d`: fixed, sines and cosines of row and column (arXiv 2205.01580).
-- `relative`: a learned key a head for every offset between two tokens of the raster order, which
-  queries meet as they meet the tokens' own keys (arXiv 1803.02155).
-- `rotary`: queries and keys are rotated by angles proportional to row and column (axial, arXiv
+- `learned_1d`: one learned vector per patch, in raster order; the paper's default.
+- `learned_2d`: half of the vector is learned per row, half per column.
+- `sincos_2d`: fixed sines and cosines of row and column (arXiv 2205.01580).
+- `relative`: one learned key per head and offset between two tokens in raster order; its product
+  with the query is added to the score (arXiv 1803.02155).
+- `rotary`: rotates queries and keys by angles proportional to row and column (axial, arXiv
   2403.13298).
 - `none`.
 
-Places: `stem`, before the first block; `layers`, in every block with parameters of its own;
-`shared`, in every block with the same parameters. The last two kinds act inside attention: at the
-stem they are those of the first block alone.
+Places:
+
+- `stem`: before the first block. `relative` and `rotary` act in the first block's attention only.
+- `layers`: in every block, with separate parameters.
+- `shared`: in every block, with the same parameters.
 
 Letters in shapes: B images, N tokens, D width, H heads, K = D / H.
 """
@@ -33,15 +35,19 @@ PLACES = ("stem", "layers", "shared")
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Of tokens that are `prefix` ones without a place in the image, then a grid of patches."""
+    """Position embeddings for `prefix` tokens without a position, then a grid of patches."""
 
-    kind: str
-    at: str
+    kind: str  # one of KINDS
+    at: str  # one of PLACES
     grid: tuple[int, int]  # rows, columns
     prefix: int  # class token and registers
 
     def add(self, x: jax.Array, table: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Puts the table to use: (x [B, N, D] with it, or what attention is to be given)."""
+        """Applies a `position_table` to x [B, N, D].
+
+        Returns x, with the table added if its kind is in `ADDED`, and the keyword arguments that
+        `MultiHeadAttention` needs for the other kinds.
+        """
         if table is None:
             return x, {}
         if self.kind == "rotary":
@@ -56,9 +62,10 @@ class Positions:
 def position_table(
     module: nn.Module, positions: Positions, width: int, num_heads: int
 ) -> jax.Array | None:
-    """The position table; its parameters, where it has any, become those of `module`.
+    """Returns the position table; `module` owns its parameters.
 
-    Added kinds: [1, patches, D]; relative: [2N - 1, H, K]; rotary: [N, K / 2] angles; none: None.
+    Shapes: [1, patches, D] for the kinds in `ADDED`; [2N - 1, H, K] for `relative`; [N, K / 2]
+    angles in radians for `rotary`; None for `none`.
     """
     rows, columns = positions.grid
     tokens = positions.prefix + rows * columns
@@ -83,7 +90,10 @@ def position_table(
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
-    """[1, rows * columns, D]: sin and cos of the column, then of the row, at D / 4 frequencies."""
+    """Returns [1, rows * columns, D]: sin and cos of the column, then row, at D / 4 frequencies.
+
+    As in big_vision; D must be a multiple of 4.
+    """
     frequency = 10_000.0 ** -np.linspace(0, 1, width // 4)
     row, column = (axis.reshape(-1, 1) * frequency for axis in np.indices(grid))
     waves = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
@@ -91,7 +101,7 @@ def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def rotary_angles(grid: tuple[int, int], head_dim: int) -> np.ndarray:
-    """[rows * columns, K / 2]: K / 4 angles from the row, K / 4 from the column; base 100."""
+    """Returns [rows * columns, K / 2] radians: K / 4 angles of the row, K / 4 of the column."""
     frequency = 100.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
     row, column = (axis.reshape(-1, 1) * frequency for axis in np.indices(grid))
     return np.concatenate([row, column], axis=1).astype(np.float32)

@@ -1,7 +1,7 @@
-"""BiT ResNets (arXiv 1912.11370) and the hybrid's stem: GroupNorm and weight standardisation.
+"""BiT ResNets (arXiv 1912.11370) and the hybrid's stem, with GroupNorm and weight standardisation.
 
-Two forms, each as published: `v1`, post-activation, under the ViT paper's hybrids; `v2`,
-pre-activation, BiT's own. Letters in shapes: B images, C channels.
+Two published versions: `v1`, post-activation, in the hybrids of arXiv 2010.11929; `v2`,
+pre-activation, in BiT. Letters in shapes: B images, H height, W width, C channels.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from vit_jax.models.transformer import Output, classify, rematted
 
 
 class StdConv(nn.Module):
-    """A convolution without bias whose kernels have mean 0 and variance 1 (arXiv 1903.10520).
+    """A convolution without bias that standardises its kernel (arXiv 1903.10520).
 
-    v1 divides by the standard deviation + 1e-5 and pads as XLA's "SAME"; v2 divides by the root of
-    the variance + 1e-10 and pads alike on all sides.
+    Each output channel's kernel gets mean 0 and variance 1. v1 divides by (standard deviation +
+    1e-5) and pads as XLA's "SAME". v2 divides by sqrt(variance + 1e-10) and pads all sides equally.
     """
 
     features: int
@@ -48,7 +48,7 @@ class StdConv(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """A bottleneck: 1x1, 3x3 with the stride, 1x1 to four times the channels."""
+    """A bottleneck: 1x1, 3x3 with `stride`, 1x1: [B, H, W, C] -> [B, H / s, W / s, 4 channels]."""
 
     channels: int
     stride: int
@@ -79,7 +79,7 @@ class ResidualUnit(nn.Module):
             shortcut = group_norm("gn_proj", self.version, self.dtype)(shortcut)
         for i, step in enumerate(steps, start=1):
             x = conv(f"conv{i}", *step)(x)
-            # The last scale starts at zero, and with it the unit as the identity.
+            # The last scale starts at zero, so that the unit starts as the identity.
             scale = nn.initializers.zeros if i == 3 else nn.initializers.ones
             x = group_norm(f"gn{i}", self.version, self.dtype, scale)(x)
             x = nn.relu(x if i < 3 else x + shortcut)
@@ -87,7 +87,7 @@ class ResidualUnit(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual units of which the first may halve the resolution."""
+    """A sequence of residual units; the first has the stride."""
 
     units: int
     channels: int
@@ -107,20 +107,21 @@ class Stage(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class StemConfig:
-    """Root and stages of a ResNet: all of it but what follows the last unit."""
+    """A ResNet's root and stages, without the pooling and head that follow."""
 
-    stages: tuple[int, ...]  # units in each
-    width: int  # channels of the root; 64 in "x1"
+    stages: tuple[int, ...]  # units per stage
+    width: int  # channels of the root; 64 for "x1"
     version: str  # v1 | v2
-    zero_padded_pool: bool
+    zero_padded_pool: bool  # v2: whether max pooling pads with 0 instead of -inf
     dtype: Any
-    remat: str  # as of the encoder's blocks, for every unit
+    remat: str  # policy per unit, a key of `transformer.REMAT_POLICIES`
 
 
 def stem(config: StemConfig, x: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] -> [B, H / r, W / r, C], r = 4 * 2^(stages - 1); 4 of the root alone.
+    """Applies root and stages: images [B, H, W, 3] -> [B, H / r, W / r, C].
 
-    Called inside a module, whose parameters the stem's become.
+    r is 4 * 2^(stages - 1), or 4 without stages. Call it inside a module, which then owns the
+    parameters.
     """
     version, dtype = config.version, config.dtype
     x = StdConv(config.width, 7, 2, version, dtype, name="conv_root")(x)
@@ -130,7 +131,7 @@ def stem(config: StemConfig, x: jax.Array) -> jax.Array:
     else:
         outside = 0.0 if config.zero_padded_pool else -jnp.inf
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=outside)
-        # jax2onnx knows named arguments alone, and takes padding in numbers for none.
+        # jax2onnx supports keyword arguments only, and ignores padding given as numbers.
         x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
     for i, units in enumerate(config.stages):
         arguments = (units, config.width * 2**i, 2 if i else 1, version, dtype, config.remat)
@@ -139,7 +140,7 @@ def stem(config: StemConfig, x: jax.Array) -> jax.Array:
 
 
 class ResNet(nn.Module):
-    """A ResNet classifier: images [B, H, W, 3] in [-1, 1]; the features are the pooled channels."""
+    """A ResNet classifier: images [B, H, W, 3] in [-1, 1]; features are average-pooled channels."""
 
     stem: StemConfig
     num_classes: int
@@ -157,6 +158,6 @@ class ResNet(nn.Module):
 def group_norm(
     name: str, version: str, dtype: Any, scale_init: Callable = nn.initializers.ones
 ) -> nn.GroupNorm:
-    """GroupNorm with 32 groups and the version's epsilon; statistics in float32."""
+    """Returns GroupNorm with 32 groups, the version's epsilon and float32 statistics."""
     epsilon = 1e-6 if version == "v1" else 1e-5
     return nn.GroupNorm(32, epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name)

@@ -1,4 +1,4 @@
-"""Stacks and unstacks the layers of a scanned encoder, in flat dicts and in nested ones.
+"""Converts parameters between scanned (stacked) and unrolled encoders.
 
 A flat dict maps "/"-joined names to arrays.
 """
@@ -15,12 +15,12 @@ from vit_jax.parallel.mesh import path_name
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """A nested dict -> {"a/b": leaf}."""
+    """Flattens a nested dict to {"a/b": leaf}."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
-    """{"a/b": leaf} -> a nested dict."""
+    """Inverts `flatten`."""
     tree: dict = {}
     for name, leaf in flat.items():
         *folders, last = name.split("/")
@@ -32,7 +32,7 @@ def unflatten(flat: dict[str, Any]) -> dict:
 
 
 def unstack(flat: dict[str, Any]) -> dict[str, Any]:
-    """Replaces each stacked tensor by one tensor per layer, as the unrolled encoder names them."""
+    """Splits each stacked tensor of a flat dict into one per layer, under the unrolled names."""
     unstacked = {}
     for name, array in flat.items():
         if is_stacked(name) and array.ndim:
@@ -45,10 +45,9 @@ def unstack(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack(flat: dict[str, Any], depth: int) -> dict[str, Any]:
-    """Stacks the first `depth` layers, as the scanned encoder names them.
+    """Stacks the first `depth` layers of a flat dict, under the scanned names.
 
-    A tensor that a layer lacks, or has in another shape, keeps its names. NumPy arrays stay NumPy
-    arrays.
+    A tensor stays unstacked if a layer lacks it or shapes differ. NumPy arrays stay on the host.
     """
     layers: dict[str, dict[int, str]] = {}  # a block's tensor -> layer -> name
     for name in flat:
@@ -65,13 +64,13 @@ def stack(flat: dict[str, Any], depth: int) -> dict[str, Any]:
 
 
 def unstack_layers(params: dict) -> dict:
-    """Nested parameters of a scanned encoder -> those of the unrolled one."""
+    """Converts nested parameters of a scanned encoder to those of the unrolled one."""
     return unflatten(unstack(flatten(params)))
 
 
 def stack_layers(params: dict, depth: int) -> dict:
-    """Nested parameters of an unrolled encoder of `depth` layers -> those of the scanned one.
+    """Converts nested parameters of an unrolled encoder of `depth` layers to the scanned ones.
 
-    The last layer stays outside of the stack, as in `transformer.Encoder`.
+    The last layer stays outside the stack, as in `transformer.Encoder`.
     """
     return unflatten(stack(flatten(params), depth - 1))

@@ -2,9 +2,9 @@
 
 Letters in shapes: B images, N tokens, M tokens attended to, D width, H heads, K = D / H, L layers.
 
-`keys` are PRNG keys, one per image ([B]); None makes the network deterministic. So a dropout mask
-depends only on (seed, step, position in the global batch): it is the same on every mesh, with
-accumulation, scan and remat on or off.
+`keys` are PRNG keys, one per image ([B]); None turns dropout and stochastic depth off. A dropout
+mask depends only on (seed, step, position in the global batch), so it is the same on every mesh,
+with or without accumulation, scan and remat.
 """
 
 import dataclasses
@@ -170,7 +170,7 @@ def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
 class MultiHeadAttention(nn.Module):
     """Appendix A, equations 5 to 8: x [B, N, D] attends to context [B, M, D] -> [B, N, D].
 
-    With `cache_length`, the collection "cache" holds the keys and values of so many tokens. A call
+    With `cache_length`, the collection "cache" holds keys and values of that many tokens. A call
     writes its own at `index` and attends to all of them.
 
     Call arguments:
@@ -286,7 +286,7 @@ class MlpBlock(nn.Module):
 class EncoderBlock(nn.Module):
     """Equations 2 and 3. Returns (x, None): the carry and the output that `nn.scan` expects.
 
-    With `first`, the block returns only the first so many tokens; they attend to all tokens.
+    With `first`, the block returns only the first `first` tokens, which attend to all tokens.
 
     Call arguments:
         layer: inputs that differ between blocks: `keys` [B], `drop` [] (the rate of stochastic
@@ -335,11 +335,11 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """L blocks and a final LayerNorm: [B, N, D] -> [B, N, D], or only the `first` tokens.
+    """L blocks and a final LayerNorm: [B, N, D] -> [B, N, D], or [B, first, D] with `first`.
 
-    With `scan`, all blocks but the last are one loop over stacked parameters (`encoderblock`,
+    With `scan`, the first L - 1 blocks are one loop over stacked parameters (`encoderblock`,
     leading axis L - 1), which compiles faster. Otherwise all are unrolled (`encoderblock_0` ...).
-    The results agree.
+    Results are the same.
     """
 
     config: TransformerConfig

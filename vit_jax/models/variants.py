@@ -1,8 +1,7 @@
-"""From an architecture's name to a model: `ViT-B/16` -> frozen config -> init and apply.
+"""Builds models from architecture names such as "ViT-B/16".
 
-The rest of the package builds a model with `build_model` and calls `init`, `apply` and
-`intermediates` on nested dicts. Only the FLOP formulas and the pictures read the flax module's
-sizes (`Model.module`); nothing outside of `models/` calls flax.
+The rest of the package calls `build_model`, then `init`, `apply` and `intermediates` on nested
+dicts. Nothing outside `models/` imports flax.
 """
 
 import dataclasses
@@ -62,8 +61,9 @@ RESNET_STAGES: dict[str, tuple[int, ...]] = {
     "152": (3, 8, 36, 3),
     "200": (3, 24, 36, 3),
 }
-# Stem and name's downsampling -> stages, patch on their output. Section 4.1 of arXiv 2010.11929
-# ("/16" moves the fourth stage's units to the third), arXiv 2106.10270 ("R+Ti/16" is /32 in truth).
+# (Stem, number after "/") -> stages, patch side on the stem's output. Section 4.1 of arXiv
+# 2010.11929 ("/16" moves the fourth stage's units to the third); arXiv 2106.10270 ("R+Ti/16"
+# downsamples by 32).
 HYBRID_STEMS: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {
     ("R", "16"): ((), 8),
     ("R26", "32"): ((2, 2, 2, 2), 1),
@@ -81,7 +81,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Returns the architectures' names that match a pattern, such as "*B/16*"."""
+    """Returns the names of known architectures that match a glob, such as "*B/16*"."""
     return sorted(fnmatch.filter(KNOWN, pattern))
 
 
@@ -89,8 +89,8 @@ def list_models(pattern: str = "*") -> list[str]:
 class ModelConfig:
     """An architecture: "ViT-B/16", "R50x1", "R50+ViT-B/16", "R26+S/32", "Mixer-B/16", ...
 
-    `None` takes the named variant's size. A field that a variant's family doesn't have must stay
-    at its default.
+    Fields with the value None take the size of the variant. A field that the variant's family
+    doesn't have must stay at its default.
     """
 
     variant: str
@@ -99,44 +99,43 @@ class ModelConfig:
     mlp_dim: int | None = None
     num_heads: int | None = None
     token_mlp_dim: int | None = None  # Mixer
-    stages: tuple[int, ...] | None = None  # ResNet and hybrid: units in each
-    stem_width: int | None = None  # ResNet and hybrid: channels of the root, 64 in "x1"
-    preactivation: bool = True  # ResNet: v2, as BiT; False: v1, as the hybrids' stems are
-    # ResNet v2: max pooling pads with 0, as when BiT's weights were trained; False: with -inf, as
-    # in big_vision. The logits differ in the fourth digit.
+    stages: tuple[int, ...] | None = None  # ResNet and hybrid: units per stage
+    stem_width: int | None = None  # ResNet and hybrid: channels of the root; 64 for "x1"
+    preactivation: bool = True  # ResNet: v2, as BiT; False: v1, as the hybrids' stems
+    # ResNet v2: max pooling pads with 0, as in BiT's training; False: with -inf, as in big_vision.
+    # Logits differ in the fourth digit.
     zero_padded_pool: bool = False
 
-    pool: str = "token"  # class token | gap: global average | map: attention pooling, 2106.04560
-    # Width of the tanh layer `pre_logits`; -1: the model's width; None: no such layer.
+    pool: str = "token"  # class token | gap: mean | map: attention pooling (arXiv 2106.04560)
+    # Width of the tanh layer `pre_logits`; -1: the model's width; None: no layer.
     representation_size: int | None = setting(None, inherited=False)
     position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
-    position_at: str | None = None  # stem | layers | shared; None: the stem, or inside every layer
-    registers: int = 0  # learned tokens without a place in the image (arXiv 2309.16588)
+    position_at: str | None = None  # stem | layers | shared; None: layers for relative, rotary
+    registers: int = 0  # learned tokens without a position (arXiv 2309.16588)
 
-    dropout: float = setting(
-        0.0, inherited=False
-    )  # after every dense layer but q, k, v, and after the position embeddings
+    # After every dense layer except query, key and value, and after the position embeddings.
+    dropout: float = setting(0.0, inherited=False)
     attention_dropout: float = setting(0.0, inherited=False)  # of the attention weights
-    # The last block's rate of dropped branches; linear from 0 at the first.
+    # Drop rate of the last block's branches; grows linearly from 0 at the first block.
     stochastic_depth: float = setting(0.0, inherited=False)
     qk_norm: bool = False  # LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442)
     layer_scale: float | None = None  # initial scale of every branch (arXiv 2103.17239)
-    parallel: bool = False  # attention beside MLP; no biases in q, k, v and norms (ViT-22B)
+    parallel: bool = False  # attention and MLP in parallel; no biases in q, k, v, norms (ViT-22B)
     mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
-    norm_epsilon: float = 1e-6  # of LayerNorms
+    norm_epsilon: float = 1e-6  # of LayerNorm
 
-    # Numbers predicted of every patch, set where the loss is masked patch prediction.
+    # Predictions per patch; set by masked patch prediction.
     patch_outputs: int | None = None
-    # Initial bias of the head; -10 with sigmoid loss over many classes.
+    # Initial bias of the head, for example -10 for a sigmoid loss over many classes.
     head_bias: float = setting(0.0, inherited=False)
-    # What computes the encoder's attention (`models.attention`): auto | xla | pallas | cudnn. The
-    # numbers agree within rounding.
+    # Implementation of attention (`models.attention`): auto | xla | pallas | cudnn. Results agree
+    # within rounding.
     attention: str = setting("auto", changes="speed")
     dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    # One loop over all layers but the last, which keeps products alone for the backward pass, as
-    # remat=dots does: faster to compile, slower (not on CPUs), the same numbers.
+    # Loops over all blocks except the last. Compiles faster, runs slower except on CPUs, same
+    # results. In the loop, remat = none means dots.
     scan: bool = setting(False, inherited=False)
-    # Recomputation in the backward pass: none | dots | full. The numbers are the same.
+    # Recomputation in the backward pass: none | dots | full. Same results.
     remat: str = setting("none", changes="speed", inherited=False)
 
 
@@ -155,7 +154,7 @@ FIELDS: dict[str, set[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network with its shape fixed: parameters and images in, logits and features out."""
+    """A network for a fixed image size and number of classes."""
 
     config: ModelConfig
     num_classes: int
@@ -164,12 +163,12 @@ class Model:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the patches that have position embeddings; None without patches."""
+        """Rows and columns of the grid of patches of a ViT or hybrid; None for other families."""
         return self.module.positions.grid if isinstance(self.module, ViT) else None
 
     @property
     def description(self) -> dict[str, Any]:
-        """What must be known to use its parameters, for JSON: kept in every checkpoint."""
+        """What `described_model` needs to rebuild the model, for JSON; part of checkpoints."""
         return {
             "model": dataclasses.asdict(self.config),
             "num_classes": self.num_classes,
@@ -177,7 +176,7 @@ class Model:
         }
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh float32 parameters, a function of `key` alone (not of scan or remat)."""
+        """Returns initial float32 parameters, which don't depend on scan or remat."""
         module = self.module
         if isinstance(module, ViT):
             scanned = dataclasses.replace(module.config, scan=True, remat="none")
@@ -193,25 +192,34 @@ class Model:
         params: dict,
         images: jax.Array,
         keys: jax.Array | None = None,
-        sources: jax.Array | None = None,
+        patch_indices: jax.Array | None = None,
     ) -> Output:
-        """Runs the network on images [B, H, W, 3], uint8 or float in [-1, 1].
+        """Runs the network.
 
-        With `keys` [B], a PRNG key an image, dropout is on; without them it is off. `sources`
-        [B, N], of a model with `patch_outputs` alone: see `ViT`.
+        Args:
+            params: nested parameters, as `init` returns them.
+            images: [B, H, W, 3], uint8 or float in [-1, 1].
+            keys: PRNG keys [B] for dropout; None turns it off.
+            patch_indices: int [B, patches], for a ViT with `patch_outputs`: see `ViT`.
         """
         chex.assert_shape(images, (None, *self.image_size, 3))
-        corruption = () if sources is None else (sources,)
-        return self.module.apply({"params": params}, normalize(images), keys, *corruption)
+        indices = () if patch_indices is None else (patch_indices,)
+        return self.module.apply({"params": params}, normalize(images), keys, *indices)
 
     def intermediates(self, params: dict, images: jax.Array) -> dict[str, jax.Array]:
-        """What passes inside a ViT's or a hybrid's encoder.
+        """Returns activations inside the encoder of a ViT or hybrid.
 
-        `blocks` [L, B, N, D], every block's output; `attention` [L, B, H, N, N], its weights;
-        `encoded` [B, N, D], the last norm's output.
+        Returns:
+            `blocks` [L, B, N, D], each block's output; `attention` [L, B, H, N, N], the attention
+            weights; `encoded` [B, N, D], the output of the final norm.
+
+        Raises:
+            ValueError: the model has no encoder.
         """
         if not isinstance(self.module, ViT):
-            raise ValueError(f"{self.config.variant} has no encoder to look into: take a ViT")
+            raise ValueError(
+                f"{self.config.variant} has no Transformer encoder: use a ViT or a hybrid"
+            )
         _, state = self.module.apply(
             {"params": params}, normalize(images), mutable=["intermediates"]
         )
@@ -226,16 +234,21 @@ class Model:
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels -> float32 in [-1, 1], as published; float images pass."""
+    """Maps uint8 pixels to float32 in [-1, 1], as published; returns float images unchanged."""
     return (images.astype(jnp.float32) - 127.5) / 127.5 if images.dtype == jnp.uint8 else images
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, int]) -> Model:
-    """The model that `config` names, for images of `image_size` (height, width).
+    """Builds the model of a config.
 
-    Raises ValueError for a name that isn't in the table (with the nearest ones), an image size
-    that the patch doesn't divide, a field that the family doesn't have, and sizes that don't fit
-    together.
+    Args:
+        config: the architecture.
+        num_classes: outputs of the head; 0 for no head.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        ValueError: an unknown variant, an image size that isn't a multiple of the patch, a field
+            that the family doesn't have, or values that don't fit together.
     """
     family, config, patch = _resolve(config)
     _check(config, family, num_classes)
@@ -252,7 +265,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
             remat=config.remat,
         )
         downsampling *= 4 * 2 ** max(len(config.stages) - 1, 0)
-    if family != "ResNet":  # which takes any size
+    if family != "ResNet":  # ResNets take any size
         _check_image_size(config.variant, image_size, downsampling)
 
     classifier = {"num_classes": num_classes, "head_bias": config.head_bias}
@@ -281,7 +294,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
 
 
 def described_model(description: dict[str, Any]) -> Model:
-    """The inverse of `Model.description`; ValueError for what is no description."""
+    """Inverts `Model.description`; raises ValueError for other dicts."""
     if missing := {"model", "num_classes", "image_size"} - description.keys():
         raise ValueError(f"the model's description lacks {', '.join(sorted(missing))}")
     config = build(ModelConfig, description["model"], "model")
@@ -289,7 +302,7 @@ def described_model(description: dict[str, Any]) -> Model:
 
 
 def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
-    """The family, the config with the variant's sizes in the place of None, and the patch."""
+    """Returns the family, the config with sizes instead of None, and the patch side."""
     name, sizes, patch = config.variant, None, 1
     if match := re.fullmatch(r"ViT-(\w+)/(\d+)", name):
         family, patch = "ViT", int(match[2])
@@ -305,15 +318,14 @@ def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
         family, patch = "Mixer", int(match[2])
         fields = ("width", "depth", "token_mlp_dim", "mlp_dim")
         if match[1] in MIXER_SIZES:
-            # A Mixer has no attention: one head stands for none.
             sizes = dict(zip(fields, MIXER_SIZES[match[1]], strict=True))
     if sizes is None or patch == 0 or sizes.get("stem_width") == 0:
         raise unknown("variant", name, KNOWN)
     for field in dataclasses.fields(ModelConfig):
         if field.name not in FIELDS[family] and getattr(config, field.name) != field.default:
             raise ValueError(
-                f"model.{field.name} = {getattr(config, field.name)!r}: {name} has no such thing; "
-                f"a {family} has {', '.join(sorted(FIELDS[family]))}"
+                f"model.{field.name} = {getattr(config, field.name)!r}: {name} doesn't have this "
+                f"field; a {family} has {', '.join(sorted(FIELDS[family]))}"
             )
     if family in ("ViT", "hybrid"):
         sizes["position_at"] = "layers" if config.position in IN_ATTENTION else "stem"
@@ -330,7 +342,7 @@ def _transformer_sizes(name: str) -> dict[str, int] | None:
 
 
 def _check(config: ModelConfig, family: str, num_classes: int) -> None:
-    """ValueError for values that no model can have."""
+    """Raises ValueError for values outside their range or that don't fit together."""
     choices = {"pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "mlp": MLPS}
     if family in ("ViT", "hybrid"):
         choices |= {"position": KINDS, "position_at": PLACES, "attention": ATTENTIONS}
@@ -355,7 +367,7 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
             )
         _check_attention(config)
     if config.zero_padded_pool and not config.preactivation:
-        raise ValueError("zero_padded_pool: of pre-activation ResNets alone (preactivation=True)")
+        raise ValueError("zero_padded_pool: expected preactivation=True; v1 ResNets pad as SAME")
     if config.stem_width is not None and config.stem_width % 32:
         raise ValueError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
 
@@ -366,10 +378,11 @@ def _check_attention(config: ModelConfig) -> None:
     problem = misfit(config.attention, config.width // config.num_heads, config.dtype)
     if config.attention_dropout:
         problem = (
-            f"attention_dropout = {config.attention_dropout} drops weights, which it never has"
+            f"attention_dropout = {config.attention_dropout} needs the weights, which it never "
+            "stores"
         )
     elif config.position == "relative":
-        problem = "relative positions change its scores"
+        problem = "it doesn't support relative positions"
     if problem:
         raise ValueError(f"attention = {config.attention!r}: {problem}; use 'auto' or 'xla'")
 

@@ -1,6 +1,6 @@
 """The Vision Transformer (arXiv 2010.11929, section 3.1, equations 1 and 4), and the hybrid.
 
-Parameter names are those of big_vision's current files. Letters in shapes: B images, P patch side,
+Parameter names are those of big_vision's checkpoints. Letters in shapes: B images, P patch side,
 N tokens, D width.
 """
 
@@ -44,11 +44,15 @@ class MAPHead(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, position embeddings, encoder, pooling, head: images [B, H, W, 3] in [-1, 1].
+    """Patch embedding, positions, encoder, pooling, head: images [B, H, W, 3] in [-1, 1].
 
-    With a `stem` the patches are of its feature map and not of the image: the hybrid. With
-    `patch_outputs` as many numbers are predicted of each patch (appendix B.1.2), and `sources`
-    [B, N] puts another patch's embedding in a patch's place, or where it is -1 the learned mask.
+    With `stem` (the hybrid), patches are taken from the stem's feature map. With `patch_outputs`,
+    the model also predicts that many numbers per patch (appendix B.1.2).
+
+    Call arguments:
+        keys: PRNG keys [B] for dropout; None turns it off.
+        patch_indices: int [B, patches], only with `patch_outputs`. Replaces each patch's embedding
+            by that of the given patch, or by the learned mask embedding for -1.
     """
 
     config: TransformerConfig
@@ -67,7 +71,7 @@ class ViT(nn.Module):
         self,
         images: jax.Array,
         keys: jax.Array | None = None,
-        sources: jax.Array | None = None,
+        patch_indices: jax.Array | None = None,
     ) -> Output:
         config, positions = self.config, self.positions
         x = images.astype(config.dtype)
@@ -81,20 +85,21 @@ class ViT(nn.Module):
             dtype=config.dtype,
             name="embedding",
         )(x)
-        # Whole in its features on every device, however the kernel is split.
+        # Replicates the features on every device, even if the kernel is sharded.
         x = constrain_batch(x.reshape(x.shape[0], -1, config.width))  # [B, N, D]
         if self.patch_outputs is not None:
             mask = self.param("mask_embedding", nn.initializers.normal(0.02), (config.width,))
-            if sources is not None:
-                taken = jnp.take_along_axis(x, jnp.maximum(sources, 0)[..., None], axis=1)
-                x = jnp.where(sources[..., None] < 0, mask.astype(x.dtype), taken)
+            if patch_indices is not None:
+                indices = patch_indices[..., None]
+                taken = jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=1)
+                x = jnp.where(indices < 0, mask.astype(x.dtype), taken)
 
         table = None
         if positions.at != "layers":
             table = position_table(self, positions, config.width, config.num_heads)
         if positions.kind in ADDED and positions.at == "stem":
             x, table = x + table.astype(config.dtype), None
-        # The class token's own position embedding would only be added to it: it is part of it.
+        # The class token needs no position embedding: a sum of two parameters is one parameter.
         for name, count, init in (
             ("registers", self.registers, nn.initializers.normal(0.02)),
             ("cls", int(self.pool == "token"), nn.initializers.zeros),
@@ -105,7 +110,7 @@ class ViT(nn.Module):
                 x = jnp.concatenate([token, x], axis=1)
         x = dropout(x, config.dropout, fold_keys(keys, 0))
 
-        # Of the last block's output a class token's classifier reads nothing else.
+        # With pool = "token" the head reads only the class token, all that the last block computes.
         reads_all = self.pool != "token" or self.patch_outputs is not None
         first = None if reads_all or self.is_mutable_collection("intermediates") else 1
         x = Encoder(config, positions, name="Transformer")(x, fold_keys(keys, 1), table, first)

@@ -1,1 +1,1 @@
-"""Where it runs: meshes, sharding rules, several hosts."""
+"""Meshes, sharding rules and multi-host runs."""

@@ -1,7 +1,7 @@
-"""Runs side by side in one process: each on devices of its own, in a thread of its own.
+"""Concurrent runs in one process, each in its own thread on its own devices.
 
-jax may be called from several threads at once ("Concurrency" in its documentation). Its mesh and
-its transfer guard belong to a thread: whoever trains sets them in the thread that does.
+jax supports calls from several threads ("Concurrency" in its documentation). Its mesh and transfer
+guard are per thread, so each run sets them in its own.
 """
 
 import dataclasses
@@ -16,28 +16,35 @@ from vit_jax.parallel.multihost import PREEMPTED, Preemption
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """Where a run goes: by default alone, over all devices of all processes."""
+    """The devices of one run; by default all devices of all processes."""
 
     devices: tuple[jax.Device, ...] | None = None
-    label: str = ""  # that its lines begin with, among those of others
-    preemption: Preemption | None = None  # that tells it to end together with the others
+    label: str = ""  # prefix of the run's log lines
+    preemption: Preemption | None = None  # shared by concurrent runs, so that all stop together
 
 
 ALONE = Lane()
 
 
 def make_lanes(size: int) -> list[Lane]:
-    """As many lanes of `size` devices as there are in this process."""
+    """Divides this process's devices into lanes of `size`; drops a remainder."""
     devices = jax.local_devices()
     starts = range(0, len(devices) - size + 1, size)
     return [Lane(tuple(devices[start : start + size])) for start in starts]
 
 
 def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lane]) -> None:
-    """Calls each job, by its label, with the first lane that is free.
+    """Runs jobs concurrently, one per lane.
 
-    When SIGTERM comes, or a job fails, the others are told to end and no more are begun. The error
-    is raised once all have ended; after SIGTERM it is `SystemExit(PREEMPTED)`.
+    After SIGTERM or a failed job, the running jobs are told to stop and no more are started.
+
+    Args:
+        jobs: label -> function of a lane.
+        lanes: each is used by one job at a time.
+
+    Raises:
+        SystemExit: with `PREEMPTED` after SIGTERM, once all jobs have ended.
+        Exception: the error of a failed job, once all jobs have ended.
     """
     free = queue.SimpleQueue()
     for lane in lanes:
@@ -50,7 +57,7 @@ def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lan
             lane = free.get()
             try:
                 job(dataclasses.replace(lane, label=label, preemption=preemption))
-            except BaseException:  # SystemExit too: nobody trains on when one has stopped
+            except BaseException:  # SystemExit too: when one job stops, all do
                 preemption.tell()
                 raise
             finally:

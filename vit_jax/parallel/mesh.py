@@ -1,13 +1,13 @@
-"""The device mesh and every sharding rule: the only place that names mesh axes.
+"""The device mesh and the sharding rules. Only this module names mesh axes.
 
-| axis     | splits the global batch | splits parameters, and their moments              |
-|----------|-------------------------|---------------------------------------------------|
-| `data`   | yes                     | no                                                |
-| `fsdp`   | yes                     | large ones, gathered where they are used          |
-| `tensor` | no                      | heads of attention and the MLP's hidden width, as |
-|          |                         | Megatron-LM (arXiv 1909.08053, section 3)         |
+| axis     | shards the batch | shards parameters and optimizer moments                     |
+|----------|------------------|-------------------------------------------------------------|
+| `data`   | yes              | no                                                          |
+| `fsdp`   | yes              | large ones; gathered where used                             |
+| `tensor` | no               | attention heads and MLP hidden width, as in Megatron-LM     |
+|          |                  | (arXiv 1909.08053, section 3)                               |
 
-Any shape of mesh computes the same numbers.
+Results don't depend on the mesh's shape.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Dimensions count from the end: the same rules hold for scanned layers, with a leading axis more.
-# Columns before the nonlinearity and rows behind it, so that a block sums over `tensor` twice, once
-# behind attention and once behind the MLP, and backward twice again.
+# Dimensions count from the end, so that the rules also match scanned layers, which have one more
+# leading axis. Splits columns before the nonlinearity and rows after it: a block then needs two
+# all-reduces over `tensor` forward, after attention and after the MLP, and two backward.
 RULES: tuple[tuple[str, str], ...] = (
     (r".*/v(_row|_col)?/.*", "fsdp"),  # Adafactor's second moments lack an axis
     (r".*/(query|key|value)/(kernel|bias)", "tensor[-2]"),  # [D, H, K], [H, K]
@@ -40,14 +40,17 @@ RULES: tuple[tuple[str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 (at most once) takes what is left.
+    """Devices per axis, and the sharding rules.
 
-    `rules` are (regex, placement) pairs over "/"-joined paths of the train state; the first that
-    matches wins. Placements: "replicate"; "fsdp": split the largest dimension that divides, if the
-    array has `min_size` elements (small ones cost more to gather than to keep); "tensor[-2]": split
-    that dimension over `tensor`, and the largest other one as "fsdp" does.
+    Attributes:
+        data, fsdp, tensor: devices per axis; -1, at most once, takes the remaining devices.
+        rules: (regex, placement) pairs for "/"-joined paths of the train state; the first match
+            wins. Placements: "replicate"; "fsdp", which splits the largest divisible dimension;
+            "tensor[-2]", which splits that dimension over `tensor`, and another as "fsdp" does.
+        min_size: arrays with fewer elements aren't split over `fsdp`.
 
-    Raises ValueError for a placement that is none of these.
+    Raises:
+        ValueError: an unknown placement.
     """
 
     data: int = -1
@@ -60,15 +63,15 @@ class MeshConfig:
         for _, placement in self.rules:
             if not re.fullmatch(r"replicate|fsdp|tensor\[-[1-9]\]", placement):
                 raise ValueError(
-                    f"placement {placement!r}: expected 'replicate', 'fsdp' or 'tensor[-1]', "
-                    "with the number of a dimension, counted from the last"
+                    f"placement {placement!r}: expected 'replicate', 'fsdp' or 'tensor[-1]' "
+                    "(any dimension, counted from the last)"
                 )
 
 
 def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices of all processes, or over those given.
+    """Makes a mesh over `on`, by default all devices of all processes.
 
-    Several slices of TPUs lie along `data`, whose sums alone cross the slower network between them.
+    TPU slices lie along `data`, so that only its all-reduces use the slower network between them.
     Raises ValueError if the devices don't fit the config.
     """
     on = jax.devices() if on is None else on
@@ -82,7 +85,7 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
     if math.prod(shape) != devices:
         raise ValueError(
             f"mesh {_show(shape)} does not fit {devices} devices: their product must be {devices}; "
-            "set one axis to -1 to take what is left"
+            "set one axis to -1 to take the remaining devices"
         )
     # Auto: since jax 0.9 the default is Explicit, under which sharding becomes part of types.
     types = (AxisType.Auto,) * len(AXES)
@@ -102,24 +105,24 @@ def _show(shape: list[int]) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over data and fsdp; the devices along `tensor` have the same rows."""
+    """Returns the sharding of a batch: rows over data and fsdp, replicated along `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is split."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain_batch(tree: Any, axis: int = 0) -> Any:
-    """Inside jit, under `use_mesh`: keeps `axis` of every leaf split as a batch, and no other.
+    """Constrains `axis` of every leaf to the batch's sharding, inside jit under `use_mesh`.
 
-    Without a mesh, and where the axis doesn't divide (the one image of `init`), leaves pass.
+    Does nothing without a mesh, or if the axis doesn't divide (the single image of `init`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = PartitionSpec(*[None] * axis, BATCH_AXES)
@@ -132,11 +135,10 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
 
 
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
-    """Inside jit, under `use_mesh`: the kernel of the layer at `path`, split over `tensor` alone.
+    """Gathers the kernel of the layer at `path` over `fsdp`, inside jit under `use_mesh`.
 
-    Said in so many words, since XLA else multiplies with the pieces that FSDP leaves on each
-    device, one after another while they go round in a ring: for two of ViT-B/16's MLPs on 16 chips
-    of v5e an estimated 13.9 million cycles, with whole kernels 6.0 million.
+    Without this constraint XLA multiplies with one FSDP shard after another as they pass around a
+    ring. Estimate for two MLPs of ViT-B/16 on 16 v5e chips: 13.9 million cycles instead of 6.0.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -154,20 +156,20 @@ def _device() -> Any:
 
 
 def platform() -> str:
-    """Inside jit: "tpu", "gpu" or "cpu", of the devices of `use_mesh`, or else of jax's default."""
+    """Returns "tpu", "gpu" or "cpu": of the mesh set by `use_mesh`, else of the default device."""
     return _device().platform
 
 
 def device_kind() -> str:
-    """As `platform`, more exactly: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ..."""
+    """Returns the model of `platform`'s device: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ..."""
     return _device().device_kind
 
 
 def map_images_and_heads(function: Callable, heads: int) -> Callable:
-    """Inside jit, under `use_mesh`: `function` of [B, ..., H K], on each device's part alone.
+    """Maps a function of arrays [B, ..., H K] over devices, inside jit under `use_mesh`.
 
-    For what XLA can't split by itself. Images lie along the batch's axes and heads along `tensor`;
-    where those don't divide them, every device computes all.
+    For kernels that XLA can't partition. Splits images over the batch axes and heads over
+    `tensor`; an axis that doesn't divide is replicated.
     """
 
     def mapped(*arrays):
@@ -188,7 +190,7 @@ def map_images_and_heads(function: Callable, heads: int) -> Callable:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """ValueError unless every microbatch divides over the devices of the batch."""
+    """Raises ValueError unless every microbatch divides over the batch's devices."""
     parts = batch_parts(mesh)
     unit = parts * accumulation
     if batch_size < 1 or batch_size % unit:
@@ -202,10 +204,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None
 
 
 def state_shardings(mesh: Mesh, config: MeshConfig, shapes: Any) -> Any:
-    """NamedShardings for a tree of arrays or shapes, by the first rule that matches each path.
+    """Returns NamedShardings for a tree of arrays or shapes: the first matching rule per path.
 
-    Raises ValueError for a path without a rule, and where `tensor` doesn't divide what it should:
-    its devices would repeat each other's work.
+    Raises ValueError for a path without a rule, and for a dimension that `tensor` doesn't divide.
     """
 
     def place(path, leaf) -> NamedSharding:
@@ -226,7 +227,7 @@ def state_shardings(mesh: Mesh, config: MeshConfig, shapes: Any) -> Any:
 
 
 def check_tensor_axis(mesh: Mesh, shardings: Any) -> None:
-    """ValueError for a `tensor` axis that splits none of these arrays, such as a ResNet's."""
+    """Raises ValueError if `tensor` > 1 splits none of the arrays, as in a ResNet."""
     size = mesh.shape["tensor"]
     if size > 1 and not any("tensor" in at.spec for at in jax.tree.leaves(shardings)):
         raise ValueError(
@@ -235,7 +236,7 @@ def check_tensor_axis(mesh: Mesh, shardings: Any) -> None:
 
 
 def _placement(rules: tuple[tuple[str, str], ...], name: str) -> str:
-    """What the first rule that matches says."""
+    """Returns the placement of the first rule that matches."""
     placement = next((p for regex, p in rules if re.fullmatch(regex, name)), None)
     if placement is None:
         raise ValueError(f"no sharding rule matches {name}: end the rules with ('.*', ...)")
@@ -243,7 +244,7 @@ def _placement(rules: tuple[tuple[str, str], ...], name: str) -> str:
 
 
 def _tensor_dim(placement: str, name: str, shape: tuple[int, ...], split: int) -> int:
-    """The dimension that "tensor[-2]" means."""
+    """Returns the dimension in a placement such as "tensor[-2]"; checks that `split` divides it."""
     dim = int(placement[len("tensor[") : -1])
     size = shape[dim] if len(shape) >= -dim else 1
     if size % split:
@@ -256,30 +257,29 @@ def _tensor_dim(placement: str, name: str, shape: tuple[int, ...], split: int) -
 
 
 def path_name(path: tuple) -> str:
-    """A key path of jax.tree_util as "a/b/0"."""
+    """Formats a key path of jax.tree_util as "a/b/0"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this process's devices hold: ascending, int64.
+    """Returns the rows of a global batch that this process's devices hold: ascending, int64.
 
-    Asked of the sharding and not derived from the process's number, since a mesh laid out for the
-    network need not list a process's devices one after another.
+    Read from the sharding, because a mesh may not list a process's devices consecutively.
     """
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows (see `local_rows`) -> global arrays, split over the batch's devices."""
+    """Makes global sharded arrays from this process's rows (see `local_rows`)."""
     sharding = batch_sharding(mesh)
-    # Meant, though jax marks it as such in a single process alone.
+    # An intended transfer: with several processes, jax's transfer guard would report it.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def put_tree(tree: Any, shardings: Any) -> Any:
-    """Host arrays, equal on every process -> global arrays; each device takes its part alone."""
+    """Makes global arrays from host arrays that are equal on every process."""
 
     def put(leaf, sharding):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -288,5 +288,5 @@ def put_tree(tree: Any, shardings: Any) -> Any:
 
 
 def use_mesh(mesh: Mesh) -> AbstractContextManager:
-    """Makes `mesh` the one that `constrain_batch` means."""
+    """Sets the mesh for constraints, kernels and `platform()`, in this thread."""
     return jax.set_mesh(mesh)

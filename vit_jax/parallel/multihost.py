@@ -1,4 +1,4 @@
-"""Several processes as one run: joining, agreeing, being preempted together."""
+"""Multi-process runs: initialization, agreement checks, and preemption."""
 
 import json
 import os
@@ -15,24 +15,30 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Exit code of a run that was told to end, has saved, and goes on when started again (EX_TEMPFAIL).
+# Exit code of a run that stopped on SIGTERM after saving; start it again to resume (EX_TEMPFAIL).
 PREEMPTED = 75
-# A process that has not been heard of for so long is taken for dead, and ends all others.
+# A process that is silent for this long counts as dead, and all others end.
 HEARTBEAT_SECONDS = 60
 
 _FACTS_BYTES = 4096
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALL_HERE = "all here"
-_LINGER_SECONDS = 10  # that processes which come late are still told what is wrong
+_LINGER_SECONDS = 10  # after an error, so that late processes are told about it
 
 
 def initialize(distributed: bool) -> None:
-    """Joins the cluster's processes, before any other use of jax.
+    """Joins the processes of a cluster. Call it before any other use of jax.
 
-    TPU pods, SLURM and the other clusters that jax knows are detected; elsewhere set
-    JAX_COORDINATOR_ADDRESS=host:port, of a free port at process 0, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. A job whose processes don't find each other would train as many private models:
-    ValueError or TimeoutError, on every process, says who was there.
+    Detects TPU pods, SLURM and the other clusters that jax knows. Elsewhere set
+    JAX_COORDINATOR_ADDRESS=host:port (a free port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID.
+
+    Args:
+        distributed: does nothing if False.
+
+    Raises:
+        ValueError: no cluster, or processes that don't fit together; on every process.
+        TimeoutError: process 0 doesn't answer.
     """
     if not distributed:
         return
@@ -53,7 +59,7 @@ def initialize(distributed: bool) -> None:
 
 
 def _checked(found: dict[str, str]) -> tuple[str, int, int]:
-    """The address of process 0, how many processes there are, and which of them this is."""
+    """Returns process 0's address, the number of processes and this one's; ValueError if wrong."""
     address, *numbers = (found.get(name, "") for name in _VARIABLES)
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and all(n.isdecimal() for n in numbers)):
@@ -66,10 +72,10 @@ def _checked(found: dict[str, str]) -> tuple[str, int, int]:
 
 
 def _roll_call(address: str, processes: int, process: int, patience: float = 300) -> None:
-    """Returns when every process has told process 0 the same; an error goes to all that came.
+    """Waits until all processes have reported consistent settings to process 0.
 
-    jax itself would wait for minutes and then tell nobody what the others had been told. It uses
-    the address afterwards.
+    Raises ValueError on every process that reported, if settings differ or processes are missing.
+    jax itself would wait for minutes without naming the cause. It uses the address afterwards.
     """
     me = {"process": process, "of": processes, "host": socket.gethostname(), "jax": jax.__version__}
     deadline = time.monotonic() + patience
@@ -82,7 +88,7 @@ def _roll_call(address: str, processes: int, process: int, patience: float = 300
 
 
 def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
-    """As process 0: hears the others, and tells them what it finds."""
+    """On process 0: collects the others' reports and sends them the result."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     heard, waiting, problem = [me], [], ""
@@ -96,7 +102,7 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
                     said = json.loads(lines.readline())
                 if said.keys() != me.keys():
                     raise ValueError
-            except (OSError, ValueError, AttributeError):  # nobody came; a port scan came
+            except (OSError, ValueError, AttributeError):  # a timeout or a port scan
                 if time.monotonic() > deadline:
                     break
                 continue
@@ -106,10 +112,10 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
             odd = len(set(ids)) < len(ids) or max(ids) >= me["of"]
             if not problem and (odd or any(o[k] != me[k] for o in heard for k in ("of", "jax"))):
                 problem = "the processes don't fit together"
-                deadline = min(deadline, time.monotonic() + _LINGER_SECONDS)  # for the others
+                deadline = min(deadline, time.monotonic() + _LINGER_SECONDS)  # for late processes
         if not problem and len(heard) < me["of"]:
             missing = sorted(set(range(me["of"])) - {other["process"] for other in heard})
-            problem = f"processes {missing} of {me['of']} did not come"
+            problem = f"processes {missing} of {me['of']} did not connect"
         lines = [
             f"  process {o['process']} of {o['of']} on {o['host']}, jax {o['jax']}"
             for o in sorted(heard, key=lambda o: o["process"])
@@ -122,9 +128,9 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
 
 
 def _answer_roll_call(address: str, me: dict[str, Any], deadline: float) -> str:
-    """As another process: tells process 0 what this one was told, and hears its answer."""
+    """On other processes: reports this process's settings to process 0, returns its result."""
     host, _, port = address.rpartition(":")
-    # An older run, one process of which has died, ends by itself in this time and frees the port.
+    # An older run with a dead process ends in this time and frees the port.
     patience = min(deadline, time.monotonic() + 1.5 * HEARTBEAT_SECONDS)
     while True:
         try:
@@ -134,23 +140,26 @@ def _answer_roll_call(address: str, me: dict[str, Any], deadline: float) -> str:
                 connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
                 if heard := answer.read():
                     return heard
-            until, problem = patience, "it has all that it was told of, or an older run is there"
+            until, problem = patience, "all its processes have connected, or an older run uses it"
         except (ConnectionResetError, BrokenPipeError, UnicodeDecodeError):
             until, problem = patience, "something else listens there"
         except OSError as error:
             until, problem = deadline, str(error)
         if time.monotonic() > until:
-            raise TimeoutError(f"{me}: no process 0 waits for this one at {address}: {problem}")
+            raise TimeoutError(f"{me}: process 0 does not answer at {address}: {problem}")
         time.sleep(0.2)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes records."""
+    """Whether this is process 0, which writes logs and files."""
     return jax.process_index() == 0
 
 
 def check_agreement(facts: dict[str, Any]) -> None:
-    """ValueError, on every process, unless the facts (short, for JSON) are the same on all."""
+    """Raises ValueError on every process unless `facts` are the same on all.
+
+    `facts`: for JSON, up to 4096 bytes.
+    """
     if jax.process_count() == 1:
         return
     text = json.dumps(facts, sort_keys=True).encode()
@@ -173,9 +182,9 @@ def check_agreement(facts: dict[str, Any]) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """ValueError, on every process, unless all see the same folder.
+    """Raises ValueError on every process unless all see the same folder.
 
-    A host where a mount is missing would keep its part of every checkpoint to itself.
+    A host without the shared mount would write its shards of checkpoints to its own disk.
     """
     if jax.process_count() == 1:
         return
@@ -196,33 +205,33 @@ def check_shared(folder: Path) -> None:
 
 
 def everyones(value: float) -> np.ndarray:
-    """The value of each process: float64 [processes]."""
+    """Gathers a value from every process: float64 [processes]."""
     if jax.process_count() == 1:
         return np.array([value])
-    # jax would make float32 of it.
+    # As uint32, because jax would convert float64 to float32.
     parts = np.frombuffer(np.float64(value).tobytes(), np.uint32)
     return multihost_utils.process_allgather(parts).view(np.float64)[:, 0]
 
 
 def all_agree(value: bool) -> bool:
-    """Whether it is true on every process."""
+    """Returns whether `value` is True on every process."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached the barrier of this name."""
     multihost_utils.sync_global_devices(name)
 
 
 class Preemption:
-    """Notices SIGTERM, sent to any process, and lets all stop at the same step."""
+    """Detects SIGTERM on any process, so that all stop at the same step."""
 
     def __enter__(self) -> "Preemption":
         self.told = False
         self._previous = None
-        # Among several processes jax's own coordination listens for the signal.
+        # With several processes jax handles the signal itself.
         alone = not jax.distributed.is_initialized()
         if alone and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._hear)
@@ -232,11 +241,11 @@ class Preemption:
         self.tell()
 
     def tell(self) -> None:
-        """As the signal does."""
+        """Requests a stop, like the signal."""
         self.told = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after this step. To be asked after every one."""
+        """Returns whether to save and stop after this step. Call it after every step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self.told

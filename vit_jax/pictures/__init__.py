@@ -1,1 +1,1 @@
-"""What a model looks at, and how to draw it."""
+"""Attention maps, filters and position embeddings, computed and drawn."""

@@ -1,7 +1,4 @@
-"""Draws what a model learned, as in Figures 6, 7, 10, 11 and 14 of arXiv 2010.11929.
-
-Each function returns a matplotlib figure; nothing here computes more than it must to draw.
-"""
+"""Draws Figures 6, 7, 10, 11 and 14 of arXiv 2010.11929 with matplotlib."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,15 +6,15 @@ from PIL import Image, ImageFilter
 
 
 def overlay(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The image where it is looked at, darkened elsewhere: uint8 [H, W, 3], map [rows, columns].
+    """Darkens an image uint8 [H, W, 3] where the attention map `seen` [rows, columns] is low.
 
-    As the paper's authors drew Figures 6 and 14 (google-research/vision_transformer, issue 27): the
-    map enlarged (Lanczos), blurred by a patch, stretched to [0, 1], and used as a mask.
+    As in Figures 6 and 14 (google-research/vision_transformer, issue 27): enlarges the map
+    (Lanczos), blurs it by one patch, scales it to [0, 1] and multiplies.
     """
     height, width = image.shape[:2]
     mask = Image.fromarray((seen / seen.max()).astype(np.float32))
     mask = mask.resize((width, height), Image.Resampling.LANCZOS)
-    # Pillow blurs 8-bit images alone.
+    # Pillow blurs only 8-bit images.
     mask = Image.fromarray(np.uint8(255 * np.clip(np.asarray(mask), 0, 1)))
     mask = mask.filter(ImageFilter.GaussianBlur(height / seen.shape[0]))
     mask = np.asarray(mask, np.float32)
@@ -27,7 +24,7 @@ def overlay(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def draw_rollout(images: np.ndarray, maps: np.ndarray, columns: int = 4) -> Figure:
-    """Pairs of an image and what of it the model looks at: uint8 [B, H, W, 3], [B, rows, cols]."""
+    """Draws images uint8 [B, H, W, 3] beside their attention maps [B, rows, cols]."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(3.2 * columns, 1.75 * rows), layout="constrained")
@@ -45,7 +42,7 @@ def draw_rollout(images: np.ndarray, maps: np.ndarray, columns: int = 4) -> Figu
 
 
 def draw_filters(components: np.ndarray, shares: np.ndarray, columns: int = 7) -> Figure:
-    """Principal components [n, side, side, 3], each stretched to [0, 1] (Figure 7, left)."""
+    """Draws principal components [n, side, side, 3], scaled to [0, 1] each (Figure 7, left)."""
     rows = -(-len(components) // columns)
     figure = Figure(figsize=(columns, rows + 0.5), layout="constrained")
     figure.suptitle(
@@ -62,7 +59,7 @@ def draw_filters(components: np.ndarray, shares: np.ndarray, columns: int = 7) -
 
 
 def draw_positions(similarity: np.ndarray) -> Figure:
-    """Cosine similarity of each position to all: [rows, cols, rows, cols] (Figure 7, centre)."""
+    """Draws cosine similarities of positions, [rows, cols, rows, cols] (Figure 7, centre)."""
     rows, columns = similarity.shape[:2]
     figure = Figure(figsize=(7.2, 6.2 * rows / columns + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -82,7 +79,7 @@ def draw_positions(similarity: np.ndarray) -> Figure:
 
 
 def draw_distances(distances: np.ndarray) -> Figure:
-    """Mean attention distance of each head over depth: pixels [L, H] (Figure 7, right)."""
+    """Draws mean attention distances [L, H], in pixels, over depth (Figure 7, right)."""
     figure = Figure(figsize=(4.8, 3.6), layout="constrained")
     axis = figure.subplots()
     for head, values in enumerate(distances.T):

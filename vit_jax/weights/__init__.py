@@ -1,1 +1,1 @@
-"""Other people's checkpoints, and fitting a checkpoint to another task."""
+"""Trained models, foreign checkpoint formats, and adapting checkpoints to other models."""

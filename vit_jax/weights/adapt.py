@@ -1,6 +1,6 @@
-"""Fits a checkpoint's parameters to another model, and reports on every tensor.
+"""Adapts a checkpoint's parameters to another model, and reports on every tensor.
 
-Parameters here are flat: "/"-joined name -> array.
+Internal functions take flat parameters: "/"-joined name -> array.
 """
 
 import dataclasses
@@ -14,29 +14,29 @@ from vit_jax.config import unknown
 from vit_jax.models import names
 from vit_jax.models.stacking import flatten, stack, unflatten, unstack
 
-# The paper's fine-tuning (section 3.2): a new head, and none of the pretraining head's other layer,
-# nor of what masked patch prediction needs (appendix B.1.2).
+# Fine-tuning as in arXiv 2010.11929: a new head, without the pretraining head's hidden layer
+# (section 3.2) and the parameters of masked patch prediction (appendix B.1.2).
 REINITIALIZE = (names.HEAD,)
 DROP = names.PRETRAINING_ONLY
 
-_ADVICE = {  # on tensors whose shape doesn't fit
-    names.POSITIONS: "The checkpoint's position embeddings are taken for those of a square "
-    "grid of patches: if they are of another, say which in source_grid.",
-    names.RELATIVE_POSITIONS: "Relative positions belong to one grid of patches and cannot be "
-    "resized: add '.*relative_embedding' to reinitialize.",
-    names.TOKEN_MIXING: "A Mixer's token mixing belongs to one number of patches and cannot be "
-    "resized: choose an image size that gives as many.",
+_ADVICE = {  # for tensors whose shape doesn't fit
+    names.POSITIONS: "The checkpoint's position embeddings are assumed to form a square grid of "
+    "patches: for another grid set source_grid.",
+    names.RELATIVE_POSITIONS: "Relative positions cannot be resized to another grid of patches: "
+    "add '.*relative_embedding' to reinitialize.",
+    names.TOKEN_MIXING: "A Mixer's token mixing cannot be resized to another number of patches: "
+    "choose an image size that gives the same number.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptReport:
-    """What became of every tensor: names, sorted."""
+    """What happened to each tensor: sorted names."""
 
     loaded: tuple[str, ...]
     resized: tuple[str, ...]  # position embeddings and patch kernels, with their shapes
-    initialised: tuple[str, ...]  # fresh in the model
-    dropped: tuple[str, ...]  # left in the checkpoint
+    initialised: tuple[str, ...]  # kept from the model
+    dropped: tuple[str, ...]  # in the checkpoint only
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors"]
@@ -55,25 +55,25 @@ def adapt(
     reinitialize: tuple[str, ...] = REINITIALIZE,
     drop: tuple[str, ...] = DROP,
 ) -> tuple[dict, AdaptReport]:
-    """Takes the parameters of `source` into the tree of `target`, a freshly initialised model.
+    """Loads the parameters of `source` into the tree of `target`, an initialised model.
 
-    Layers are stacked or unstacked as `target` has them, position embeddings resized to its grid,
-    patch kernels to its patch. The regexes match whole names, as they are in `target`'s layout.
+    Stacks or unstacks layers like `target`. Resizes position embeddings to its grid and patch
+    kernels to its patch. Regexes match whole names in `target`'s layout.
 
     Args:
         source: nested dict of arrays.
         target: nested dict of arrays, or of their shapes.
-        grid: the target's patches (rows, columns), None where it has none: `Model.grid`.
-        source_grid: the source's patches; None: of a square.
-        reinitialize: regexes of tensors to leave as they are in `target`.
-        drop: regexes of tensors of `source` that `target` need not have.
+        grid: the target's grid of patches (rows, columns): `Model.grid`.
+        source_grid: the source's grid of patches; None assumes a square.
+        reinitialize: regexes of tensors to keep from `target`.
+        drop: regexes of tensors of `source` to ignore if `target` doesn't have them.
 
     Returns:
-        The filled tree and the report. Leaves that were not loaded are `target`'s own.
+        The filled tree and the report. Leaves that weren't loaded are those of `target`.
 
     Raises:
-        ValueError: a tensor has no counterpart, or one of another shape (lists all of them, both
-            sides); a regex that isn't among the defaults matches nothing.
+        ValueError: tensors without a counterpart or of another shape (the message lists all); a
+            regex that matches nothing, unless it is a default.
     """
     target = flatten(target)
     source = {name: np.asarray(array) for name, array in flatten(source).items()}
@@ -127,42 +127,42 @@ def _matching(regex: str, among: Iterable[str]) -> set[str]:
 
 
 def _modules(among: Iterable[str]) -> set[str]:
-    """Regexes of what stands at the top: "cls" -> "cls", "head/bias" -> "head/.*"."""
+    """Returns regexes of top-level modules: "cls" -> "cls", "head/bias" -> "head/.*"."""
     return {re.sub("/.*", "/.*", name) for name in among}
 
 
 def _suggest(
     side: str, option: str, given: tuple[str, ...], among: Iterable[str], others: Iterable[str]
 ) -> list[str]:
-    """What one side alone has all of, such as a class token, may well be meant to differ."""
+    """Suggests an option for top-level modules that only one side has, such as a class token."""
     extra = sorted(_modules(among) - _modules(others))
     value = (*given, *extra)
     return [f"If only the {side} is to have {', '.join(extra)}: {option}={value}."] * bool(extra)
 
 
 def _select(kind: str, regexes: tuple[str, ...], among: Iterable[str]) -> set[str]:
-    """The names that any of the regexes matches."""
+    """Returns the names that match any of the regexes."""
     selected = set()
     for regex in regexes:
         try:
             matched = _matching(regex, among)
         except re.error as error:
-            raise ValueError(f"{kind}: {regex!r} is no regular expression: {error}") from error
-        if not matched and regex not in REINITIALIZE + DROP:  # which are for models of all kinds
+            raise ValueError(f"{kind}: {regex!r} is not a regular expression: {error}") from error
+        if not matched and regex not in REINITIALIZE + DROP:  # defaults may match nothing
             raise unknown(f"tensor in {kind}", regex, _modules(among))
         selected |= matched
     return selected
 
 
 def _match_layout(source: dict, target: dict) -> dict:
-    """Stacks or unstacks the source's layers as the target has them."""
+    """Stacks or unstacks the layers of `source` like those of `target`."""
     layers = unstack(source)
     stacked = next((target[name] for name in target if names.is_stacked(name)), None)
     return layers if stacked is None else stack(layers, stacked.shape[0])
 
 
 def _unfold(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, ...]:
-    """[..., N, D] of position embeddings -> [..., rows, columns, D], of a grid of N patches."""
+    """Returns the shape [..., rows, columns, D] for position embeddings [..., N, D]."""
     if not re.fullmatch(names.POSITIONS, name) or len(shape) < 3:
         return shape
     *batch, patches, width = shape
@@ -185,9 +185,9 @@ def _resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray 
 
 
 def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """[..., r, c, D] -> [..., *grid, D]: bilinear, corner on corner.
+    """Resizes [..., r, c, D] to [..., *grid, D], bilinearly with aligned corners.
 
-    As the published fine-tuning code does (section 3.2 of the paper).
+    As the published fine-tuning code (arXiv 2010.11929, section 3.2).
     """
     down, along = (
         _interpolation(n, m, corners=True) for n, m in zip(table.shape[-3:-1], grid, strict=True)
@@ -196,11 +196,11 @@ def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def resize_patch_kernel(kernel: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
-    """[p, q, C, D] -> [*patch, C, D]: on resized patches the tokens of before.
+    """Resizes a kernel [p, q, C, D] to [*patch, C, D] so that tokens stay nearly the same.
 
-    FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4): of all kernels, the one whose tokens
-    of bilinearly resized patches differ least, in the mean square over white-noise patches, from
-    the old kernel's of the patches themselves. To a larger patch they don't differ at all.
+    FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4). Minimises the mean squared difference
+    between the new kernel's tokens of bilinearly resized patches and the old kernel's tokens of the
+    original ones, over white-noise patches. The difference is zero for larger patches.
     """
     # The resizing is separable, and so is its pseudo-inverse.
     down, along = (
@@ -211,9 +211,11 @@ def resize_patch_kernel(kernel: np.ndarray, patch: tuple[int, int]) -> np.ndarra
 
 
 def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
-    """[new, old]: linear interpolation, with the centres of the first and last elements fixed
-    (`corners`), or their outer edges."""
-    # With its default mode scipy takes some last elements for outside, and puts 0 there.
+    """Returns the matrix [new, old] of linear interpolation.
+
+    `corners` aligns the centres of the first and last elements; otherwise their outer edges.
+    """
+    # By default scipy treats some last elements as outside and sets them to 0.
     options = {"order": 1, "mode": "nearest", "grid_mode": not corners}
     from scipy import ndimage  # slow to import, and few checkpoints are resized
 

@@ -1,6 +1,6 @@
-"""The names of BiT's published ResNets (google-research/big_transfer) <-> ours of a ResNet v2.
+"""Converts parameter names of BiT's published ResNets (google-research/big_transfer), both ways.
 
-Pure, arrays to arrays. `block1/unit1/gn2/scale` is `resnet/block1/unit01/b/group_norm/gamma` there.
+Our `block1/unit1/gn2/scale` is `resnet/block1/unit01/b/group_norm/gamma` there.
 """
 
 import re
@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax.weights.official import Arrays, rename
 
-_BIT_NAMES = {  # without the unit
+_BIT_NAMES = {  # without the unit's prefix
     "conv_root/kernel": "root_block/standardized_conv2d/kernel",
     "gn_head/scale": "group_norm/gamma",
     "gn_head/bias": "group_norm/beta",
@@ -26,10 +26,10 @@ _OUR_NAMES = {bit: ours for ours, bit in _BIT_NAMES.items()}
 
 
 def from_bit(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Arrays of a BiT file -> under our names, the head's kernel [1, 1, C, classes] made dense.
+    """Renames arrays of a BiT file; reshapes the head's kernel [1, 1, C, classes] to 2-D.
 
-    A name that is none of BiT's stays as it is, for `weights.adapt` to report. ValueError if two
-    names become the same.
+    Keeps unknown names, for `weights.adapt` to report. Raises ValueError if two tensors get the
+    same name.
     """
     renamed = rename(arrays, _our_name)
     if "head/kernel" in renamed and renamed["head/kernel"].shape[:-2] == (1, 1):
@@ -38,15 +38,15 @@ def from_bit(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def to_bit(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Arrays of our ResNet v2 -> under BiT's names; `from_bit` gives back the same bits.
+    """Renames arrays of a ResNet v2 to BiT's names; `from_bit` restores the same bits.
 
     Raises:
-      ValueError: tensors that BiT's models have not.
+      ValueError: tensors that BiT's models don't have.
     """
     if surplus := sorted(name for name in arrays if _bit_name(name) is None):
         raise ValueError(
             f"BiT's ResNets have no {', '.join(surplus)}: expected a pre-activation ResNet (v2), "
-            "write another format"
+            "use another format"
         )
     renamed = rename(arrays, _bit_name)
     if (head := "resnet/head/conv2d/kernel") in renamed:

@@ -1,6 +1,6 @@
-"""What architecture weights are of, read off their names and shapes.
+"""Infers an architecture from the names and shapes of its parameters.
 
-Parameters are flat, "/"-joined name -> array, under our names, with a name for every layer.
+Parameters are flat ("/"-joined name -> array), under our names, with unrolled layers.
 """
 
 import math
@@ -12,17 +12,24 @@ from vit_jax.models import names
 from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
 
 _BLOCK = names.ENCODER_BLOCK.format(0)
-_ATTENTION = f"{_BLOCK}{names.ATTENTION}/"
+_MIXER_BLOCK = names.MIXER_BLOCK.format(0)
 
 
 def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """{"model": fields of ModelConfig, "num_classes", "image_size"} of a published architecture.
+    """Infers the description of a model.
 
-    Where shapes don't tell, it is as published: the tanh GELU, epsilon 1e-6, learned 1-D positions.
-    `num_classes` is 0 without a head. `image_size` (height, width) is needed for grids that aren't
-    square; ResNets take 224 x 224 without it.
+    Options that shapes don't show are as published: tanh GELU, epsilon 1e-6.
 
-    Raises ValueError for weights of which nothing here is made, or of another image size.
+    Args:
+      params: flat name -> array.
+      image_size: (height, width) in pixels. Needed for grids that aren't square; ResNets default
+        to 224 x 224.
+
+    Returns:
+      {"model": fields of ModelConfig, "num_classes": 0 without a head, "image_size"}.
+
+    Raises:
+      ValueError: an unknown or incomplete architecture, or an image size that doesn't fit.
     """
     readers = {"ViT": _vit, "Mixer": _mixer, "ResNet": _resnet}
     read = {names.FAMILIES[family].first_kernel: reader for family, reader in readers.items()}
@@ -30,7 +37,7 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
     if reader is None:
         found = ", ".join(sorted(params)[:5])
         raise ValueError(
-            f"no ViT, hybrid, ResNet or Mixer: none of {', '.join(read)} among its "
+            f"no ViT, hybrid, ResNet or Mixer: expected one of {', '.join(read)} among its "
             f"{len(params)} tensors ({found}, ...)"
         )
     try:
@@ -41,23 +48,23 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
         side = math.isqrt(tokens or 0)
         if tokens is not None and side * side != tokens:
             raise ValueError(
-                f"positions of {tokens} patches, which are no square: give the image size, such as "
-                f"{unit}x{unit * tokens}"
+                f"position embeddings of {tokens} patches, not a square grid: give the image size, "
+                f"such as {unit}x{unit * tokens}"
             )
         image_size = (unit * side,) * 2 if tokens else (224, 224)
     elif tokens not in (None, math.prod(side // unit for side in image_size)):
         raise ValueError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
-    classes = params["head/bias"].shape[0] if "head/bias" in params else 0
+    classes = params[names.HEAD_BIAS].shape[0] if names.HEAD_BIAS in params else 0
     return {"model": model, "num_classes": classes, "image_size": list(image_size)}
 
 
 def count(among: Iterable[str], pattern: str) -> int:
-    """How many numbers the pattern's group finds at the names' beginning."""
+    """Counts the distinct values of the pattern's group at the beginning of names."""
     return len({m[1] for name in among if (m := re.match(pattern, name))})
 
 
 def nearest(table: dict[str, tuple], found: dict[str, int]) -> tuple[str, dict[str, int]]:
-    """The name in a table of sizes that is nearest, and the fields in which `found` differs."""
+    """Returns the nearest name in a table of sizes, and the fields in which `found` differs."""
     sizes = tuple(found.values())
     name = min(table, key=lambda name: math.dist(*(map(math.log, s) for s in (table[name], sizes))))
     usual = dict(zip(found, table[name], strict=True))
@@ -65,55 +72,57 @@ def nearest(table: dict[str, tuple], found: dict[str, int]) -> tuple[str, dict[s
 
 
 def _vit(params: dict) -> tuple[dict, int, int | None]:
-    """Fields of ModelConfig, pixels a patch, patches."""
-    patch, _, _, width = params["embedding/kernel"].shape
+    """Returns fields of ModelConfig, the patch side in pixels, and the number of patches."""
+    patch, _, _, width = params[names.FAMILIES["ViT"].first_kernel].shape
     size, differing = nearest(
         VIT_SIZES,
         {
             "width": width,
             "depth": count(params, names.FAMILIES["ViT"].block),
-            "mlp_dim": params[f"{_BLOCK}MlpBlock_0/Dense_0/bias"].shape[0],
-            "num_heads": params[f"{_ATTENTION}query/kernel"].shape[1],
+            "mlp_dim": params[_BLOCK + names.MLP_BIAS].shape[0],
+            "num_heads": params[_BLOCK + names.QUERY_KERNEL].shape[1],
         },
     )
     variant, unit = f"ViT-{size}/{patch}", patch
-    if "conv_root/kernel" in params:
+    if names.ROOT_KERNEL in params:
         stages, stem_width = _stages(params)
         stems = {stem: key for key, stem in HYBRID_STEMS.items()}
         if (stages, patch) not in stems:
-            raise ValueError(f"no hybrid here has stages {stages} under patches of {patch}")
+            raise ValueError(f"unknown hybrid: stages {stages} under patches of {patch}")
         stem, side = stems[stages, patch]
         variant, unit = f"{stem}+ViT-{size}/{side}", patch * 4 * 2 ** max(len(stages) - 1, 0)
         if stem_width != 64:
             differing["stem_width"] = stem_width
     model = {"variant": variant, **differing}
-    model["pool"] = "token" if "cls" in params else "map" if "MAPHead_0/probe" in params else "gap"
-    if "pre_logits/bias" in params:
-        model["representation_size"] = params["pre_logits/bias"].shape[0]
-    if "registers" in params:
-        model["registers"] = params["registers"].shape[1]
-    if f"{_BLOCK}layer_scale_0" in params:
-        model["layer_scale"] = 1e-5  # the initial value, which is past
-    if f"{_ATTENTION}query_norm/scale" in params:
+    model["pool"] = (
+        "token" if names.CLASS_TOKEN in params else "map" if names.PROBE in params else "gap"
+    )
+    if names.PRE_LOGITS_BIAS in params:
+        model["representation_size"] = params[names.PRE_LOGITS_BIAS].shape[0]
+    if names.REGISTERS in params:
+        model["registers"] = params[names.REGISTERS].shape[1]
+    if _BLOCK + names.LAYER_SCALE in params:
+        model["layer_scale"] = 1e-5  # the initial value; the file doesn't tell it
+    if _BLOCK + names.QUERY_NORM in params:
         model["qk_norm"] = True
-    if f"{_BLOCK}MlpBlock_0/gate/kernel" in params:
+    if _BLOCK + names.GATE_KERNEL in params:
         model["mlp"] = "swiglu"
-    if "pos_embedding" not in params:
-        # Without parameters, big_vision's positions are the fixed ones of "Better plain ViT".
+    if names.POSITION not in params:
+        # big_vision's models without learned positions have fixed ones (arXiv 2205.01580).
         return {**model, "position": "sincos_2d"}, unit, None
-    return model, unit, params["pos_embedding"].shape[1]
+    return model, unit, params[names.POSITION].shape[1]
 
 
 def _mixer(params: dict) -> tuple[dict, int, int]:
-    patch, _, _, width = params["stem/kernel"].shape
-    tokens, token_mlp_dim = params["MixerBlock_0/token_mixing/Dense_0/kernel"].shape
+    patch, _, _, width = params[names.FAMILIES["Mixer"].first_kernel].shape
+    tokens, token_mlp_dim = params[_MIXER_BLOCK + names.TOKEN_KERNEL].shape
     size, differing = nearest(
         MIXER_SIZES,
         {
             "width": width,
             "depth": count(params, names.FAMILIES["Mixer"].block),
             "token_mlp_dim": token_mlp_dim,
-            "mlp_dim": params["MixerBlock_0/channel_mixing/Dense_0/bias"].shape[0],
+            "mlp_dim": params[_MIXER_BLOCK + names.CHANNEL_BIAS].shape[0],
         },
     )
     return {"variant": f"Mixer-{size}/{patch}", **differing}, patch, tokens
@@ -127,7 +136,7 @@ def _resnet(params: dict) -> tuple[dict, int, None]:
         model["stages"] = list(stages)
     if width % 64:
         model["stem_width"] = width
-    if "gn_root/scale" in params:
+    if names.ROOT_SCALE in params:
         model["preactivation"] = False
     else:
         model["zero_padded_pool"] = True
@@ -135,7 +144,7 @@ def _resnet(params: dict) -> tuple[dict, int, None]:
 
 
 def _stages(params: dict) -> tuple[tuple[int, ...], int]:
-    """Units of every stage, and the root's width."""
-    stages = count(params, r"block(\d+)/")
-    units = (count(params, rf"block{stage}/unit(\d+)/") for stage in range(1, stages + 1))
-    return tuple(units), params["conv_root/kernel"].shape[-1]
+    """Returns the units per stage, and the root's width."""
+    stages = count(params, names.STAGE)
+    units = (count(params, names.UNIT.format(stage)) for stage in range(1, stages + 1))
+    return tuple(units), params[names.ROOT_KERNEL].shape[-1]

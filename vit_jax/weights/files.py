@@ -1,7 +1,7 @@
-"""The door for foreign array files: `.npz` and `.safetensors`, whole or not at all.
+"""Reads and writes array files: `.npz` and `.safetensors`.
 
-What is read is not trusted: nothing is unpickled or evaluated, sizes are checked before memory is
-taken, and anything but a complete file of finite numbers is a ValueError that says where it fails.
+Files are untrusted. Nothing is unpickled or evaluated, and sizes are checked before memory is
+allocated. Anything but a complete file of finite numbers raises a ValueError that names the cause.
 """
 
 import json
@@ -25,21 +25,21 @@ import safetensors.numpy
 
 from vit_jax.weights.published import by_hand
 
-EXTRAS = {"gs": "gcs", "hf": "hub"}  # scheme of a path -> what to install: vit_jax[gcs]
+EXTRAS = {"gs": "gcs", "hf": "hub"}  # scheme of a path -> extra to install, as vit_jax[gcs]
 
-# Weights hardly compress: an npz may unpack to FREE_BYTES and MAX_RATIO times its size. A deflate
-# stream never unpacks to more than DEFLATE_RATIO times its own (zlib's technical details).
+# Weights hardly compress, so an npz may unpack to at most FREE_BYTES + MAX_RATIO * its size. A
+# deflate stream expands at most DEFLATE_RATIO times (zlib's technical details).
 FREE_BYTES = 64 << 20
 MAX_RATIO = 20
 DEFLATE_RATIO = 1032
 
-# The header of a .npy array, as numpy writes it. Its own reader evaluates the header as Python, and
-# raises all kinds of errors, MemoryError among them, for one that was made to harm.
+# The header of a .npy array, as numpy writes it. numpy's own reader evaluates the header as Python
+# and raises many kinds of errors for malicious ones, including MemoryError.
 _HEADER = re.compile(
     rb"\{'descr': '([^']*)', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \}\s*"
 )
-# V2 is what numpy makes of bfloat16, which it doesn't know (google-research/big_vision issue 107).
+# numpy writes bfloat16 as V2 (google-research/big_vision issue 107).
 _NPY_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|V2)")
 _SAFETENSORS_NUMBERS = re.compile("BOOL|BF16|F16|F32|F64|[IU](8|16|32|64)")
 _BROKEN = (zipfile.BadZipFile, safetensors.SafetensorError, zlib.error, struct.error)
@@ -56,7 +56,7 @@ _OTHERS = {
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads every array of a `.npz` or `.safetensors` file, whichever its contents are.
+    """Reads all arrays of a `.npz` or `.safetensors` file; detects the format by content.
 
     Args:
       path: a local path, `gs://bucket/file`, `hf://owner/repo/file`, or `hf://owner/repo` for its
@@ -66,9 +66,11 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
       Name -> array of booleans, integers or finite floats. float16 and bfloat16 become float32.
 
     Raises:
-      ValueError: the file is neither, is named as the other, is damaged, or holds NaN, infinities,
-        objects or more data than its size can honestly hold; or its scheme needs an extra.
+      ValueError: the file has another format or the other's suffix, is damaged, holds NaN,
+        infinities or objects, or declares more data than its size allows; or its scheme needs an
+        extra.
       FileNotFoundError: there is no such file.
+      ConnectionError: the download failed.
     """
     with local_copy(path) as local:
         try:
@@ -80,7 +82,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_json(path: str | os.PathLike) -> dict | None:
-    """The JSON object at a path as of `read_arrays`; None where there is no file.
+    """Reads a JSON object from any path that `read_arrays` accepts; None if there is no file.
 
     Raises ValueError for anything but an object.
     """
@@ -97,9 +99,9 @@ def read_json(path: str | os.PathLike) -> dict | None:
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays that `read_arrays` would read to a local path, uncompressed.
+    """Writes arrays to a local `.npz`, uncompressed and atomically.
 
-    Raises ValueError, and writes nothing, for arrays that it would refuse.
+    Raises ValueError, and writes nothing, for arrays that `read_arrays` rejects.
     """
     checked = _checked(arrays.items())
     with atomic(path, ".npz") as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -113,7 +115,10 @@ def write_safetensors(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """As `write_npz`; `metadata` goes to the file's header ({"format": "pt"} for PyTorch's)."""
+    """Writes arrays to a local `.safetensors`, under the rules of `write_npz`.
+
+    `metadata` goes to the file's header, for example {"format": "pt"} for PyTorch.
+    """
     checked = _checked(arrays.items())
     with atomic(path, ".safetensors") as partial:
         safetensors.numpy.save_file(checked, partial, metadata and dict(metadata))
@@ -121,7 +126,7 @@ def write_safetensors(
 
 @contextmanager
 def local_copy(path: str | os.PathLike) -> Iterator[Path]:
-    """The local file behind a path of `read_arrays`; a download lasts as long as the context."""
+    """Yields a local file for a path of `read_arrays`; deletes downloads on exit."""
     scheme, remote, rest = os.fspath(path).partition("://")
     if not remote:
         yield Path(path).expanduser()
@@ -145,7 +150,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
             filesystem.get_file(source, str(copy))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}: no such file") from error
-        except Exception as error:  # each library has its own for a network that isn't there
+        except Exception as error:  # each library has its own network errors
             problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
             raise ConnectionError(
                 f"{path} can't be fetched ({problem}): {by_hand(path)}"
@@ -155,7 +160,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if nothing fails."""
+    """Yields a temporary path to write; moves it to `path` if nothing fails."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: write to a local path and copy the file from there")
     path = Path(path).expanduser()
@@ -172,7 +177,7 @@ def atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
 
 
 def _checked(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Name -> C-contiguous array in native byte order, after ValueErrors for what isn't finite."""
+    """Returns C-contiguous arrays in native byte order; ValueError unless finite numbers."""
     arrays = {}
     for name, tensor in tensors:
         array = np.asarray(tensor)
@@ -202,7 +207,7 @@ def _not_numbers(name: str, dtype: object) -> str:
 
 
 def _format(path: Path) -> str:
-    """The suffix that the contents of a file ask for."""
+    """Returns the suffix that belongs to a file's contents."""
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -216,12 +221,12 @@ def _format(path: Path) -> str:
 
 def _check_name(path: Path, suffix: str) -> None:
     if path.suffix in _READERS and path.suffix != suffix:
-        raise ValueError(f"{path.name} holds the contents of a {suffix} file: name it so")
+        raise ValueError(f"{path.name} has the contents of a {suffix} file: rename it to {suffix}")
 
 
 @contextmanager
 def _intact(what: str) -> Iterator[None]:
-    """Turns what is raised for a broken file into a ValueError."""
+    """Converts the errors of a broken file to a ValueError."""
     try:
         yield
     except _BROKEN as error:
@@ -234,7 +239,7 @@ def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     with _intact("the zip archive"):
         archive = zipfile.ZipFile(path)
         members = archive.infolist()
-        # zipfile doesn't count what it finds: one wrong byte can hide members in another's comment.
+        # zipfile doesn't check the number of members: one wrong byte can hide some in a comment.
         with path.open("rb") as file:
             file.seek(-22 - len(archive.comment), os.SEEK_END)
             magic, count = struct.unpack("<4s6xH", file.read(12))
@@ -260,7 +265,7 @@ def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Reads one array, having checked that its three sizes agree."""
+    """Reads one array; checks first that compressed, declared and array sizes agree."""
     name = member.filename.removesuffix(".npy")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
     if (ratio := ratios.get(member.compress_type)) is None:
@@ -290,7 +295,7 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[str, tuple[int, ...], str]:
-    """The dtype's description, the shape and the order ("C" or "F") of a .npy array."""
+    """Returns the dtype string, the shape and the order ("C" or "F") of a .npy array."""
     version, _ = np.lib.format.read_magic(stream)
     length = int.from_bytes(stream.read(2 if version == 1 else 4), "little")
     header = stream.read(length)
@@ -304,7 +309,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     with _intact("the file"):
         file = safetensors.safe_open(path, framework="numpy")
     with file:
-        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+        for name in file.keys():  # noqa: SIM118 (it is not a mapping)
             if not _SAFETENSORS_NUMBERS.fullmatch(dtype := file.get_slice(name).get_dtype()):
                 raise ValueError(_not_numbers(name, dtype))
             yield name, file.get_tensor(name)

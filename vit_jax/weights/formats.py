@@ -1,7 +1,7 @@
-"""One door to other people's checkpoints: a path in, our parameters and their description out.
+"""Reads and writes checkpoints in every supported foreign format.
 
-A description is what our own checkpoints hold beside their parameters: {"model": fields of
-ModelConfig, "num_classes": int, "image_size": [height, width]} and, where known, "class_names".
+A description is the JSON in our own checkpoints: {"model": fields of ModelConfig, "num_classes":
+int, "image_size": [height, width]} and, if known, "class_names".
 """
 
 import json
@@ -13,29 +13,29 @@ from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, t
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
 
-WEIGHTS = "model.safetensors"  # in the folders of timm and Hugging Face
-_SIDECAR = ".json"  # beside a plain npz: the description, which arrays alone don't tell
+WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
+_SIDECAR = ".json"  # suffix of the description beside a plain .npz
 _FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
 _FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
 FORMATS = (*_FILES, *_FOLDERS, "onnx")
 
 
 def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
-    """Reads a checkpoint of any format but our own Orbax folders.
+    """Reads a checkpoint of any format except our Orbax folders.
 
     Args:
       path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
         a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
         local, `gs://` or `hf://`.
-      image_size: (height, width), where the file doesn't tell: position embeddings of a grid that
-        isn't square, ResNets (otherwise 224 x 224).
+      image_size: (height, width) in pixels, if the file doesn't tell: for position embeddings of a
+        grid that isn't square, and for ResNets (default 224 x 224).
 
     Returns:
       Parameters as a nested dict of float32 arrays with unrolled layers, and the description.
 
     Raises:
-      ValueError: whatever is wrong with the file: damaged, of an unknown architecture, with missing
-        or unknown tensors. FileNotFoundError: it isn't there.
+      ValueError: a damaged file, an unknown architecture, or missing or unknown tensors.
+      FileNotFoundError: there is no such file.
     """
     path = os.fspath(path)
     if Path(path).is_dir():
@@ -73,8 +73,8 @@ def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
     """Writes a checkpoint in one of `FORMATS`: a file, or a folder for timm and Hugging Face.
 
-    What is written, ONNX apart, reads back to the same bits. ValueError, and nothing written, for
-    models that the format can't hold.
+    Reading it back gives the same bits, except ONNX, which `read` doesn't support. Raises
+    ValueError, and writes nothing, for models that the format can't hold.
     """
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: write to a local path and copy it from there")
@@ -94,7 +94,7 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
         configs = {path.with_suffix(_SIDECAR): {**description, "model": model}}
     for file, content in configs.items():
         file.write_text(json.dumps(content, indent=2) + "\n")
-    # The weights come last: without them there is nothing to read.
+    # Weights last: an interrupted export has none, so it isn't mistaken for a checkpoint.
     if format in _FOLDERS:
         files.write_safetensors(path / WEIGHTS, arrays, {"format": "pt"})
     else:
@@ -102,9 +102,9 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
 
 
 def _check_published(description: dict, format: str) -> None:
-    """ValueError for options that leave no trace in the names of tensors and are none of theirs.
+    """Raises ValueError for options that tensors don't show and that aren't the published ones.
 
-    What reads such a file takes it for the published architecture.
+    Readers of such a file assume the published architecture.
     """
     config = described_model(description).config
     published = {"norm_epsilon": 1e-6, "parallel": False}
@@ -116,6 +116,6 @@ def _check_published(description: dict, format: str) -> None:
         value = getattr(config, name)
         if value not in (expected, getattr(family, name)):
             raise ValueError(
-                f"{format} files can't say {name} = {value!r}, and their readers would compute "
-                f"with {expected!r}: write another format, npz"
+                f"{format} files can't store {name} = {value!r}, and their readers would assume "
+                f"{expected!r}: use the format npz"
             )

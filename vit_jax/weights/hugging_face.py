@@ -1,8 +1,8 @@
-"""Hugging Face `transformers`: ViTForImageClassification, and ViTModel to read from.
+"""Converts Hugging Face `transformers`: ViTForImageClassification, and ViTModel (read only).
 
-Both functions speak of a folder as `transformers` writes it: the arrays of `model.safetensors`
-(without torch, see `pytorch.py`) and its JSON files, name -> content. Names are those of the
-published files; since transformers 5 the modules have others, and files may have either.
+Functions take or return the contents of a `transformers` folder: the arrays of `model.safetensors`
+and the JSON files, name -> content. Tensor names are those of published files; files written by
+transformers 5 may have other names, which are also read. No torch is needed.
 """
 
 import re
@@ -53,10 +53,11 @@ def _pairs(depth: int) -> list[Pair]:
 
 
 def to_hugging_face(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """Our parameters as (state dict, {"config.json": ..., "preprocessor_config.json": ...}).
+    """Exports to ViTForImageClassification.
 
-    ViTForImageClassification classifies from the class token. ValueError for any other pooling,
-    `pre_logits`, registers and whatever else it has no place for.
+    Returns the state dict and {"config.json": ..., "preprocessor_config.json": ...}. Raises
+    ValueError for models that it can't hold: other pooling than the class token, `pre_logits`,
+    registers and other options.
     """
     target = "Hugging Face's ViTForImageClassification"
     params, config = pytorch.exportable(params, description, target)
@@ -104,16 +105,16 @@ def to_hugging_face(params: dict, description: dict) -> tuple[dict[str, np.ndarr
 
 
 def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarray], dict]:
-    """The inverse: (our parameters, their description).
+    """Imports a state dict and JSON files; returns flat parameters and their description.
 
-    A ViTModel has no classifier; its pooler, where it has one, is our `pre_logits`. Where
-    `preprocessor_config.json` has another mean and deviation than ours, the patch embedding takes
-    them in. Raises ValueError for another model, tensors without a place here and missing ones.
+    A ViTModel has no classifier; its optional pooler becomes `pre_logits`. Another mean and
+    standard deviation in `preprocessor_config.json` are folded into the patch embedding. Raises
+    ValueError for another model, and for unknown or missing tensors.
     """
     config = files.get("config.json", {})
     if missing := {"model_type", "num_attention_heads", "image_size"} - config.keys():
         raise ValueError(
-            f"no config.json with {', '.join(sorted(missing))} beside the weights, which don't tell"
+            f"no config.json with {', '.join(sorted(missing))} beside the weights: add the model's"
         )
     if config["model_type"] != "vit":
         raise ValueError(f"config.json is of a {config['model_type']!r} model, expected 'vit'")
@@ -122,7 +123,7 @@ def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, n
 
     depth = max(count(arrays, r"vit\.encoder\.layer\.(\d+)\."), 1)
     head = pytorch.linear("head", "classifier")
-    if head[0].theirs not in arrays:  # a ViTModel, of which the pooler is optional
+    if head[0].theirs not in arrays:  # a ViTModel; its pooler is optional
         head = pytorch.present([pytorch.linear("pre_logits", "vit.pooler.dense")], arrays, "theirs")
     heads = config["num_attention_heads"]
     params = pytorch.from_torch(arrays, _pairs(depth) + head, heads, "Hugging Face ViT")
@@ -147,7 +148,7 @@ def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, n
 
 
 def _pixels(config: dict) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of pixels in [0, 1]; by default those of transformers' ViT."""
+    """Returns mean and standard deviation for pixels in [0, 1]; default as transformers' ViT."""
     scale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     if abs(scale * 255 - 1) > 1e-6 or not config.get("do_normalize", True):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""google-research/vision_transformer's and big_vision's names <-> ours. Pure, arrays to arrays.
+"""Converts parameter names of google-research/vision_transformer and big_vision, both ways.
 
-Ours are big_vision's present ones. Mixers and the ResNets of hybrids never had others.
+Our names are big_vision's current ones. Mixers and hybrids' ResNets have the same names everywhere.
 """
 
 import math
@@ -14,9 +14,9 @@ from vit_jax.models.stacking import unstack
 
 Arrays = dict[str, np.ndarray]
 
-# What a model's names begin with -> what else such a file holds, which isn't the model's.
+# Prefix of a model's names -> regex of the other tensors in such a file.
 _PREFIXES = {"opt/target/": "opt/.*", "params/": "opt/.*", "img/": "txt/.*|t|b"}
-# The original files count all modules of a block together, Linen each kind apart.
+# The original files number all modules of a block together, Linen numbers each kind separately.
 _MODULE = r"(Transformer/encoderblock_\d+)/(\w+)/(.*)"
 _COUNTERS = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
@@ -24,9 +24,9 @@ _COUNTERS = {
     "MlpBlock_3": "MlpBlock_0",
 }
 _POSITION = "Transformer/posembed_input/pos_embedding"
-_LATER_POSITION = "Transformer/pos_embedding"  # big_vision's until 2022
+_LATER_POSITION = "Transformer/pos_embedding"  # big_vision until 2022
 _GROUP_NORM = re.compile(r"(block\d+/unit\d+/)?gn\w+/(scale|bias)")
-_KNOWN = re.compile(  # ours that the official models compute with
+_KNOWN = re.compile(  # our names that exist in the official models
     r"cls|pos_embedding|MAPHead_0/probe|conv_root/kernel"
     r"|(embedding|stem|pre_logits|head)/(kernel|bias)"
     r"|(Transformer/encoder_norm|pre_head_layer_norm|gn_root)/(scale|bias)"
@@ -38,18 +38,18 @@ _KNOWN = re.compile(  # ours that the official models compute with
 
 
 def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Arrays under any of the official names -> under ours; scanned layers stay stacked.
+    """Renames arrays from official names to ours; scanned layers stay stacked.
 
-    Read are the original 2020 and AugReg files, flax's optimizers (`opt/target/...`), big_vision's
+    Supports the original 2020 and AugReg files, flax optimizers (`opt/target/...`), big_vision
     (`params/...`, formerly with `Transformer/pos_embedding`) and the image tower of its two-tower
-    models (`params/img/...`). Optimizer states and the text tower are left out. A name that is
-    none of theirs stays as it is, for `weights.adapt` to report.
+    models (`params/img/...`). Drops optimizer states and the text tower. Keeps unknown names, for
+    `weights.adapt` to report.
 
-    There the position embeddings [1, 1 + N, D] may have a slot for the class token, which is only
-    ever added to the token: here it is part of `cls`, and `pos_embedding` is [1, N, D].
+    Official position embeddings [1, 1 + N, D] may have a slot for the class token. It is added to
+    `cls`, and `pos_embedding` is [1, N, D].
 
     Raises:
-      ValueError: two names become the same, or position embeddings are of another shape.
+      ValueError: two tensors with the same new name, or position embeddings of another shape.
     """
     for prefix, others in _PREFIXES.items():
         if any(name.startswith(prefix) for name in arrays):
@@ -57,7 +57,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
             arrays = rename({n: arrays[n] for n in ours}, methodcaller("removeprefix", prefix))
     renamed = rename(arrays, _linen_name)
     for name, array in renamed.items():
-        if _GROUP_NORM.fullmatch(name) and array.shape[:-1] == (1, 1, 1):  # as google/flax#1721
+        if _GROUP_NORM.fullmatch(name) and array.shape[:-1] == (1, 1, 1):  # see google/flax#1721
             renamed[name] = array.reshape(-1)
     if "cls" in renamed and "pos_embedding" in renamed:
         cls, position = renamed["cls"], renamed["pos_embedding"]
@@ -67,7 +67,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
                 "and (1, tokens, width), those of a Vision Transformer"
             )
         tokens = position.shape[1]
-        # big_vision knew square grids alone, and tells by their size whether they have a slot.
+        # big_vision supports square grids only, and detects the slot by the size.
         odd = _LATER_POSITION in arrays and math.isqrt(tokens) ** 2 + 1 == tokens
         if odd or _POSITION in arrays:
             renamed["cls"], renamed["pos_embedding"] = cls + position[:, :1], position[:, 1:]
@@ -75,17 +75,16 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def to_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Arrays under our names -> under those of the original 2020 and AugReg files.
+    """Renames arrays to the names of the original 2020 and AugReg files; unstacks scanned layers.
 
-    These are the ones that timm and the reference code read. Scanned layers are unstacked.
-    `from_official` gives back the same bits.
+    timm and the reference code read these names. `from_official` restores the same bits.
 
     Raises:
-      ValueError: the official models have no such tensors, and would leave them out.
+      ValueError: tensors that the official models don't have.
     """
     if surplus := sorted(name for name in arrays if not _KNOWN.fullmatch(name)):
         raise ValueError(
-            f"the official models have no {', '.join(surplus)}: write another format, a plain .npz"
+            f"the official models have no {', '.join(surplus)}: use another format, a plain .npz"
         )
     renamed = rename(unstack(dict(arrays)), _original_name)
     if "cls" in renamed and _POSITION in renamed:
@@ -96,7 +95,7 @@ def to_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def rename(arrays: Mapping[str, np.ndarray], new_name: Callable[[str], str]) -> Arrays:
-    """The same arrays under `new_name(name)`. ValueError if two come to be named the same."""
+    """Renames arrays by `new_name`; raises ValueError if two get the same name."""
     renamed, origin = {}, {}
     for name, array in arrays.items():
         new = new_name(name)

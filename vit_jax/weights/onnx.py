@@ -1,6 +1,6 @@
-"""ONNX: a model and its parameters in one file, for runtimes that know neither JAX nor us.
+"""Exports models to ONNX, for runtimes without JAX.
 
-Written, never read. Translated by jax2onnx, checked by onnx, and compared in onnxruntime.
+jax2onnx translates, onnx checks, and onnxruntime must reproduce our outputs. Export only.
 """
 
 import contextlib
@@ -17,28 +17,26 @@ import numpy as np
 from vit_jax.models.variants import Model, described_model
 from vit_jax.weights import files
 
-TOLERANCE = 1e-4  # of onnxruntime's outputs, relative to the largest value where that is over 1
-LARGEST = 2**31 - 2**20  # bytes of parameters in one file: protobuf's limit, with room for a graph
-PIXELS = "RGB pixels, 0 to 255, resized and not normalised: the graph takes them to [-1, 1]"
+TOLERANCE = 1e-4  # of onnxruntime's outputs, relative to max(1, largest value)
+LARGEST = 2**31 - 2**20  # bytes of parameters in one file: protobuf's limit minus the graph
+PIXELS = "RGB pixels, 0 to 255, resized and not normalised: the graph maps them to [-1, 1]"
 
 
 def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None:
-    """Writes the model of a description as `path`; from 2 GiB on the weights are in `path`.data.
+    """Writes a model to `path`; weights of 2 GiB and more go to `path`.data.
 
-    Its input is `images` [B, H, W, 3], uint8 RGB as decoders and resizers give them: normalising is
-    part of the graph, so nobody can get it wrong. B is free, H and W are the description's. Its
-    outputs, float32, are `logits` [B, classes] (unless there are no classes) and `features` [B, D].
-    All is computed in float32 whatever the model was trained in. The metadata's `description` is
-    the description as JSON.
+    The input `images` is uint8 RGB [B, H, W, 3], B free; the graph normalises it. The outputs are
+    float32: `logits` [B, classes] (absent without classes) and `features` [B, D]. Computes in
+    float32. The metadata entry `description` holds the description as JSON.
 
     Args:
-      path: a local path. What is there is replaced, once all is checked.
-      params: nested dict of arrays, layers unrolled.
-      description: as of `formats.py`.
+      path: a local path; an existing file is replaced after all checks.
+      params: nested dict of arrays, with unrolled layers.
+      description: as in `formats.py`.
 
     Raises:
-      ValueError, and nothing is written: jax2onnx is not installed or can't translate the model, or
-      onnxruntime computes other numbers than we do.
+      ValueError: jax2onnx isn't installed or can't translate the model, or onnxruntime's outputs
+        differ from ours. Nothing is written.
     """
     fields = {"dtype": "float32", "scan": False, "remat": "none"}
     model = described_model({**description, "model": {**description["model"], **fields}})
@@ -57,9 +55,9 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
         output = model.apply(params, images)
         return [getattr(output, name) for name in names]
 
-    for chatty in ("jax2onnx", "onnx_ir"):  # about plugins for packages that we don't use
+    for chatty in ("jax2onnx", "onnx_ir"):  # they warn about plugins of unused packages
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it is debugging
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints debugging output
         proto = jax2onnx.to_onnx(
             run,
             [jax.ShapeDtypeStruct(("B", *model.image_size, 3), np.uint8)],
@@ -75,18 +73,18 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
     with files.atomic(path, ".onnx") as partial, TemporaryDirectory(dir=partial.parent) as folder:
         written = Path(folder) / partial.name
         onnx.save(proto, written, save_as_external_data=large, location=location)
-        del proto  # as large as the model
+        del proto  # frees memory: it is as large as the model
         onnx.checker.check_model(written, full_check=True)
         _compare(written, model, params, names)
         if large:
             data = written.with_name(location)
-            data.chmod(written.stat().st_mode)  # onnx lets nobody else read it
+            data.chmod(written.stat().st_mode)  # onnx makes it readable by its owner only
             data.replace(partial.with_name(location))
         written.replace(partial)
 
 
 def _compare(path: Path, model: Model, params: dict, names: tuple[str, ...]) -> None:
-    """ValueError unless onnxruntime computes what we do, on two images of noise."""
+    """Raises ValueError unless onnxruntime's outputs match ours on two noise images."""
     import onnxruntime  # jax2onnx needs it
 
     images = np.random.default_rng(0).integers(0, 256, (2, *model.image_size, 3), np.uint8)
@@ -96,9 +94,9 @@ def _compare(path: Path, model: Model, params: dict, names: tuple[str, ...]) -> 
     for name, found in zip(names, session.run(names, {"images": images}), strict=True):
         ours = np.asarray(getattr(expected, name))
         difference = np.abs(found - ours).max() / max(1.0, np.abs(ours).max())
-        if not difference <= TOLERANCE:  # NaN isn't
+        if not difference <= TOLERANCE:  # also False for NaN
             raise ValueError(
                 f"{model.config.variant} can't be written as ONNX: the {name} that onnxruntime "
                 f"computes differ from ours by {difference:.1e}, more than {TOLERANCE:.0e}: "
-                "jax2onnx translated it wrongly, write another format, npz"
+                "jax2onnx translated it wrongly; use another format, npz"
             )

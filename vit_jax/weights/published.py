@@ -1,7 +1,7 @@
 """Names of published weights: `augreg:S/16`, `vit:B/16-21k`, `hf:google/vit-base-patch16-224`.
 
 The addresses are those of the READMEs and configs of google-research/vision_transformer and
-big_vision. Of AugReg ("How to train your ViT?", arXiv 2106.10270) each name is the ImageNet-21k
+big_vision. For AugReg ("How to train your ViT?", arXiv 2106.10270) each name is the ImageNet-21k
 checkpoint that its authors recommend for the size.
 """
 
@@ -34,14 +34,14 @@ PUBLISHED: dict[str, str] = {
 
 
 def list_checkpoints(pattern: str = "*") -> list[str]:
-    """Returns the published names that match a pattern, such as "*B/16*"."""
+    """Returns the published names that match a glob, such as "*B/16*"."""
     return sorted(fnmatch.filter(PUBLISHED, pattern))
 
 
 def resolve(name: str | os.PathLike) -> str:
-    """The address of a published name; whatever else is a path, as it is.
+    """Returns the address of a published name; returns paths unchanged.
 
-    `hf:owner/repo` is hf://owner/repo. Raises ValueError for a name that isn't in the table.
+    `hf:owner/repo` becomes hf://owner/repo. Raises ValueError for an unknown name.
     """
     name = os.fspath(name)
     if name in PUBLISHED:
@@ -54,7 +54,7 @@ def resolve(name: str | os.PathLike) -> str:
 
 
 def by_hand(address: str) -> str:
-    """How to fetch an address on a machine that can, and use it on one that can't."""
+    """Returns advice on downloading an address on another machine, for error messages."""
     scheme, _, rest = address.partition("://")
     if scheme == "gs":
         url = f"https://storage.googleapis.com/{rest.replace('+', '%2B')}"

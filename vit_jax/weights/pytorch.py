@@ -1,8 +1,9 @@
-"""Between our arrays and PyTorch's: layouts, and names in pairs that are read in both directions.
+"""Converts tensors between our layout and PyTorch's, from one table of names for both directions.
 
-`timm.py` and `hugging_face.py` are made of this. Parameters are flat, "/"-joined name -> array; a
-state dict is "."-joined name -> array; no torch is needed. Descriptions are those of `formats.py`,
-with `num_classes` 0 where there is no classifier.
+Shared by `timm.py` and `hugging_face.py`. Parameters are flat ("/"-joined name -> array), state
+dicts "."-joined name -> array. Descriptions are those of `formats.py`, with `num_classes` = 0
+without a classifier. No torch is needed.
+
 Letters in shapes: I inputs, O outputs, D width, H heads, K = D / H, N patches.
 """
 
@@ -18,15 +19,15 @@ from vit_jax.models.stacking import flatten, unstack
 from vit_jax.models.variants import Model, ModelConfig, described_model
 from vit_jax.weights.describe import describe
 
-MEAN = STD = (0.5, 0.5, 0.5)  # of pixels in [0, 1]: what takes them to our [-1, 1]
-RANKS = {  # of their tensors
+MEAN = STD = (0.5, 0.5, 0.5)  # map pixels in [0, 1] to our [-1, 1]
+RANKS = {  # of PyTorch's tensor, per layout
     **{"vector": 1, "tokens": 3, "dense": 2, "conv": 4, "pointwise": 4},
     **{"heads": 2, "heads_bias": 1, "merge": 2},
 }
 
 
 class Pair(NamedTuple):
-    """A tensor's two names and its layout: see `_to_torch` and `_from_torch`."""
+    """A tensor's name here and in PyTorch, and its layout: see `_to_torch`."""
 
     ours: str
     theirs: str
@@ -34,12 +35,12 @@ class Pair(NamedTuple):
 
 
 def norm(ours: str, theirs: str) -> list[Pair]:
-    """LayerNorm or GroupNorm."""
+    """Returns the pairs of a LayerNorm or GroupNorm."""
     return [Pair(f"{ours}/scale", f"{theirs}.weight"), Pair(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def linear(ours: str, theirs: str, layout: str = "dense") -> list[Pair]:
-    """A layer with a kernel and a bias."""
+    """Returns the pairs of a layer with kernel and bias."""
     bias = "heads_bias" if layout == "heads" else "vector"
     return [
         Pair(f"{ours}/kernel", f"{theirs}.weight", layout),
@@ -48,7 +49,7 @@ def linear(ours: str, theirs: str, layout: str = "dense") -> list[Pair]:
 
 
 def attention_and_mlp(ours: str, theirs: str, names: dict[str, str]) -> list[Pair]:
-    """What a block or the attention pooling is made of; `names` has their name for each module."""
+    """Returns the pairs of a block or of attention pooling; `names`: our module -> theirs."""
     pairs = []
     for module, name in names.items():
         last = module.split("/")[-1]
@@ -61,14 +62,14 @@ def attention_and_mlp(ours: str, theirs: str, names: dict[str, str]) -> list[Pai
 
 
 def present(groups: Iterable[list[Pair]], names: Collection[str], side: str) -> list[Pair]:
-    """The pairs of the groups of which `names` has at least one; `side` is "ours" or "theirs"."""
+    """Returns the groups with at least one tensor in `names`; `side` is "ours" or "theirs"."""
     return [
         pair for group in groups if any(getattr(p, side) in names for p in group) for pair in group
     ]
 
 
 def to_torch(params: dict, pairs: list[Pair], target: str) -> dict[str, np.ndarray]:
-    """Our parameters as a state dict; ValueError unless the pairs are all of them."""
+    """Converts parameters to a state dict; ValueError unless the pairs match them exactly."""
     _compare(params, [pair.ours for pair in pairs], f"{target} can't hold this model")
     return {
         pair.theirs: np.ascontiguousarray(
@@ -79,14 +80,14 @@ def to_torch(params: dict, pairs: list[Pair], target: str) -> dict[str, np.ndarr
 
 
 def from_torch(arrays: dict, pairs: list[Pair], num_heads: int, source: str) -> dict:
-    """A state dict as our parameters; ValueError unless the pairs are all of it."""
-    _compare(arrays, [pair.theirs for pair in pairs], f"this is no {source} that can be read")
+    """Converts a state dict to parameters; ValueError unless the pairs match it exactly."""
+    _compare(arrays, [pair.theirs for pair in pairs], f"not a {source} that can be read")
     params = {}
     for ours, theirs, layout in pairs:
         array = np.asarray(arrays[theirs], np.float32)
         try:
             if array.ndim != RANKS[layout] or not array.size:
-                raise ValueError(f"expected {RANKS[layout]} dimensions that are not empty")
+                raise ValueError(f"expected {RANKS[layout]} non-empty dimensions")
             params[ours] = np.ascontiguousarray(_from_torch(array, layout, num_heads))
         except ValueError as error:
             raise ValueError(
@@ -138,11 +139,11 @@ def _compare(found: Collection[str], expected: Collection[str], problem: str) ->
 
 
 def exportable(params: dict, description: dict, target: str) -> tuple[dict, ModelConfig]:
-    """What is to be exported: parameters with a name for every layer, and their resolved config.
+    """Returns unrolled parameters for export, and their resolved config.
 
-    Positions of a ViT without parameters (`none`, `sincos_2d`) become vectors as learned ones are.
-    Raises ValueError if the description isn't that of the parameters, and for what no ViT of
-    PyTorch's can compute.
+    Fixed positions (`none`, `sincos_2d`) of a ViT become an array like learned ones. Raises
+    ValueError if the description doesn't fit the parameters, and for options that no PyTorch ViT
+    supports.
     """
     fields, names = {**description["model"], "scan": False}, description.get("class_names")
     if names is not None and len(names) != description["num_classes"]:
@@ -169,11 +170,11 @@ def exportable(params: dict, description: dict, target: str) -> tuple[dict, Mode
 
 
 def checked(params: dict, description: dict) -> tuple[dict, Model]:
-    """The parameters, if names and shapes are those of the model described, and that model."""
+    """Returns the parameters and the described model; ValueError unless names and shapes fit."""
     model = described_model(description)
     shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
     shapes = {name: shape.shape for name, shape in shapes.items()}
-    problem = f"the weights are not those of {model.config.variant} as described"
+    problem = f"the weights don't fit {model.config.variant} as described"
     _compare(params, shapes, problem)
     wrong = [n for n, shape in shapes.items() if params[n].shape != shape]
     if wrong:
@@ -182,13 +183,13 @@ def checked(params: dict, description: dict) -> tuple[dict, Model]:
     return params, model
 
 
-_PREFIX = ("cls", "registers")  # the tokens before the patches, in the order of all three
+_PREFIX = ("cls", "registers")  # tokens before the patches, in this order in all formats
 
 
 def with_prefix_slots(params: dict) -> dict:
-    """Position embeddings [1, N, D] -> [1, prefix + N, D]: PyTorch's have slots for all tokens.
+    """Pads position embeddings [1, N, D] to [1, prefix + N, D], as PyTorch's models have them.
 
-    Ours are part of `cls` and `registers`, and stay there: the slots are zero.
+    The slots are zero: the positions of `cls` and `registers` are part of these tokens.
     """
     position = params["pos_embedding"]
     slots = sum(params[name].shape[1] for name in _PREFIX if name in params)
@@ -196,14 +197,14 @@ def with_prefix_slots(params: dict) -> dict:
 
 
 def without_prefix_slots(params: dict, tokens: int) -> dict:
-    """The inverse: what a slot holds is added to its token. Embeddings without slots pass."""
+    """Inverts `with_prefix_slots`: adds each slot to its token. Does nothing without slots."""
     params = dict(params)
     position, start = params["pos_embedding"], 0
     prefix = sum(params[name].shape[1] for name in _PREFIX if name in params)
     if position.shape[1] not in (tokens, tokens + prefix):
         raise ValueError(
-            f"position embeddings {position.shape} are not those of {tokens} patches and {prefix} "
-            "other tokens: does the config's image size fit the weights?"
+            f"position embeddings {position.shape} don't fit {tokens} patches and {prefix} other "
+            "tokens: check the config's image size"
         )
     if position.shape[1] == tokens:
         return params
@@ -217,9 +218,9 @@ def without_prefix_slots(params: dict, tokens: int) -> dict:
 
 
 def fold_normalization(params: dict, mean: Iterable[float], std: Iterable[float]) -> dict:
-    """Lets a ViT that expects pixels (p - mean) / std, p in [0, 1], take ours, which are 2 p - 1.
+    """Folds a normalisation into the patch embedding, which is linear and has no padding.
 
-    The patch embedding is linear and without padding, so that it can do this itself.
+    Converts a ViT for pixels (p - mean) / std, p in [0, 1], to one for our pixels 2 p - 1.
     """
     mean, std = (np.asarray(x, np.float64) for x in (mean, std))
     if tuple(mean) == MEAN and tuple(std) == STD:
@@ -234,7 +235,7 @@ def fold_normalization(params: dict, mean: Iterable[float], std: Iterable[float]
 
 
 def both_sides(size: int | Iterable[int]) -> tuple[int, int]:
-    """An image size as config files have it, a number or (height, width), as the latter."""
+    """Converts an image size, a number or (height, width), to (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
@@ -242,7 +243,7 @@ def both_sides(size: int | Iterable[int]) -> tuple[int, int]:
 def described(
     params: dict, image_size: tuple[int, int], fields: dict, class_names: list[str] | None
 ) -> tuple[dict, dict]:
-    """What an import returns; `fields` of ModelConfig are those that weights don't tell."""
+    """Returns parameters and description; `fields`: of ModelConfig, not visible in weights."""
     description = describe(params, image_size)
     description["model"] |= fields
     if class_names and len(class_names) == description["num_classes"]:

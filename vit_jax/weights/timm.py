@@ -1,9 +1,9 @@
-"""timm: `vit_*` and the hybrids among them, BiT's `resnetv2_*_bit`, `mixer_*`.
+"""Converts timm models: `vit_*` with hybrids, BiT's `resnetv2_*_bit`, `mixer_*`.
 
-Both functions speak of a folder as timm's hub has it: the arrays of `model.safetensors` (without
-torch, see `pytorch.py`) and its JSON files, name -> content. `timm.create_model("local-dir:...",
-pretrained=True)` builds an exported model: `model_args` of its config.json says all that the
-architecture's name doesn't.
+Functions take or return the contents of a folder as on timm's hub: the arrays of
+`model.safetensors` and the JSON files, name -> content. No torch is needed.
+`timm.create_model("local-dir:...", pretrained=True)` builds an exported model: `model_args` in its
+config.json holds the options that the architecture's name doesn't.
 """
 
 import math
@@ -28,7 +28,7 @@ _SIZES = {
     "giant": "g",
     "gigantic": "G",
 }
-# Architectures whose blocks are ours, with the heads of their size.
+# Architectures with the same blocks and number of heads as ours.
 _VIT = re.compile(
     r"(?!vit_giant_.*dinov2)"  # SwiGLU
     rf"(?:vit|deit3?)_({'|'.join(_SIZES)})_"
@@ -45,18 +45,18 @@ _VIT_NAMES = (
     *("vit_large_patch32_224", "vit_huge_patch14_224", "vit_giant_patch14_224"),
     "vit_gigantic_patch14_224",
 )
-_HYBRID_NAMES = {  # of stages
+_HYBRID_NAMES = {  # by stages
     (): "vit_tiny_r_s16_p8_224",
     (2, 2, 2, 2): "vit_small_r26_s32_224",
     (3, 4, 9): "vit_base_r50_s16_224",
     (3, 4, 6, 3): "vit_large_r50_s32_224",
 }
-_BIT_NAMES = {  # of stages, and of multiples of the width; the first can be told any other
+_BIT_NAMES = {  # by stages, then by width factor; the first also takes other widths
     (3, 4, 6, 3): {1: "resnetv2_50x1_bit", 3: "resnetv2_50x3_bit"},
     (3, 4, 23, 3): {1: "resnetv2_101x1_bit", 3: "resnetv2_101x3_bit"},
     (3, 8, 36, 3): {2: "resnetv2_152x2_bit", 4: "resnetv2_152x4_bit"},
 }
-_ARGUMENTS = {  # of `model_args`, that this understands or that change no number
+_ARGUMENTS = {  # supported `model_args`, and those that don't change results
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "act_layer"),
     *("global_pool", "class_token", "fc_norm", "reg_tokens", "no_embed_class", "init_values"),
     *("qk_norm", "dynamic_img_size", "num_classes", "channels", "stem_chs", "drop_path_rate"),
@@ -67,18 +67,20 @@ _POOLS = {"token": "token", "gap": "avg", "map": "map"}
 
 
 def to_timm(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """Our parameters as (state dict, {"config.json": ...}).
+    """Exports to timm: returns the state dict and {"config.json": ...}.
 
-    ValueError for what timm's models can't be told to compute: the message names it. One thing is
-    let pass, as in the hybrids that timm itself publishes: it standardises their kernels by
-    sqrt(variance + 1e-8) where the published code has deviation + 1e-5, and its GroupNorms there
-    have another epsilon. With kernels of deviation 0.05 and R26 that moves features by 1.5e-4.
+    Hybrids differ slightly, also those that timm publishes: timm standardises kernels by
+    sqrt(variance + 1e-8) instead of (deviation + 1e-5) and has another GroupNorm epsilon. With R26
+    and kernels of deviation 0.05, features change by 1.5e-4.
+
+    Raises:
+      ValueError: an option that timm's models don't support; the message names it.
     """
     params, config = pytorch.exportable(params, description, "timm")
     if config.norm_epsilon != 1e-6:
         raise ValueError(
             f"timm can't hold this model: norm_epsilon = {config.norm_epsilon}, timm's is 1e-6 and "
-            "its config.json can't say another"
+            "its config.json has no field for it"
         )
     vit, mixer = ("embedding/kernel" in params, "stem/kernel" in params)
     family = "vit" if vit else "mixer" if mixer else "bit"
@@ -120,7 +122,7 @@ def to_timm(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dic
 
 
 def _describe_vit(params: dict, config: ModelConfig, image_size: list[int]) -> tuple:
-    """Architecture, model_args and pairs."""
+    """Returns architecture, model_args and pairs."""
     patch, _, _, width = params["embedding/kernel"].shape
     sizes = (config.width, config.depth, config.mlp_dim, config.num_heads)
     arguments: dict[str, Any] = {
@@ -137,7 +139,7 @@ def _describe_vit(params: dict, config: ModelConfig, image_size: list[int]) -> t
     if config.registers:
         arguments["reg_tokens"] = config.registers
     if config.layer_scale is not None:
-        arguments["init_values"] = config.layer_scale or 1e-5  # 0 would be none
+        arguments["init_values"] = config.layer_scale or 1e-5  # timm takes 0 as no LayerScale
     if config.qk_norm:
         arguments["qk_norm"] = True
     if config.stages is None:
@@ -165,7 +167,7 @@ def _describe_bit(config: ModelConfig) -> tuple:
     if (factor := config.stem_width / 64) in names:
         return names[factor], arguments, pairs
     factor, name = next(iter(names.items()))
-    stem = config.stem_width // factor  # timm multiplies it, and the channels, by the name's factor
+    stem = config.stem_width // factor  # timm multiplies stem and channels by the name's factor
     sizes = {"stem_chs": stem, "channels": [4 * stem * 2**i for i in range(4)]}
     return name, {**arguments, **sizes}, pairs
 
@@ -181,7 +183,7 @@ def _describe_mixer(params: dict, config: ModelConfig, image_size: list[int]) ->
     if config.mlp != "gelu":
         raise ValueError(
             f"timm can't hold this model: mlp = {config.mlp!r}, timm's Mixers have the exact "
-            "'gelu' and its config.json can't say another"
+            "'gelu' and its config.json has no field for it"
         )
     ratios = [_ratio(config.token_mlp_dim, width), _ratio(config.mlp_dim, width)]
     arguments = {"img_size": list(image_size), "mlp_ratio": ratios}
@@ -189,17 +191,17 @@ def _describe_mixer(params: dict, config: ModelConfig, image_size: list[int]) ->
 
 
 def _ratio(mlp_dim: int, width: int) -> float:
-    """What timm takes as int(width * ratio) == mlp_dim."""
+    """Returns a ratio with int(width * ratio) == mlp_dim, as timm computes it."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 
 
 def from_timm(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarray], dict]:
-    """The inverse: (our parameters, their description).
+    """Imports a state dict and JSON files; returns flat parameters and their description.
 
-    Where the config has another mean and deviation of pixels than ours, a ViT's patch embedding
-    takes them in. Raises ValueError for an architecture of which this doesn't know that it computes
-    what ours does, for tensors without a place here and for missing ones.
+    Another mean and standard deviation of pixels are folded into a ViT's patch embedding. Raises
+    ValueError for an architecture not known to compute the same as ours, and for unknown or missing
+    tensors.
     """
     config = files.get("config.json", {})
     if "architecture" not in config:
@@ -209,7 +211,7 @@ def from_timm(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarra
         )
     name, arguments = config["architecture"].split(".")[0], config.get("model_args") or {}
     if strange := sorted(arguments.keys() - _ARGUMENTS):
-        raise ValueError(f"model_args of config.json has {', '.join(strange)}: not known here")
+        raise ValueError(f"model_args of config.json has unsupported {', '.join(strange)}")
     pretrained = config.get("pretrained_cfg", config)
     size = arguments.get("img_size") or pretrained.get("input_size", (3, 224, 224))[1:]
     size = pytorch.both_sides(size)
@@ -257,7 +259,7 @@ def from_timm(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarra
 
 
 def _vit_fields(name: str, arguments: dict) -> dict[str, Any]:
-    """Fields of ModelConfig that weights don't tell."""
+    """Returns fields of ModelConfig that aren't visible in weights."""
     activation = arguments.get("act_layer", "gelu_tanh" if _TANH.fullmatch(name) else "gelu")
     if activation not in ("gelu", "gelu_tanh"):
         raise unknown("act_layer", activation, ("gelu", "gelu_tanh"))

@@ -1,4 +1,4 @@
-"""timm's tensors and ours in pairs: ViT, the hybrids' stems, BiT ResNets, Mixer."""
+"""Tables of timm's tensor names and ours: ViT, hybrid stems, BiT ResNets, Mixer."""
 
 from collections.abc import Collection
 
@@ -7,7 +7,7 @@ import numpy as np
 from vit_jax.weights.describe import count
 from vit_jax.weights.pytorch import Pair, attention_and_mlp, linear, norm, present
 
-BACKBONE = "patch_embed.backbone."  # where a hybrid has its ResNet
+BACKBONE = "patch_embed.backbone."  # prefix of a hybrid's ResNet
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _BLOCK = {
     "LayerNorm_0": "norm1",
@@ -36,7 +36,7 @@ _MIXER_BLOCK = {
     "channel_mixing/Dense_0": "mlp_channels.fc1",
     "channel_mixing/Dense_1": "mlp_channels.fc2",
 }
-# What timm keeps in one tensor, row under row.
+# Tensors that timm concatenates along the first axis.
 _FUSED = {
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),
     "attn_pool.kv": ("attn_pool.k", "attn_pool.v"),
@@ -46,7 +46,7 @@ _FUSED = {
 def vit_pairs(
     depth: int, stages: tuple[int, ...] | None, names: Collection[str], side: str
 ) -> list[Pair]:
-    """A ViT's or, with `stages`, a hybrid's; of what is optional, that which `names` has."""
+    """Returns the pairs of a ViT, or with `stages` of a hybrid; optional ones if in `names`."""
     pairs = [
         *linear("embedding", "patch_embed.proj", "conv"),
         Pair("pos_embedding", "pos_embed", "tokens"),
@@ -59,7 +59,7 @@ def vit_pairs(
         [probe, *attention_and_mlp("MAPHead_0/", "attn_pool.", _MAP_HEAD)],
         linear("head", "head"),
     ]
-    if side == "theirs":  # today's timm has no such layer
+    if side == "theirs":  # only in files of older timm versions
         optional.append(linear("pre_logits", "pre_logits.fc"))
     for i in range(depth):
         ours, theirs = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
@@ -77,13 +77,13 @@ def vit_pairs(
 
 
 def bit_pairs(stages: tuple[int, ...]) -> list[Pair]:
-    """A pre-activation ResNet's. The classifier is a 1x1 convolution."""
+    """Returns the pairs of a pre-activation ResNet, whose classifier is a 1x1 convolution."""
     pairs = stem_pairs(stages, "stem.", "", "v2")
     return [*pairs, *norm("gn_head", "norm"), *linear("head", "head.fc", "pointwise")]
 
 
 def stem_pairs(stages: tuple[int, ...], root: str, prefix: str, version: str) -> list[Pair]:
-    """Root and stages of a ResNet; `root` and `prefix` are timm's paths to them."""
+    """Returns the pairs of a ResNet's root and stages; `root`, `prefix`: timm's paths to them."""
     pairs = [Pair("conv_root/kernel", f"{root}conv.weight", "conv")]
     if version == "v1":
         pairs += norm("gn_root", f"{root}norm")
@@ -103,7 +103,7 @@ def stem_pairs(stages: tuple[int, ...], root: str, prefix: str, version: str) ->
 
 
 def mixer_pairs(depth: int) -> list[Pair]:
-    """A Mixer's."""
+    """Returns the pairs of a Mixer."""
     pairs = linear("stem", "stem.proj", "conv") + norm("pre_head_layer_norm", "norm")
     for i in range(depth):
         pairs += attention_and_mlp(f"MixerBlock_{i}/", f"blocks.{i}.", _MIXER_BLOCK)
@@ -111,13 +111,13 @@ def mixer_pairs(depth: int) -> list[Pair]:
 
 
 def read_stages(names: Collection[str], prefix: str) -> tuple[int, ...]:
-    """The units of each stage of a ResNet of timm's."""
+    """Counts the units per stage of a timm ResNet."""
     number = count(names, rf"{prefix}stages\.(\d+)\.")
     return tuple(count(names, rf"{prefix}stages\.{i}\.blocks\.(\d+)\.") for i in range(number))
 
 
 def fuse(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One tensor for queries, keys and values; a zero bias for LayerNorms of queries and keys."""
+    """Concatenates query, key and value tensors; adds zero biases to their LayerNorms."""
     arrays = dict(arrays)
     for whole, parts in _FUSED.items():
         for first in [name for name in arrays if name.rpartition(".")[0].endswith(parts[0])]:
@@ -129,7 +129,7 @@ def fuse(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def split(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse. ValueError for a bias in a LayerNorm of queries or keys: ours has none."""
+    """Inverts `fuse`; raises ValueError for a non-zero bias in a LayerNorm of queries or keys."""
     arrays = dict(arrays)
     for whole, parts in _FUSED.items():
         for name in [name for name in arrays if name.rpartition(".")[0].endswith(whole)]:

@@ -1,7 +1,6 @@
-"""A trained model: parameters with everything that is needed to use them, read and written.
+"""Trained models: parameters with everything needed to use, save and load them.
 
-`load` reads one from a workdir, a checkpoint, a foreign file or a published name. Letters in
-shapes: B images, H W image size, D features, C classes.
+Letters in shapes: B images, H W image size, D features, C classes.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from vit_jax.config import unknown
+from vit_jax.config import build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
@@ -33,12 +32,12 @@ from vit_jax.parallel.mesh import (
 from vit_jax.weights import formats, published
 
 FORMATS = ("orbax", *formats.FORMATS)
-BATCH = 64  # images at a time
+BATCH = 64  # images per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The classes predicted for one image, or the reason why it can't be read."""
+    """The prediction for one image, or the reason why it can't be read."""
 
     image: str
     classes: tuple[str, ...]
@@ -47,7 +46,7 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most probable class."""
+        """The most probable class; None for an error."""
         return self.top(1)[0][0] if self.probabilities is not None else None
 
     def top(self, count: int = 3) -> list[tuple[str, float]]:
@@ -64,15 +63,15 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainedModel:
-    """A network with its parameters, and what is known of how to use it.
+    """A network with parameters, class names, preprocessing and calibration.
 
     Attributes:
       architecture: the network: its config, `init` and `apply`.
       params: nested dict of arrays, named as in big_vision.
-      names: the classes' names; empty if unknown.
-      preprocessing: how images become the network's input: see `data.augment.parse_preprocess`.
-      temperature: the logits' divisor that calibrates the probabilities.
-      origin: what `load` was given.
+      names: class names; empty if unknown.
+      preprocessing: converts images to the network's input: see `data.augment.parse_preprocess`.
+      temperature: divides the logits to calibrate probabilities.
+      origin: the argument of `load`.
     """
 
     architecture: Model
@@ -86,7 +85,7 @@ class TrainedModel:
     def from_description(
         cls, params: dict, description: dict[str, Any], origin: str = ""
     ) -> "TrainedModel":
-        """Builds a model from parameters and the JSON that is kept beside them."""
+        """Builds a model from parameters and the JSON description in its checkpoint."""
         return cls(
             architecture=described_model(description),
             params=params,
@@ -98,7 +97,7 @@ class TrainedModel:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The inverse of `from_description`, without the parameters."""
+        """The JSON description that `from_description` reads."""
         description = {**self.architecture.description, "preprocess": self.preprocessing}
         if self.names:
             description["class_names"] = list(self.names)
@@ -123,12 +122,12 @@ class TrainedModel:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes' names, "class 0", "class 1", ... if they are unknown."""
+        """The class names, or "class 0", "class 1", ... if unknown."""
         return self.names or tuple(f"class {i}" for i in range(self.num_classes))
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers `params` holds."""
+        """The number of scalars in `params`."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def __repr__(self) -> str:
@@ -142,15 +141,14 @@ class TrainedModel:
     def apply(self, params: dict, images: jax.Array, keys: jax.Array | None = None) -> Output:
         """Runs the network with any parameters, for use inside `jit` and `grad`.
 
-        `images` are uint8 or float in [-1, 1], [B, H, W, 3]. With `keys` [B], a PRNG key an image,
-        dropout is on.
+        `images` [B, H, W, 3] are uint8 or float in [-1, 1]. With PRNG `keys` [B], dropout is on.
         """
         return self.architecture.apply(params, images, keys)
 
     def logits(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
         """Computes logits: uint8 [B, H, W, 3] -> float32 [B, C]. ValueError without a head.
 
-        `mesh`: by default all devices of this process, with a part of each batch.
+        `mesh`: devices to split batches over; by default all of this process.
         """
         self._check_head()
         return self._outputs(images, "logits", mesh)
@@ -164,7 +162,7 @@ class TrainedModel:
         return self._softmax(images, mesh)
 
     def preprocess(self, image: str | os.PathLike | bytes | np.ndarray) -> np.ndarray:
-        """Turns a file, its bytes or pixels uint8 [h, w, 3] into an input uint8 [H, W, 3].
+        """Converts a file, its bytes or pixels uint8 [h, w, 3] to an input uint8 [H, W, 3].
 
         Raises ValueError for an image that can't be decoded, OSError for one that can't be read.
         """
@@ -192,7 +190,7 @@ class TrainedModel:
     def iterate_predictions(
         self, images: Iterable[str | os.PathLike], batch_size: int = BATCH
     ) -> Iterator[Prediction]:
-        """Does the same as `predict`, one prediction after another."""
+        """Yields the predictions of `predict` one by one."""
         self._check_head()
         images = list(images)
         batch_size = max(1, min(batch_size, len(images)))
@@ -219,15 +217,15 @@ class TrainedModel:
                     )
 
     def with_random_weights(self, seed: int = 0) -> "TrainedModel":
-        """Returns the same architecture with fresh parameters: a baseline."""
+        """Returns the same architecture with newly initialised parameters, as a baseline."""
         params = jax.device_get(jax.jit(self.architecture.init)(jax.random.key(seed)))
         return dataclasses.replace(self, params=params, origin=f"random weights of seed {seed}")
 
     def save(self, path: str | os.PathLike, format: str = "orbax") -> None:
-        """Writes the model in one of `FORMATS`; what `load` reads back is equal to the bit.
+        """Writes the model in one of `FORMATS`; `load` restores the same bits (not from ONNX).
 
-        Raises ValueError, and writes nothing, for a model that the format can't hold, or if there
-        is something at `path`.
+        Raises ValueError, and writes nothing, for a model that the format can't hold, or if `path`
+        exists.
         """
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
@@ -264,7 +262,7 @@ class TrainedModel:
         params, sharding = self._placed(mesh), batch_sharding(mesh)
         parts = batch_parts(mesh)
         batch_size = batch_size or max(1, min(BATCH, len(images)))
-        size = -(-batch_size // parts) * parts  # one shape for all batches: one compilation
+        size = -(-batch_size // parts) * parts  # the same for all batches: one compilation
         found = []
         with use_mesh(mesh):
             for start in range(0, len(images), size):
@@ -292,7 +290,7 @@ class TrainedModel:
         return {}
 
     def _placed(self, mesh: Mesh) -> dict:
-        """The parameters on every device of the mesh, put there once."""
+        """Returns the parameters replicated over the mesh; transfers them only once."""
         if mesh not in self._copies:
             shardings = jax.tree.map(lambda _: replicated(mesh), self.params)
             self._copies[mesh] = put_tree(self.params, shardings)
@@ -300,7 +298,7 @@ class TrainedModel:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """ValueError unless a model can be written to the path: local, with nothing there."""
+    """Raises ValueError unless `path` is local and doesn't exist."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: write to a local path and copy it from there")
     if Path(path).exists():
@@ -320,13 +318,15 @@ def create_model(
       variant: an architecture's name: see `models.variants.ModelConfig`.
       num_classes: number of classes; 0 for a model without a head.
       image_size: the side of square images, or (height, width).
-      seed: of the parameters.
+      seed: seed of the initial parameters.
       **options: any other field of `ModelConfig`.
 
-    Raises ValueError for a name or an option that doesn't exist, and for sizes that don't fit.
+    Raises:
+      ValueError: an unknown variant or option, or values that don't fit together.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    architecture = build_model(ModelConfig(variant, **options), num_classes, size)
+    config = build(ModelConfig, {"variant": variant, **options}, "model")
+    architecture = build_model(config, num_classes, size)
     return TrainedModel(architecture, {}).with_random_weights(seed)
 
 
@@ -334,16 +334,16 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
     """Reads a trained model.
 
     Args:
-      path: a run's workdir, whose newest checkpoint is taken; the folder of one checkpoint; a file
-        or folder that `formats.read` reads (.npz, timm's and Hugging Face's safetensors), local,
-        gs:// or hf://; or a published name: see `weights.published`.
-      image_size: (height, width), where a foreign file doesn't tell.
+      path: a run's workdir (its newest checkpoint); the folder of one checkpoint; a file or folder
+        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
+        hf://; or a published name, see `weights.published`.
+      image_size: (height, width) in pixels, if a foreign file doesn't tell.
 
-    The running average (EMA) of the parameters is taken where the run kept one.
+    Loads the exponential moving average (EMA) of the parameters if the run kept one.
 
     Raises:
-      FileNotFoundError: there is nothing at the path, or no complete checkpoint.
-      ValueError: what is there is damaged, or no model.
+      FileNotFoundError: nothing at the path, or no complete checkpoint.
+      ValueError: a damaged file, or one that isn't a model.
     """
     resolved = published.resolve(path)
     folder = Path(resolved).absolute()
@@ -370,7 +370,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints: orbax names a folder once it is complete."""
+    """Returns the steps of complete checkpoints (Orbax renames a folder once it is complete)."""
     folder = workdir / "checkpoints"
     return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 

@@ -1,20 +1,20 @@
-r"""A study of the paper's three statements that two cores finish in the background.
+r"""A small version of the paper's three studies, for two CPU cores.
 
 python -m experiments.scaling run --study=mini
 
-Pretraining on `strokes/100`, embedded random characters, at 16 px; subsets of 500, 5,000 and 50,000
-images, two decades. Two ViTs, two ResNets and a hybrid over a decade of compute an image. Few-shot
-on scikit-learn's digits and on Fashion-MNIST, and fine-tuning on both, also from random weights and
-from a ViT that was pretrained without labels. Fashion-MNIST is Debian's
-package dataset-fashion-mnist, prepared once, in its own order, with
+Pretraining: `strokes/100`, generated random characters, at 16 px, in subsets of 500, 5,000 and
+50,000 images. Models: two ViTs, two ResNets and a hybrid, over a decade of compute per image.
+Tasks: few-shot and fine-tuning on scikit-learn's digits and Fashion-MNIST, also from random weights
+and from a ViT pretrained without labels. Prepare Fashion-MNIST (Debian's package
+dataset-fashion-mnist) once, in its original order, with
 
 python -m vit_jax.prepare --input=/usr/share/datasets/fashion-mnist --output=DATA --name=fashion \
     --noshuffle
 
-and found through TFDS_DATA_DIR=DATA.
+and set TFDS_DATA_DIR=DATA.
 
-The order is that of importance: it may be stopped anywhere, and what there is be drawn. Three seeds
-of all but the longest budget with labels.
+Runs are in order of importance, so a partial study can be drawn. All but the longest budget with
+labels has three seeds.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ MODELS = (
         "model.width": 48, "model.depth": 2, "model.mlp_dim": 96, "model.num_heads": 3,
     }),
 )  # fmt: skip
-# Without labels, as configs/pretrain/masked.py; a class token would learn nothing from patches.
+# Without labels, as configs/pretrain/masked.py; this loss doesn't train a class token.
 MASKED = Model("ViT-S/4 masked", "ViT", {
     **MODELS[1].fields, "model.representation_size": None, "model.pool": "gap",
     "loss.name": "masked_patches",

@@ -3,7 +3,7 @@
 python -m experiments.scaling cost --study=paper_models --topology=v3:16x16
 python -m experiments.scaling run --study=paper_models:dataset=my_set/1.0.0
 
-JFT-300M is not public: `dataset` is any large set, `train` and `validation` are its splits.
+JFT-300M isn't public: `dataset` is any large dataset, `train` and `validation` are its splits.
 """
 
 from experiments.scaling.paper_recipes import JFT_RATES, TASK_NAMES, fine_tuning, model, pretraining

@@ -1,10 +1,10 @@
-"""The paper's first study: ever larger sets, regularisation tuned on each (Table 5, Figure 3).
+"""The paper's first study: larger and larger datasets, tuned regularisation (Table 5, Figure 3).
 
 python -m experiments.scaling cost --study=paper_sets --topology=v3:16x16
 
-ImageNet, ImageNet-21k and JFT-300M; weight decay, dropout and label smoothing are swept and chosen
-on upstream validation; then fine-tuning at 384 px on five sets. The paper doesn't state the grid
-of the sweep: this is ours, around Table 3.
+Pretrains on ImageNet, ImageNet-21k and JFT-300M, chooses weight decay, dropout and label smoothing
+on upstream validation, then fine-tunes at 384 px on five datasets. The paper doesn't state the grid
+of the sweep; ours is around Table 3.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def sweep(*weight_decays: float) -> tuple[Choice, ...]:
 
 
 def get_study(arg: str | None = None) -> Study:
-    """`arg`: [jft=NAME][,jft_train=SPLIT][,jft_validation=SPLIT], the large set in JFT's place."""
+    """`arg`: [jft=NAME][,jft_train=SPLIT][,jft_validation=SPLIT], a dataset to replace JFT."""
     arg = parse_arg(arg, jft="jft300m", jft_train="train[50000:]", jft_validation="train[:50000]")
     tasks = fine_tuning(*TASK_NAMES)
 

@@ -2,9 +2,10 @@
 
 python -m experiments.scaling cost --study=paper_subsets --topology=v3:16x16
 
-The same hyper-parameters at every size, early stopping on upstream validation, linear 5-shot
-accuracy on ImageNet in the place of fine-tuning (section 4.3). How long it trained on each subset
-isn't stated: here as many steps as 7 epochs of the whole. A subset is the split's first images.
+The same hyperparameters at every size, early stopping on upstream validation, and linear 5-shot
+accuracy on ImageNet instead of fine-tuning (section 4.3). The paper doesn't state the training
+length per subset; here it is the steps of 7 epochs of the full dataset. Subsets are the split's
+first images.
 """
 
 from experiments.scaling.paper_recipes import JFT_RATES, model, pretraining

@@ -1,10 +1,10 @@
-r"""Which dimension of a ViT to scale, and how to pool: Figures 8 and 9 at the scale of `mini`.
+r"""Scaling single dimensions of a ViT, and pooling: Figures 8 and 9 at the scale of `mini`.
 
 python -m experiments.scaling run --study=shapes
 
-Around ViT-S/4 of `mini`, on its 50,000 images and few-shot tasks: depth, width, the MLP's width and
-the patch are scaled one at a time, then all but the patch together; and the class token is compared
-with global average pooling, at two learning rates as in the paper.
+Starts from ViT-S/4 of `mini`, with its 50,000 images and few-shot tasks. Scales depth, width, MLP
+width and patch one at a time, then all except the patch together. Compares the class token with
+global average pooling at two learning rates, as in the paper.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""One evaluation protocol a file: its `Config` and `make`. `evaluation.registry` finds them."""
+"""Evaluation protocols, one per file; see `evaluation.registry`."""

@@ -1,4 +1,4 @@
-"""Accuracy, loss and calibration over a whole dataset, every example counted exactly once."""
+"""Accuracy, loss and calibration over a whole dataset; counts every example exactly once."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,12 +20,15 @@ from vit_jax.parallel.mesh import replicated
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluatorConfig):
-    """What to evaluate on.
+    """The dataset to evaluate on, and options.
 
-    A prediction is right if it is one of the image's labels; images without any aren't counted:
-    the rule of ImageNet-ReaL (Beyer et al., arXiv 2006.07159). With `only_present` a prediction is
-    the best of the classes that the split has: the rule of ImageNet-A and -R, of which each has 200
-    of the 1,000. Logits are divided by `temperature`, see `calibration.fit_temperature`.
+    A prediction is correct if it is one of the image's labels. Images without labels don't count
+    (ImageNet-ReaL, Beyer et al., arXiv 2006.07159).
+
+    Attributes:
+      only_present: predicts only classes that occur in the split, as for ImageNet-A and ImageNet-R,
+        which have 200 of the 1,000 classes.
+      temperature: divides the logits; see `calibration.fit_temperature`.
     """
 
     protocol: str = "classification"
@@ -40,10 +43,10 @@ class Config(EvaluatorConfig):
 def make(
     config: Config, model: Model, mesh: Mesh, loss: LossConfig
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"accuracy": share in [0, 1], "loss": mean, "ece": in [0, 1], "examples": count}.
+    """Returns params -> {"accuracy": in [0, 1], "loss": mean, "ece": in [0, 1], "examples": count}.
 
-    "top5" where there are more than five classes; "excluded" counts images without a label. Opens
-    the dataset at once, so that a missing one is found before anything is trained.
+    Adds "top5" for more than five classes, and "excluded", the number of images without labels.
+    Opens the dataset at once, so that a missing one is an error before training.
     """
     source = open_data(config.data)
     if source.num_classes != model.num_classes:
@@ -95,21 +98,21 @@ def make(
 
 
 def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
-    """ValueError for two lists of classes that share names but don't agree on their numbers.
+    """Raises ValueError if two lists of classes share names but number them differently.
 
-    Lists that share none are two ways of naming the same classes, such as ImageNet's in words and
-    in WordNet's numbers.
+    Lists without common names are accepted: they may name the same classes differently, such as
+    ImageNet's words and WordNet ids.
     """
     wrong = [(i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b]
     if wrong and {*there} & {*here}:
         shown = ", ".join(f"{i} is {a!r} there and {b!r} here" for i, a, b in wrong[:5])
         raise ValueError(
-            f"the checkpoint's classes and the dataset's don't agree: {shown}. Were classes "
-            "renamed, added or removed since? Name them as they were, or transfer anew"
+            f"the checkpoint's classes and the dataset's don't agree: {shown}. If "
+            "classes were renamed, added or removed, restore their names or transfer again"
         )
 
 
 def present_classes(source: Source) -> np.ndarray:
-    """The classes that some example has, ascending."""
+    """Returns the classes that occur in the dataset, ascending."""
     labels = (np.atleast_1d(source[i]["label"]) for i in range(len(source)))
     return np.unique(np.concatenate(list(labels)))

@@ -1,8 +1,8 @@
 """Few-shot accuracy: regularised least squares on frozen features, in closed form.
 
-The paper's linear few-shot evaluation (arXiv 2010.11929, section 4.1), as its authors published it
-later in big_vision: targets in {-1, 1}, features standardised by the shots' own mean and standard
-deviation, a constant feature of 100 (an almost unregularised bias), ridge l2 = 2^10.
+The linear few-shot evaluation of arXiv 2010.11929, section 4.1, as published in big_vision: targets
+in {-1, 1}, features standardised by the mean and standard deviation of the shots, a constant
+feature of 100 (an almost unregularised bias), ridge penalty l2 = 2^10.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ BIAS = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluatorConfig):
-    """Shots are drawn from `split`; accuracy is measured on all of `test_split`.
+    """Draws shots from `split` and measures accuracy on all of `test_split`.
 
-    Of several `l2`, each number of shots takes the one with the best mean accuracy on `dev_split`
-    over the seeds; without a `dev_split`, on those examples of `split` that aren't among the shots.
+    With several `l2`, chooses one per number of shots, by the mean accuracy over seeds on
+    `dev_split`, or without one on the examples of `split` that aren't shots.
     """
 
     protocol: str = "fewshot"
@@ -37,9 +37,9 @@ class Config(EvaluatorConfig):
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Indices of `shots` examples of each class: labels [N] -> [C * shots].
+    """Draws `shots` examples of each class: labels [N] -> indices [C * shots].
 
-    Raises ValueError if a class has fewer.
+    Raises ValueError if a class has fewer examples.
     """
     rng = np.random.default_rng(seed)
     chosen = []
@@ -47,8 +47,8 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
         indices = np.flatnonzero(labels == label)
         if len(indices) < shots:
             raise ValueError(
-                f"class {label} has {len(indices)} examples, fewer than the {shots} shots asked "
-                "for: ask for fewer shots or take a larger split"
+                f"class {label} has {len(indices)} examples, fewer than {shots} shots: use "
+                "fewer shots or a larger split"
             )
         chosen.append(rng.permutation(indices)[:shots])
     return np.concatenate(chosen)
@@ -67,12 +67,12 @@ def least_squares(
 def fit_least_squares(
     features: np.ndarray, labels: np.ndarray
 ) -> Callable[[np.ndarray, float], np.ndarray]:
-    """As `least_squares`, which it is in two steps: one decomposition serves every l2.
+    """Returns (test_features, l2) -> labels: `least_squares` with one decomposition for every l2.
 
-    Computed on the CPU in float32 and in the published order, so that published numbers come out to
-    the digit. Below l2 = 2^10 that is a part of the protocol: with a bias feature of 100 the
-    system's condition exceeds float32, and an exact solution predicts other labels for up to 4 of
-    the reference's 600 images at l2 = 1.
+    Computes on the CPU in float32 and in the published order of operations, to reproduce published
+    numbers exactly. This matters below l2 = 2^10: with a bias feature of 100 the system's condition
+    number exceeds float32. At l2 = 1 an exact solution predicts other labels for up to 4 of the
+    reference's 600 images.
     """
     classes, targets = np.unique(labels, return_inverse=True)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -87,7 +87,10 @@ def fit_least_squares(
 
 @jax.jit(static_argnums=2)
 def _decompose(x: jax.Array, y: jax.Array, num_classes: int) -> tuple[jax.Array, ...]:
-    """X'X or XX' = Q E Q': (mean, deviation, E, left and right sides of what l2 goes between)."""
+    """Decomposes X'X or XX' = Q E Q'; returns mean, deviation, E and factors A, B.
+
+    The solution for a penalty is W = A diag(1 / (E + l2)) B.
+    """
     mean, std = x.mean(axis=0, keepdims=True), x.std(axis=0, keepdims=True) + 1e-5
     x = _standardise(x, mean, std)
     y = 2.0 * jax.nn.one_hot(y, num_classes) - 1.0
@@ -112,10 +115,10 @@ def _standardise(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 def make(
     config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"5shot": mean accuracy over seeds, "5shot_std": ..., ...}.
+    """Returns params -> {"5shot": mean accuracy over seeds, "5shot_std": ..., ...}.
 
-    With several l2 also "5shot_l2", the chosen one, and "5shot_dev", its accuracy there. Opens the
-    datasets at once, so that a missing one is found before anything is trained.
+    With several l2, adds "5shot_l2", the chosen one, and "5shot_dev", its accuracy on dev. Opens
+    the datasets at once, so that a missing one is an error before training.
     """
     penalties = config.l2 if isinstance(config.l2, tuple) else (config.l2,)
     if not penalties or min(penalties) < 0:
@@ -168,6 +171,6 @@ def make(
 def _check_dev(examples: int, shots: int) -> None:
     if not examples:
         raise ValueError(
-            f"{shots} shots a class take all examples of the split: nothing is left to choose l2 "
-            "on. Give a dev_split, one l2, or fewer shots"
+            f"{shots} shots per class use all examples of the split and leave none to choose l2 "
+            "on: set a dev_split, a single l2, or fewer shots"
         )

@@ -1,6 +1,7 @@
-"""k nearest neighbours by cosine similarity of frozen features, weighted by exp(similarity / T).
+"""k-nearest-neighbour classification by cosine similarity of frozen features.
 
-Wu et al., arXiv 1805.01978, section 3.4, with T = 0.07 as there and in DINO (arXiv 2104.14294).
+Votes have the weight exp(similarity / T) (Wu et al., arXiv 1805.01978, section 3.4), with T = 0.07
+as there and in DINO (arXiv 2104.14294).
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
 
-BLOCK = 256  # test examples at a time
+BLOCK = 256  # test examples per matrix product
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluatorConfig):
-    """Neighbours are sought in `split`; accuracy is measured on all of `test_split`."""
+    """Takes neighbours from `split` and measures accuracy on all of `test_split`."""
 
     protocol: str = "knn"
     test_split: str = "test"
@@ -36,14 +37,14 @@ def nearest_neighbours(
     neighbours: Sequence[int],
     temperature: float = 0.07,
 ) -> dict[int, np.ndarray]:
-    """The labels predicted for test_features [M, D], for each number of neighbours: k -> [M].
+    """Predicts the labels of test_features [M, D] from features [N, D] and labels [N].
 
-    From features [N, D] with labels [N]. Raises ValueError if there aren't as many neighbours.
+    Returns k -> labels [M] for each k of `neighbours`. Raises ValueError if k exceeds N.
     """
     if not neighbours or not 1 <= min(neighbours) <= max(neighbours) <= len(labels):
         raise ValueError(
-            f"neighbours {tuple(neighbours)}: expected numbers from 1 to {len(labels)}, which is "
-            "how many examples there are to choose from"
+            f"neighbours {tuple(neighbours)}: expected numbers from 1 to {len(labels)}, the number "
+            "of examples"
         )
     classes, targets = np.unique(labels, return_inverse=True)
     features, test_features = (
@@ -63,10 +64,10 @@ def nearest_neighbours(
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _vote(features, targets, test_features, num_classes, neighbours, *, temperature):
-    exact = jax.lax.Precision.HIGHEST  # TPUs would round to bfloat16
+    exact = jax.lax.Precision.HIGHEST  # otherwise TPUs round to bfloat16
     similarity = jnp.matmul(test_features, features.T, precision=exact)
     similarity, index = jax.lax.top_k(similarity, max(neighbours))
-    # Relative to the nearest one, or else exp(1 / T) overflows for small T.
+    # Relative to the nearest neighbour, so that exp(1 / T) can't overflow for small T.
     weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
     votes = jax.nn.one_hot(targets[index], num_classes) * weights[:, :, None]
     return [votes[:, :k].sum(axis=1).argmax(axis=1) for k in neighbours]
@@ -75,7 +76,7 @@ def _vote(features, targets, test_features, num_classes, neighbours, *, temperat
 def make(
     config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"20nn": accuracy in [0, 1], ..., "examples": count}."""
+    """Returns params -> {"20nn": accuracy in [0, 1], ..., "examples": count}."""
     names = {"train": config.data.split, "test": config.test_split}
     sources = {
         name: open_single_label(dataclasses.replace(config.data, split=split))

@@ -1,8 +1,8 @@
-"""Linear probe: logistic regression on frozen features by L-BFGS, its penalty chosen on dev.
+"""Linear probe: logistic regression on frozen features with L-BFGS.
 
-The protocol of CLIP (Radford et al., arXiv 2103.00020, appendix A.3): the strength of the penalty
-is swept on a logarithmic grid, and the chosen one is fitted to train and dev together. Features are
-standardised by the training examples' own mean and deviation.
+The protocol of CLIP (Radford et al., arXiv 2103.00020, appendix A.3): chooses the penalty on dev
+from a logarithmic grid, then fits train and dev together with it. Features are standardised by the
+mean and deviation of the training examples.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
 
-ITERATIONS = 1000  # at most, as CLIP's
+ITERATIONS = 1000  # at most, as in CLIP
 L2 = tuple(10.0**k for k in range(-6, 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluatorConfig):
-    """Trained on `split`; accuracy is measured on all of `test_split`.
+    """Fits `split` and measures accuracy on all of `test_split`.
 
-    Without a `dev_split`, a tenth of each class of `split`, drawn with `seed`, takes its place.
+    Without a `dev_split`, a tenth of each class of `split`, drawn with `seed`, is the dev part.
     """
 
     protocol: str = "linear"
@@ -40,10 +40,18 @@ class Config(EvaluatorConfig):
 def fit_logistic(
     features: np.ndarray, labels: np.ndarray, l2: float, start: np.ndarray
 ) -> np.ndarray:
-    """argmin_W of the mean cross-entropy + l2 / 2 |W|^2: [N, D], [N] -> [D + 1, C] like `start`.
+    """Minimises mean cross-entropy + l2 / 2 |W|^2 over W.
 
-    The last row is the bias, which has no penalty. `labels` are 0 to C - 1. Gradients are float32,
-    on the default device; the search is scipy's, in float64.
+    Gradients are float32 on the default device; scipy's L-BFGS runs in float64.
+
+    Args:
+      features: [N, D].
+      labels: [N], 0 to C - 1.
+      l2: penalty of all rows of W but the last, the bias.
+      start: initial W, [D + 1, C].
+
+    Returns:
+      W, [D + 1, C].
     """
     x, y, shape = jnp.asarray(features, jnp.float32), jnp.asarray(labels), start.shape
 
@@ -72,10 +80,19 @@ def linear_probe(
     test_features: np.ndarray,
     l2: tuple[float, ...],
 ) -> tuple[np.ndarray, float, float]:
-    """(labels predicted for [M, D]: [M], the chosen l2, its accuracy on dev).
+    """Chooses l2 on dev, fits train and dev with it, and predicts the test labels.
 
-    `train` and `dev` are features [N, D] and labels [N]. The strongest penalty goes first, each
-    next one starts from its solution; of equally good ones the stronger is chosen.
+    Tries the strongest penalty first and starts each from the previous solution. Ties choose the
+    stronger penalty.
+
+    Args:
+      train: features [N, D] and labels [N].
+      dev: features [N, D] and labels [N].
+      test_features: [M, D].
+      l2: penalties to try.
+
+    Returns:
+      The labels [M], the chosen l2, and its accuracy on dev.
     """
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2 = {l2}: expected numbers greater than 0")
@@ -94,7 +111,7 @@ def linear_probe(
 
 
 def _fitter(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Callable:
-    """(l2, start) -> (W, features -> labels); all features are standardised by these."""
+    """Returns (l2, start) -> (W, predict); standardises all features by the statistics of these."""
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-5
     x, y = (features - mean) / std, np.searchsorted(classes, labels)
 
@@ -108,10 +125,10 @@ def _fitter(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Ca
 def probe_head(
     features: np.ndarray, labels: np.ndarray, num_classes: int, l2: tuple[float, ...], seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """A head [D, C] and its bias [C] to begin fine-tuning with, and the l2 chosen for it.
+    """Fits a head to start fine-tuning with; returns kernel [D, C], bias [C] and the chosen l2.
 
-    Linear probing before fine-tuning keeps the features from being distorted by a random or zero
-    head (Kumar et al., arXiv 2202.10054). l2 is chosen on a tenth of each class.
+    Fine-tuning from a random or zero head distorts the features; linear probing first avoids this
+    (Kumar et al., arXiv 2202.10054). l2 is chosen on a tenth of each class.
     """
     parts = stratified_split(labels, {"train": 0.9, "dev": 0.1}, seed)
     train, dev = ((features[parts[n]], labels[parts[n]]) for n in ("train", "dev"))
@@ -126,7 +143,7 @@ def probe_head(
 def make(
     config: Config, model: Model, mesh: Mesh, objective: Objective | None = None
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"accuracy": in [0, 1], "l2": the chosen one, "dev_accuracy", "examples"}."""
+    """Returns params -> {"accuracy": in [0, 1], "l2": chosen, "dev_accuracy", "examples"}."""
     names = {"train": config.data.split, "test": config.test_split}
     if config.dev_split:
         names["dev"] = config.dev_split

@@ -1,4 +1,4 @@
-"""How well a model predicts masked patches, over a whole dataset."""
+"""Loss and accuracy of masked patch prediction over a whole dataset."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from vit_jax.parallel.mesh import replicated
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluatorConfig):
-    """What to evaluate on."""
+    """The dataset to evaluate on; its labels aren't used."""
 
     protocol: str = "masked_patches"
 
@@ -26,10 +26,9 @@ class Config(EvaluatorConfig):
 def make(
     config: Config, model: Model, mesh: Mesh, masked: MaskedPatchConfig
 ) -> Callable[[dict], dict[str, float]]:
-    """params -> {"accuracy": of corrupted patches, "loss": mean, "examples": count}.
+    """Returns params -> {"accuracy": of corrupted patches, "loss": mean, "examples": count}.
 
-    Labels are not looked at. What is corrupted depends on an image's index alone, so one
-    evaluation's numbers compare with another's.
+    The corruption depends only on an image's index, so that evaluations are comparable.
     """
     source = open_data(config.data)
     batches = make_batches(source, config.data, model, mesh, config.batch_size)
