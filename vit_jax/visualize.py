@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from vit_jax import config as configuration
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import read_file
 from vit_jax.data.sources import open_source
 from vit_jax.models.variants import Model
 from vit_jax.pictures import attention, figures
@@ -43,7 +44,7 @@ def read_images(paths: list[str], image_size: tuple[int, int]) -> Iterator[np.nd
     preprocess = parse_preprocess(PREPROCESS.value, image_size)
     source = open_source(DATASET.value, SPLIT.value, DATA_DIR.value) if DATASET.value else []
     named = itertools.chain(
-        ((path, lambda path=path: Path(path).read_bytes()) for path in paths),
+        ((path, lambda path=path: read_file(path)) for path in paths),
         (
             (f"{DATASET.value} {SPLIT.value}: example {i}", lambda i=i: source[i]["image"])
             for i in range(len(source))

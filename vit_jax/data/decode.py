@@ -17,6 +17,7 @@ import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from vit_jax.data import jpeg_markers
+from vit_jax.data.files import system_error
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -113,6 +114,8 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return _to_rgb(image)
     except _BROKEN as error:
+        if fault := system_error(error):
+            raise fault from error
         known = not isinstance(error, UnidentifiedImageError)
         reason = error if known else f"it begins like none of {', '.join(FORMATS)}"
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.files import read_file
+
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
@@ -64,11 +66,8 @@ class ImageFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            with open(os.path.join(self.folder, self.paths[index]), "rb") as file:
-                return {"image": file.read(), "label": self.labels[index]}
-        except OSError as error:
-            raise ValueError(f"cannot read it ({error})") from error
+        data = read_file(os.path.join(self.folder, self.paths[index]))
+        return {"image": data, "label": self.labels[index]}
 
     def name(self, index: int) -> str:
         return self.paths[index]
