@@ -9,6 +9,8 @@ import pytest
 from test_sources import picture, png
 
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import read_file
+from vit_jax.data.listing import find_images
 from vit_jax.data.pipeline import DataConfig, eval_batches
 from vit_jax.data.sources import open_source
 
@@ -84,6 +86,45 @@ def test_litter_links_and_names_of_any_script(tmp_path, caplog, monkeypatch):
         open_source("set", "train")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("training_set", "test_set"), ("TRAIN", "Test"), ("train2017", "test-images"), ("t", "u")],
+)
+def test_names_of_splits(tmp_path, train, test):
+    path = fill(tmp_path, f"{train}/a/0.png", f"{train}/b/1.png", f"{test}/b/2.png")
+    if train == "t":
+        assert open_source(path, "train").class_names == ("t", "u")
+    else:
+        assert contents(open_source(path, "train")) == [("a", 0), ("b", 1)]
+        assert contents(open_source(path, "test")) == [("b", 2)]
+
+
+def test_what_is_passed_over_is_counted_by_reason(tmp_path, caplog):
+    litter = (".DS_Store", "._1.jpg", "@eaDir/1.png/t.jpg", ".ipynb_checkpoints/1.png")
+    path = fill(tmp_path, "a/1.png", "b/2.png", *(f"a/{name}" for name in litter))
+    for name in ("a/x.HEIC", "a/y.nef", "$RECYCLE.BIN/3.jpg", "b/old.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b/linked.png").symlink_to(tmp_path / "pipe")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(path, "train")
+        listed = find_images([tmp_path])
+    assert contents(source) == [("a", 0), ("b", 1)]
+    assert [str(file.relative_to(tmp_path)) for file in listed] == ["a/1.png", "b/2.png"]
+    for text in (
+        "5 files are hidden, or a system's own",
+        "1 files are HEIC photographs, which aren't read (convert",
+        "1 files are cameras' raw files",
+        "3 files are pipes, sockets or devices: pipe, a/pipe.png, b/linked.png",
+        "1 files are no images by their names, or in no class: b/old.tar",
+    ):
+        assert text in caplog.text
+    with pytest.raises(ValueError, match=r"pipe.png is a named pipe: expected a file"):
+        read_file(tmp_path / "a/pipe.png")
+
+
 def test_one_spelling_of_a_class(tmp_path):
     path = fill(tmp_path, "train/café/0.png", "test/cafe\u0301/1.png")  # as Linux and as a Mac
     assert contents(open_source(path, "test")) == [("café", 1)]
@@ -101,6 +142,10 @@ def test_one_spelling_of_a_class(tmp_path):
         (["train/a/0.png", "extra/b/1.png"], "expected either classes, or one folder a split"),
         (["val/a/0.png", "dev/a/1.png"], "one folder a split"),
         (["train/a/0.png", "val/1.png"], "val holds no class folders"),
+        (["train/0.png", "test/1.png"], r"test holds no class folders \(1 images lie in it\)"),
+        (["set/a/0.png", "set/b/1.png"], "holds one folder, set, and that the folders a, b"),
+        (["train/x/a/0.png", "train/x/b/1.png"], "train holds one folder, x"),
+        (["a/0.png", "b\n/1.png"], "line break in its name: rename it"),
     ],
 )
 def test_folders_that_are_no_datasets(tmp_path, names, message):

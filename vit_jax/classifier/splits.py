@@ -16,6 +16,7 @@ from vit_jax.data.listing import ImageFiles, Listing
 from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
 from vit_jax.data.tables import CLASS_NAMES
+from vit_jax.data.walk import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +187,8 @@ def _cut_files(
         raise ValueError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
     splits = Splits(str(table.absolute()), "train", "dev", "test")
     findings = list(audit.findings)
-    if left_out := listing.left_out:
-        shown = ", ".join(left_out[:10]) + (", ..." if len(left_out) > 10 else "")
-        findings.append(f"no images by their names, or in no class, {len(left_out)}: {shown}")
+    for reason, files in listing.left_out.items():
+        findings.append(f"{reason}, {len(files)}: {shown(files, most=10)}")
     return splits, dataclasses.replace(audit, counts=counts, findings=findings)
 
 

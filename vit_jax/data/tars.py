@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from vit_jax.data.listing import IMAGE_ENDINGS, Listing, split_in
+from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import class_names_beside, number_labels
+from vit_jax.data.walk import IMAGE_ENDINGS, Walker
 
 SYNSET = re.compile(r"(n\d{8})\.tar")
 _Member = tuple[str, int, int]  # name, offset in the file, size
@@ -62,8 +63,14 @@ class TarImages(Sequence):
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """The tars in a folder, or in its folders (train/, val/, ...) if it has none itself."""
-    return sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar"))
+    """The tars in a folder, or in its folders (train/, val/, ...) if it has none itself.
+
+    None if images lie in its folders: then a tar among them is something else.
+    """
+    tars = sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar"))
+    walker = Walker(folder)
+    folders, _ = walker.entries(folder) if tars else ([], [])
+    return [] if any(True for inside in folders for _ in walker.images(inside)) else tars
 
 
 def read_tars(tars: Sequence[Path]) -> Listing:
