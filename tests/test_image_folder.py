@@ -8,6 +8,7 @@ import pickle
 import pytest
 from test_sources import picture, png
 
+from vit_jax.data import tables
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import read_file
 from vit_jax.data.listing import find_images
@@ -258,6 +259,59 @@ def test_bad_tables(tmp_path, rows, message, name):
     path = write_table(tmp_path, name, rows or [{}])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_source(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('0.png,"a\n1.png,b\n0.png,b\n', "line 3: .*stray quote"),
+        ('0.png,"a\n1.png,b"\n0.png,b\n', "line 3: a value goes on in the next line"),
+        ('0.png,"a" b\n', "line 3: .*expected after"),
+        ("0.png,bee, wasp\n", "line 3: there are more values than columns"),
+        ('0.png,"' + "x" * 140_000 + '"\n', "line 3: field larger than"),
+    ],
+)
+def test_stray_quotes(tmp_path, text, message):
+    fill(tmp_path, "0.png", "1.png")
+    (tmp_path / "t.csv").write_text("path,label\n1.png,b\n" + text)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "t.csv"), "train")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_splits_of_a_table_in_any_case(tmp_path, name):
+    fill(tmp_path, "0.png", "1.png", "2.png")
+    rows = [
+        {"path": f"{i}.png", "label": "a", "split": split}
+        for i, split in enumerate(("Train", "train", "TEST"))
+    ]
+    path = write_table(tmp_path, name, rows)
+    assert len(open_source(path, "train")) == len(open_source(path, "Train")) == 2
+    assert len(open_source(path, "test")) == 1
+
+
+def test_any_name_without_line_breaks_survives_a_table(tmp_path):
+    hostile = (" cat", "cat ", "=1+1", "a,b", 'quote"', '"', "'", "7", "\u2028", "\x85x", "\x1c|")
+    hostile += (
+        "\x0b\x0c",
+        "\ufeffa",
+        "caf\udce9",
+        "#",
+        "None",
+        "a\tb",
+        "\\n",
+        "-",
+        "@x",
+        "\x1b[31m",
+    )
+    fill(tmp_path, *(f"x{name}/0.png" for name in hostile))
+    names = sorted(hostile)
+    tables.write_class_names(tmp_path, names)
+    rows = [(str(tmp_path / f"x{name}/0.png"), name, "train") for name in hostile]
+    tables.write_table(tmp_path / "t.csv", rows)
+    source = open_source(str(tmp_path / "t.csv"), "train")
+    assert [source.class_names[record["label"]] for record in source] == list(hostile)
+    assert list(source.records.records.paths) == [path for path, _, _ in rows]
 
 
 def test_labels_beyond_the_classes(tmp_path):

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -159,6 +159,15 @@ def _findings(audit: Audit, sources: Mapping[str, Source]):
     for split, looked_at in audit.looked_at.items():
         if looked_at < len(sources[split]):
             yield f"{looked_at:,} of {len(sources[split]):,} images of {split} were looked at"
+
+
+def few_left(names: Sequence[str], left: Sequence[int], before: Sequence[int]) -> Iterator[str]:
+    """A finding if dev and test leave classes with few images to train on, which had enough."""
+    few = [f"{n} ({a})" for n, a, b in zip(names, left, before, strict=True) if a < FEW <= b]
+    if few:
+        yield f"classes with fewer than {FEW} images left in train by the cut, {len(few)}: " + (
+            _listed(few)
+        )
 
 
 def _listed(names) -> str:

@@ -349,8 +349,8 @@ def report(
         attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),
         files=files,
     )
-    (workdir / "report.html").write_text(render(page), "utf-8")
-    (workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8")
+    (workdir / "report.html").write_text(render(page), "utf-8", "backslashreplace")
+    (workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8", "backslashreplace")
     low, high = scores["accuracy_interval"]
     print(
         f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images\n"

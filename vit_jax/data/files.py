@@ -34,7 +34,7 @@ def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
         check_regular(path)
         with open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
-                raise ValueError(f"it has {size:,} bytes: expected up to {most:,}")
+                raise ValueError(f"{path} has {size:,} bytes: expected up to {most:,}")
             return file.read()
     except OSError as error:
         if fault := system_error(error):
