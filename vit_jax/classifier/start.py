@@ -182,7 +182,7 @@ def _choose_and_train(config: TransferConfig, workdir: Path, command: str) -> No
     multihost.barrier("splits")
     splits, audit = settle_splits(*of)
     if multihost.is_main():
-        print(f"{config.data.dataset}\n{audit}\n", flush=True)
+        print(configuration.printable(f"{config.data.dataset}\n{audit}\n"), flush=True)
     trials = config.sweep.trials()
     check_dev(sum(audit.counts["dev"]), trials)
     whole = fitted(config, splits)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from absl import logging
 
+from vit_jax.config import printable
+
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
@@ -102,7 +104,8 @@ class Walker:
     def warn(self) -> None:
         """Logs how much was left out, by reason."""
         for reason, paths in self.left_out.items():
-            logging.warning("%s: %d files are %s: %s", self.root, len(paths), reason, shown(paths))
+            found = f"{self.root}: {len(paths)} files are {reason}: {shown(paths)}"
+            logging.warning("%s", printable(found))
 
 
 def shown(paths: Iterable[str], most: int = 5) -> str:
