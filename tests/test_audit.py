@@ -121,6 +121,22 @@ def test_names_of_folders_survive_the_cut(tmp_path):
     assert settle(tmp_path / "images")[1] == seen
 
 
+def test_exif_is_spoken_of(folder):
+    """Images that a viewer would turn, and damaged EXIF data, are counted and named."""
+    image = Image.open(folder / "ant/00.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, data in (
+        ("turned", exif.tobytes()),
+        ("damaged", exif.tobytes()[:16]),
+        ("upright", Image.Exif().tobytes()),
+    ):
+        image.save(folder / f"ant/{name}.jpg", exif=data)
+    text = str(settle(folder)[1])
+    assert "magick mogrify -auto-orient), 1: ant/turned.jpg\n" in text + "\n"
+    assert "damaged EXIF data, which are ignored, 1: ant/damaged.jpg\n" in text + "\n"
+
+
 def test_a_split_is_found_by_any_of_its_names(tmp_path):
     rows = [f"{i}.png,{'ab'[i % 2]},{('training', 'val', 'Test')[i % 3]}" for i in range(60)]
     for i in range(60):
