@@ -106,6 +106,46 @@ def test_splits_that_are_there_are_used(tmp_path):
     assert all(s == "test" for p, (_, s) in table(tmp_path / "images").items() if "/test/" in p)
 
 
+def test_names_of_folders_survive_the_cut(tmp_path):
+    """Also those that a table, a list or a terminal would take for something else."""
+    names = (" ant", "be\u2028e", "caf\udce9", "7", 'qu"ote', "=1")
+    for i in range(12 * len(names)):
+        paint(tmp_path / "images/training_set" / names[i % len(names)] / f"{i}\x85.png", i)
+    splits, seen = settle(tmp_path / "images")
+    source = open_source(splits.dataset, "train+dev+test")
+    assert source.class_names == tuple(sorted(names)) and len(source) == 72
+    for i in range(len(source)):
+        folder = source.name(i).split("/")[-2]
+        assert source.class_names[source[i]["label"]] == folder
+    assert "classes with fewer than 10 images left in train by the cut, 6:  ant (8)" in str(seen)
+    assert settle(tmp_path / "images")[1] == seen
+
+
+def test_exif_is_spoken_of(folder):
+    """Images that a viewer would turn, and damaged EXIF data, are counted and named."""
+    image = Image.open(folder / "ant/00.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, data in (
+        ("turned", exif.tobytes()),
+        ("damaged", exif.tobytes()[:16]),
+        ("upright", Image.Exif().tobytes()),
+    ):
+        image.save(folder / f"ant/{name}.jpg", exif=data)
+    text = str(settle(folder)[1])
+    assert "magick mogrify -auto-orient), 1: ant/turned.jpg\n" in text + "\n"
+    assert "damaged EXIF data, which are ignored, 1: ant/damaged.jpg\n" in text + "\n"
+
+
+def test_a_split_is_found_by_any_of_its_names(tmp_path):
+    rows = [f"{i}.png,{'ab'[i % 2]},{('training', 'val', 'Test')[i % 3]}" for i in range(60)]
+    for i in range(60):
+        paint(tmp_path / f"{i}.png", i)
+    (tmp_path / "t.csv").write_text("path,label,split\n" + "\n".join(rows))
+    _, seen = settle_splits(str(tmp_path / "t.csv"), SplitConfig(), None, tmp_path / "data")
+    assert [sum(seen.counts[name]) for name in ("train", "dev", "test")] == [20, 20, 20]
+
+
 def test_other_datasets_are_cut_at_the_end(tmp_path):
     splits, seen = settle_splits("digits", SplitConfig(), None, tmp_path)
     assert (splits.train, splits.dev, splits.test) == ("train[:90%]", "train[90%:]", "test")

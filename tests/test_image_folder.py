@@ -8,7 +8,10 @@ import pickle
 import pytest
 from test_sources import picture, png
 
+from vit_jax.data import tables
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import read_file
+from vit_jax.data.listing import find_images
 from vit_jax.data.pipeline import DataConfig, eval_batches
 from vit_jax.data.sources import open_source
 
@@ -84,6 +87,45 @@ def test_litter_links_and_names_of_any_script(tmp_path, caplog, monkeypatch):
         open_source("set", "train")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("training_set", "test_set"), ("TRAIN", "Test"), ("train2017", "test-images"), ("t", "u")],
+)
+def test_names_of_splits(tmp_path, train, test):
+    path = fill(tmp_path, f"{train}/a/0.png", f"{train}/b/1.png", f"{test}/b/2.png")
+    if train == "t":
+        assert open_source(path, "train").class_names == ("t", "u")
+    else:
+        assert contents(open_source(path, "train")) == [("a", 0), ("b", 1)]
+        assert contents(open_source(path, "test")) == [("b", 2)]
+
+
+def test_what_is_passed_over_is_counted_by_reason(tmp_path, caplog):
+    litter = (".DS_Store", "._1.jpg", "@eaDir/1.png/t.jpg", ".ipynb_checkpoints/1.png")
+    path = fill(tmp_path, "a/1.png", "b/2.png", *(f"a/{name}" for name in litter))
+    for name in ("a/x.HEIC", "a/y.nef", "$RECYCLE.BIN/3.jpg", "b/old.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b/linked.png").symlink_to(tmp_path / "pipe")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(path, "train")
+        listed = find_images([tmp_path])
+    assert contents(source) == [("a", 0), ("b", 1)]
+    assert [str(file.relative_to(tmp_path)) for file in listed] == ["a/1.png", "b/2.png"]
+    for text in (
+        "5 files are hidden, or a system's own",
+        "1 files are HEIC photographs, which aren't read (convert",
+        "1 files are cameras' raw files",
+        "3 files are pipes, sockets or devices: pipe, a/pipe.png, b/linked.png",
+        "1 files are no images by their names, or in no class: b/old.tar",
+    ):
+        assert text in caplog.text
+    with pytest.raises(ValueError, match=r"pipe.png is a named pipe: expected a file"):
+        read_file(tmp_path / "a/pipe.png")
+
+
 def test_one_spelling_of_a_class(tmp_path):
     path = fill(tmp_path, "train/café/0.png", "test/cafe\u0301/1.png")  # as Linux and as a Mac
     assert contents(open_source(path, "test")) == [("café", 1)]
@@ -101,6 +143,10 @@ def test_one_spelling_of_a_class(tmp_path):
         (["train/a/0.png", "extra/b/1.png"], "expected either classes, or one folder a split"),
         (["val/a/0.png", "dev/a/1.png"], "one folder a split"),
         (["train/a/0.png", "val/1.png"], "val holds no class folders"),
+        (["train/0.png", "test/1.png"], r"test holds no class folders \(1 images lie in it\)"),
+        (["set/a/0.png", "set/b/1.png"], "holds one folder, set, and that the folders a, b"),
+        (["train/x/a/0.png", "train/x/b/1.png"], "train holds one folder, x"),
+        (["a/0.png", "b\n/1.png"], "line break in its name: rename it"),
     ],
 )
 def test_folders_that_are_no_datasets(tmp_path, names, message):
@@ -213,6 +259,59 @@ def test_bad_tables(tmp_path, rows, message, name):
     path = write_table(tmp_path, name, rows or [{}])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_source(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('0.png,"a\n1.png,b\n0.png,b\n', "line 3: .*stray quote"),
+        ('0.png,"a\n1.png,b"\n0.png,b\n', "line 3: a value goes on in the next line"),
+        ('0.png,"a" b\n', "line 3: .*expected after"),
+        ("0.png,bee, wasp\n", "line 3: there are more values than columns"),
+        ('0.png,"' + "x" * 140_000 + '"\n', "line 3: field larger than"),
+    ],
+)
+def test_stray_quotes(tmp_path, text, message):
+    fill(tmp_path, "0.png", "1.png")
+    (tmp_path / "t.csv").write_text("path,label\n1.png,b\n" + text)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "t.csv"), "train")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_splits_of_a_table_in_any_case(tmp_path, name):
+    fill(tmp_path, "0.png", "1.png", "2.png")
+    rows = [
+        {"path": f"{i}.png", "label": "a", "split": split}
+        for i, split in enumerate(("Train", "train", "TEST"))
+    ]
+    path = write_table(tmp_path, name, rows)
+    assert len(open_source(path, "train")) == len(open_source(path, "Train")) == 2
+    assert len(open_source(path, "test")) == 1
+
+
+def test_any_name_without_line_breaks_survives_a_table(tmp_path):
+    hostile = (" cat", "cat ", "=1+1", "a,b", 'quote"', '"', "'", "7", "\u2028", "\x85x", "\x1c|")
+    hostile += (
+        "\x0b\x0c",
+        "\ufeffa",
+        "caf\udce9",
+        "#",
+        "None",
+        "a\tb",
+        "\\n",
+        "-",
+        "@x",
+        "\x1b[31m",
+    )
+    fill(tmp_path, *(f"x{name}/0.png" for name in hostile))
+    names = sorted(hostile)
+    tables.write_class_names(tmp_path, names)
+    rows = [(str(tmp_path / f"x{name}/0.png"), name, "train") for name in hostile]
+    tables.write_table(tmp_path / "t.csv", rows)
+    source = open_source(str(tmp_path / "t.csv"), "train")
+    assert [source.class_names[record["label"]] for record in source] == list(hostile)
+    assert list(source.records.records.paths) == [path for path, _, _ in rows]
 
 
 def test_labels_beyond_the_classes(tmp_path):

@@ -85,6 +85,34 @@ def test_each_epoch_visits_every_example_once(num_examples):
         np.testing.assert_array_equal(np.sort(seen), np.arange(num_examples))
 
 
+def around(powers):
+    return [2**k + d for k in powers for d in (-1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "num_examples",
+    [
+        *around([16]),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in (*around([17, 18, 19]), 4**10 + 1, 4**11 + 1)
+        ),
+    ],
+)
+def test_each_example_once_around_powers_of_two(num_examples):
+    """Grain's own shuffle misses one example of 4**k + 1."""
+    seen = global_indices(0, 0, num_examples, num_examples)
+    assert (np.bincount(seen, minlength=num_examples) == 1).all()
+
+
+@pytest.mark.parametrize("k", range(8, 31))
+def test_no_two_places_of_a_large_epoch_share_an_example(k):
+    """Where a number doesn't fit in the bits that are permuted, it is taken for a smaller one."""
+    for extra in (1, 2, 4, 1001):
+        first, last = (global_indices(3, place, 1, 4**k + extra) for place in (0, 4**k))
+        assert first != last
+
+
 def test_the_order_is_one_stream_whatever_the_batch_size():
     stream = global_indices(1, 0, 120, 10)
     for batch_size in (1, 3, 8, 40):

@@ -1,8 +1,10 @@
 """Labels for files: broken ones are listed, batches don't matter, the classes' names are kept."""
 
 import csv
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from PIL import Image
 from processes import command
 
+from vit_jax import predict
+from vit_jax.config import printable
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import TrainedModel
 
@@ -65,7 +69,7 @@ def test_command(model, params, folder, tmp_path):
     assert len(found["unreadable"]) == 3 and "3 of 8 files can't be read" in err
     assert "missing.png" in err and "Traceback" not in err
 
-    output = tmp_path / "labels.csv"
+    output = tmp_path / "new" / "labels.csv"
     code, _, err = command(*arguments, "--format=csv", f"--output={output}", "--batch_size=3")
     assert code == 0, err
     rows = {row["file"]: row for row in csv.DictReader(output.open())}
@@ -73,6 +77,29 @@ def test_command(model, params, folder, tmp_path):
         assert rows[file]["label"] == name
         assert float(rows[file]["probability"]) == pytest.approx(probability, abs=1e-5)
     assert rows[str(folder / "broken.jpg")]["error"] and len(rows) == 8
+
+
+def test_names_are_text(tmp_path, monkeypatch):
+    """Of files and classes: neither formulas nor escape codes, and none is lost."""
+    files = ["caf\udce9.png", "b\x1b[1m.png", "c\u202ed.png", "-d.png"]
+    rows = [{"file": file, "labels": [["=1+1", 0.5], ["\x1b[31mred", 0.2]]} for file in files]
+    rows.append({"file": "@e", "error": "broken"})
+
+    written = {}
+    for kind, writer in predict.WRITERS.items():
+        monkeypatch.setattr(predict, "OUTPUT", SimpleNamespace(value=tmp_path / kind / "labels"))
+        with predict.opened_output() as write:
+            for text in writer(iter(rows), [Path(row["file"]) for row in rows], 2):
+                write(text)
+                assert not set(printable(text)) & {"\x1b", "\u202e", "\udce9"}
+        written[kind] = (tmp_path / kind / "labels").read_bytes().decode(errors="surrogateescape")
+    found = list(csv.DictReader(io.StringIO(written["csv"])))
+    assert [row["file"] for row in found] == [*files[:3], "'-d.png", "'@e"]
+    assert found[0]["label"] == "'=1+1" and found[0]["label_2"] == "\x1b[31mred"
+    assert found[4]["error"] == "broken" and not found[4]["label"]
+    found = json.loads(written["json"])
+    assert [*found["images"], *found["unreadable"]] == rows
+    assert "b\\u001b[1m.png  =1+1  50.0%  \\u001b[31mred  20.0%\n" in written["table"]
 
 
 def test_nothing_to_read(tmp_path):

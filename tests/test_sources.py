@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax.data.decode import decode_image
-from vit_jax.data.sources import Source, open_source, parse_split
+from vit_jax.data.sources import Source, open_path, open_source, parse_split
+from vit_jax.data.writer import WriteConfig, write_dataset
 
 NAMES = ("cat", "dog", "emu")
 
@@ -26,6 +27,15 @@ def png(pixels):
     Image.fromarray(pixels).save(file, "PNG")
     file.seek(0)
     return file
+
+
+def fill_folder(root, count):
+    """An image folder of two classes."""
+    for i in range(count):
+        path = root / NAMES[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(np.full((3, 3, 3), i, np.uint8)).getvalue())
+    return str(root)
 
 
 def write_tfds(name, data_dir, label_features, examples):
@@ -253,6 +263,87 @@ def test_shards_missing_truncated_or_damaged(data_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"1 of 1 shards are missing, such as {shard}"):
         open_source(str(tmp_path), "train")
     assert len(open_source(str(tmp_path), "test")) == 6
+
+
+CLASS_LABEL = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+
+
+@pytest.mark.parametrize("by", ["path", "name", "version"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (CLASS_LABEL, "evil.Label"),
+        ('{"pythonClassName": "', '{"python_class_name": "evil.Label", "x": "'),
+        ('{"description": "', '{"jsonFeature": {"json": "{\\"type\\": \\"evil.X\\"}"}, "x": "'),
+    ],
+)
+def test_metadata_import_nothing(data_dir, tmp_path, monkeypatch, before, after, by):
+    """A class that features.json names is one of TFDS's own, at any depth."""
+    folder = tmp_path / "data/pets/1.0.0"
+    shutil.copytree(f"{data_dir}/pets/1.0.0", folder)
+    file = folder / "features.json"
+    text = json.dumps(json.loads(file.read_text())).replace(
+        '{"classLabel"', '{"description": "a", "classLabel"'
+    )
+    assert before in text
+    file.write_text(text.replace(before, after))
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = {"path": str(folder), "name": "pets", "version": "pets:1.0.0"}[by]
+    with pytest.raises(ValueError, match=r"features.json names the class 'evil"):
+        open_source(name, "train", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("features.json", "[" * 200_000, "no JSON that can be read"),
+        ("features.json", "{}", "cannot open"),
+        ("features.json", '{"numClasses": "1000000000"}', "1000000000 classes: expected up to"),
+        ("dataset_info.json", '{"name": 3}', "cannot open"),
+        ("dataset_info.json", "[]", "cannot open"),
+        (
+            "dataset_info.json",
+            json.dumps({"splits": [{"name": "train", "shardLengths": ["1"] * 200_000}]}),
+            "lists 200,000 shards",
+        ),
+    ],
+)
+def test_malformed_metadata(data_dir, tmp_path, file, content, message):
+    shutil.copytree(f"{data_dir}/pets/1.0.0", tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path), "train")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """A few readers are open at a time, and none left to open is no broken example."""
+    folder = fill_folder(tmp_path / "in", 40)
+    write_dataset(open_path(folder), tmp_path, "many", None, WriteConfig(shards=40))
+    program = f"""
+import os, resource
+limit = len(os.listdir("/proc/self/fd")) + 30
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+from vit_jax.data.sources import open_source
+source = open_source("many", "train", {str(tmp_path)!r})
+assert len({{source[i]["image"] for i in range(40)}}) == 40
+assert len(os.listdir("/proc/self/fd")) < 30
+from vit_jax.data import array_records
+array_records._readers().cache_clear()
+keep = []
+try:
+    while True:
+        keep.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+try:
+    source[0]
+except ValueError:
+    raise
+except OSError as error:
+    assert "Too many open files" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_tfds_multi_label(data_dir):

@@ -14,10 +14,10 @@ from vit_jax.data.writer import WriteConfig, write_dataset
 
 
 def tar_bytes(files):
-    """A tar of {name: bytes}, or of the pictures with these numbers."""
+    """A tar of {name: bytes}, or of the pictures with these numbers; also given as pairs."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in files.items():
+        for name, data in files.items() if isinstance(files, dict) else files:
             content = png(picture(data)).getvalue() if isinstance(data, int) else data
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -71,12 +71,31 @@ def test_web_dataset_in_folders_with_many_labels(tmp_path):
         ({"0.png": 0, "0.cls": b"-1"}, "0.tar:0: label -1: expected 0 <= label"),
         ({"0.png": 0, "0.json": b'{"labels": 3}'}, "0.tar:0: labels 3: expected a list"),
         ({}, "no samples inside"),
+        ({"0.cls": b"\xff", "0.png": 0}, "is not UTF-8 text"),
+        ({"0.a.png": 0, "0.a.cls": b"1"}, "expected one image.*first dot"),
+        ({"0.png": 0, "1.png": 1, "0.cls": b"1"}, "expected a .cls.*tar --sort=name"),
     ],
 )
 def test_bad_samples(tmp_path, files, message):
     write_tar(tmp_path / "0.tar", files)
     with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path), "train")
+
+
+def test_a_sample_that_comes_twice(tmp_path):
+    twice = [("0.png", 0), ("0.cls", b"1"), ("0.png", 1), ("0.cls", b"0")]
+    write_tar(tmp_path / "0.tar", twice)
+    with pytest.raises(ValueError, match=r"0.tar:0 has two files .png: expected one"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_tar_among_class_folders_is_left_out(tmp_path):
+    for i in range(2):
+        (tmp_path / "ab"[i]).mkdir()
+        (tmp_path / "ab"[i] / "x.png").write_bytes(png(picture(i)).getvalue())
+    write_tar(tmp_path / "old.tar", {"0.png": 0, "0.cls": b"1"})
+    write_tar(tmp_path / "a" / "old.tar", {"0.png": 0, "0.cls": b"1"})
+    assert contents(open_source(str(tmp_path), "train")) == [("a", 0), ("b", 1)]
 
 
 def test_damaged_tars(tmp_path):

@@ -307,6 +307,9 @@ def test_bad_idx_files(tmp_path):
         (gzip.compress(whole)[:-20], "truncated or damaged"),
         (b"", "expected an IDX file of uint8 with 3 dimensions"),
         (labels.read_bytes(), "expected an IDX file of uint8 with 3 dimensions"),
+        (idx(np.zeros((20, 0, 5))), "has images of 0 x 5 pixels"),
+        (gzip.compress(whole[:16] + bytes(1 << 24)), "has 617 bytes|has 633 bytes"),
+        (gzip.compress(whole[:4] + b"\xff" * 12), "expected up to"),
         (idx(np.zeros((3, 6, 5))), "has 3 images, .* 20 labels"),
     ):
         images.write_bytes(data)

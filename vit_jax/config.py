@@ -11,6 +11,7 @@ import re
 import sys
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -284,4 +285,21 @@ def explained_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey or can't show: as escapes, `\\u001b`.
+
+    Names of files and classes come from anybody. Line breaks and tabs stay.
+    """
+
+    def shown(c: str) -> bool:
+        if c in _BIDI:
+            return False
+        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp")
+
+    return "".join(c if shown(c) else f"\\u{ord(c):04x}" for c in text)
+
+
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the text's direction

@@ -17,9 +17,10 @@ from pathlib import Path
 from absl import app, flags
 
 from vit_jax.config import explained_errors, parse_flags
-from vit_jax.data.array_records import METADATA, build_with_tfds
+from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
 from vit_jax.data.sources import is_path, open_path
+from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.writer import WriteConfig, write_dataset
 
 flags.DEFINE_string("input", None, "A path, or the name of a TFDS dataset.")

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from vit_jax import config as configuration
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import read_file
+from vit_jax.data.listing import find_images
 from vit_jax.data.sources import open_source
 from vit_jax.models.variants import Model
 from vit_jax.pictures import attention, figures
@@ -38,12 +40,12 @@ SHOWN = flags.DEFINE_integer("shown", 8, "Images whose rollout is drawn.", lower
 flags.mark_flags_as_required(["model", "output"])
 
 
-def read_images(paths: list[str], image_size: tuple[int, int]) -> Iterator[np.ndarray]:
+def read_images(paths: list[Path], image_size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The images of the files, or of the dataset, one after another: uint8 [H, W, 3]."""
     preprocess = parse_preprocess(PREPROCESS.value, image_size)
     source = open_source(DATASET.value, SPLIT.value, DATA_DIR.value) if DATASET.value else []
     named = itertools.chain(
-        ((path, lambda path=path: Path(path).read_bytes()) for path in paths),
+        ((path, lambda path=path: read_file(path)) for path in paths),
         (
             (f"{DATASET.value} {SPLIT.value}: example {i}", lambda i=i: source[i]["image"])
             for i in range(len(source))
@@ -90,7 +92,7 @@ def visualize(paths: list[str]) -> tuple[dict[str, Figure], dict]:
         print(f"no picture of positions: {error}")
     else:
         pictures["positions"] = figures.draw_positions(attention.cosine_similarity(table))
-    images = read_images(paths, model.image_size)
+    images = read_images(find_images(paths), model.image_size)
     kept, seen, distances, count = look(model, params, images, SHOWN.value)
     pictures["rollout"] = figures.draw_rollout(kept, seen)
     pictures["attention_distance"] = figures.draw_distances(distances)

@@ -3,18 +3,23 @@
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from vit_jax.data.decode import decode_image
+from vit_jax.data.jpeg_markers import orientation
 from vit_jax.data.sources import Source
 
 MOST = 100_000  # images of a split that are looked at; of a larger one, evenly spaced
 FEW = 10  # training images of a class under which its recall is a matter of luck
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
+TURNED = (
+    "turned by their EXIF orientation, which is ignored as in published evaluations (if it "
+    "matters, turn the pixels: magick mogrify -auto-orient)"
+)
 SHOWN = 10  # names in a finding
 
 
@@ -59,6 +64,7 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
         )
     counts = {split: [0] * len(names) for split in sources}
     looked_at, sizes, broken, same = {}, [], [], defaultdict(list)
+    exif = defaultdict(list)  # what is to be said of images' EXIF data -> files
     for split, source in sources.items():
         indices = np.unique(np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int))
         looked_at[split] = len(indices)
@@ -68,7 +74,9 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
                 if isinstance(seen, str):
                     broken.append({**place, "error": seen})
                     continue
-                label, size, digest = seen
+                label, size, digest, remark = seen
+                if remark:
+                    exif[remark].append(place["file"])
                 counts[split][label] += 1
                 sizes.append(size)
                 same[digest].append({**place, "label": label})
@@ -91,16 +99,17 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
         duplicates=[group for group in same.values() if len(group) > 1],
         findings=[],
     )
-    return dataclasses.replace(audit, findings=list(_findings(audit, sources)))
+    remarks = [f"{remark}, {len(files)}: {_listed(files)}" for remark, files in exif.items()]
+    return dataclasses.replace(audit, findings=[*_findings(audit, sources), *remarks])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """index -> (label, (height, width), digest of the pixels), or why it can't be read."""
+    """index -> (label, (height, width), digest of the pixels, EXIF's flaw), or why it is broken."""
 
     source: Source
 
-    def __call__(self, index: int) -> tuple[int, tuple[int, int], bytes] | str:
+    def __call__(self, index: int) -> tuple[int, tuple[int, int], bytes, str] | str:
         try:
             record = self.source[int(index)]
             pixels = decode_image(record["image"])
@@ -108,7 +117,22 @@ class _Look:
             return str(error)
         digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16)
         digest.update(str(pixels.shape).encode())
-        return int(record["label"]), pixels.shape[:2], digest.digest()
+        return (
+            int(record["label"]),
+            pixels.shape[:2],
+            digest.digest(),
+            _exif_remark(record["image"]),
+        )
+
+
+def _exif_remark(image: bytes | np.ndarray) -> str:
+    """What is to be said of an image's EXIF data, if anything."""
+    if isinstance(image, np.ndarray):
+        return ""
+    try:
+        return TURNED if orientation(image) > 1 else ""
+    except ValueError:
+        return "with damaged EXIF data, which are ignored"
 
 
 def _error_of(broken: list[dict]) -> str:
@@ -159,6 +183,15 @@ def _findings(audit: Audit, sources: Mapping[str, Source]):
     for split, looked_at in audit.looked_at.items():
         if looked_at < len(sources[split]):
             yield f"{looked_at:,} of {len(sources[split]):,} images of {split} were looked at"
+
+
+def few_left(names: Sequence[str], left: Sequence[int], before: Sequence[int]) -> Iterator[str]:
+    """A finding if dev and test leave classes with few images to train on, which had enough."""
+    few = [f"{n} ({a})" for n, a, b in zip(names, left, before, strict=True) if a < FEW <= b]
+    if few:
+        yield f"classes with fewer than {FEW} images left in train by the cut, {len(few)}: " + (
+            _listed(few)
+        )
 
 
 def _listed(names) -> str:

@@ -84,8 +84,8 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
     (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     probabilities = softmax(logits.astype(np.float64), axis=1)
     page = _page(done, model, command, scores, probabilities, labels, files)
-    (done.workdir / "report.html").write_text(render(page), "utf-8")
-    (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8")
+    (done.workdir / "report.html").write_text(render(page), "utf-8", "backslashreplace")
+    (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8", "backslashreplace")
     low, high = scores["accuracy_interval"]
     print(
         f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images\n"

@@ -1,6 +1,5 @@
 """Train, dev and test: found where a dataset has them, cut where it hasn't, kept with the run."""
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.classifier.audit import Audit, look_at
-from vit_jax.data.listing import ImageFiles, Listing
+from vit_jax.classifier.audit import Audit, few_left, look_at
+from vit_jax.data.listing import ImageFiles, Listing, split_named
 from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
-from vit_jax.data.tables import CLASS_NAMES
+from vit_jax.data.tables import write_class_names, write_table
+from vit_jax.data.walk import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def settle_splits(
     made_of = {"dataset": dataset, **dataclasses.asdict(config), **_contents(listing)}
     file = folder / "audit.json"
     if file.exists():
-        kept = json.loads(file.read_text("utf-8"))
+        kept = json.loads(file.read_text("utf-8", "surrogatepass"))
         _check_same(dataset, kept["made_of"], made_of, folder)
         names = tuple(kept["audit"]["class_names"])
         return Splits(**kept["splits"]), Audit(**{**kept["audit"], "class_names": names})
@@ -79,7 +79,8 @@ def settle_splits(
         "audit": dataclasses.asdict(audit),
     }
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    partial.write_text(text, "utf-8", "surrogatepass")  # file names may hold undecodable bytes
     partial.replace(file)
     return splits, audit
 
@@ -137,7 +138,11 @@ def _cut_by_name(
 def _cut_files(
     dataset: str, listing: Listing, config: SplitConfig, folder: Path
 ) -> tuple[Splits, Audit]:
-    given = {"train": config.train, "dev": config.dev or "validation", "test": config.test}
+    given = {
+        "train": _split_of(listing, config.train),
+        "dev": _split_of(listing, config.dev or "validation"),
+        "test": _split_of(listing, config.test),
+    }
     records = {name: listing.splits[part] for name, part in given.items() if part in listing.splits}
     if unused := listing.splits.keys() - given.values():
         raise ValueError(
@@ -171,25 +176,25 @@ def _cut_files(
         }
         rows = _cut_rows(rows, same, shares, config.seed)
     names = audit.class_names
-    (folder / CLASS_NAMES).write_text("".join(f"{name}\n" for name in names), "utf-8")
+    write_class_names(folder, names)
     table = folder / "splits.csv"
-    partial = table.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        writer.writerows((file, names[label], part) for file, label, part in rows)
-    partial.replace(table)
+    write_table(table, ((file, names[label], part) for file, label, part in rows))
     counts = {name: [0] * len(names) for name in given}
     for _, label, part in rows:
         counts[part][label] += 1
     if empty := [name for name in given if not sum(counts[name])]:
         raise ValueError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
     splits = Splits(str(table.absolute()), "train", "dev", "test")
-    findings = list(audit.findings)
-    if left_out := listing.left_out:
-        shown = ", ".join(left_out[:10]) + (", ..." if len(left_out) > 10 else "")
-        findings.append(f"no images by their names, or in no class, {len(left_out)}: {shown}")
+    findings = [*audit.findings, *few_left(names, counts["train"], audit.counts["train"])]
+    for reason, files in listing.left_out.items():
+        findings.append(f"{reason}, {len(files)}: {shown(files, most=10)}")
     return splits, dataclasses.replace(audit, counts=counts, findings=findings)
+
+
+def _split_of(listing: Listing, name: str) -> str:
+    """The split of this name, or the only one that is named for the same part: val, validation."""
+    same = [s for s in listing.splits if split_named(s) == split_named(name) is not None]
+    return same[0] if name not in listing.splits and len(same) == 1 else name
 
 
 def _check_enough(audit: Audit, shares: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ from vit_jax.classifier.sweep import (
     trial_name,
     with_values,
 )
-from vit_jax.config import build
+from vit_jax.config import build, printable
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
@@ -128,7 +128,7 @@ def _settle_splits(config: TransferConfig, workdir: Path) -> tuple:
     multihost.barrier("splits")
     splits, audit = settle_splits(*of)
     if multihost.is_main():
-        print(f"{config.data.dataset}\n{audit}\n", flush=True)
+        print(printable(f"{config.data.dataset}\n{audit}\n"), flush=True)
     return splits, audit
 
 

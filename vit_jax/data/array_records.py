@@ -1,19 +1,29 @@
 """Datasets on disk that TFDS or `vit_jax.prepare` wrote, in ArrayRecord format."""
 
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
+from google.protobuf.json_format import ParseError
+from google.protobuf.message import DecodeError
+
 from vit_jax.config import unknown
+from vit_jax.data.files import open_files_limit, system_error
 from vit_jax.data.listing import Listing
+from vit_jax.data.tfds_metadata import METADATA, check_metadata
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
-METADATA = "features.json"  # is in every folder that holds such a dataset
 MAX_LABELS = 32  # of one example of a multi-label set
+
+
+# What TFDS and protobuf raise for malformed metadata or records.
+_MALFORMED = (DecodeError, ParseError, AttributeError, IndexError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -21,13 +31,13 @@ class ArrayRecords(Sequence):
     """A split.
 
     Attributes:
-      data: TFDS's data source of it.
+      decode: serialized record -> features; images stay encoded.
       shards: paths of its files.
       starts: the index of each shard's first example, and the number of all.
       label: the records' name for the label, or what derives it from a record.
     """
 
-    data: Any
+    decode: Callable[[bytes], Mapping[str, Any]]
     shards: tuple[str, ...]
     starts: tuple[int, ...]
     label: str | Callable[[Mapping[str, Any]], int]
@@ -36,21 +46,33 @@ class ArrayRecords(Sequence):
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            record = self.data[index]
-        except RuntimeError as error:  # of the C++ reader, whose records have checksums
-            raise ValueError(f"cannot read it: {error}") from error
+        record = self._record(index)
         label = self.label(record) if callable(self.label) else record[self.label]
         return {"image": record["image"], "label": label}
 
-    def name(self, index: int) -> str:
-        shard = bisect_right(self.starts, index) - 1
-        place = f"record {index - self.starts[shard]} of {os.path.basename(self.shards[shard])}"
+    def _record(self, index: int) -> Mapping[str, Any]:
+        shard, position = self._place(index)
         try:
-            file = self.data[index].get("file_name")
-        except RuntimeError:  # it is the record itself that cannot be read
+            return self.decode(_readers()(self.shards[shard]).read([position])[0])
+        except RuntimeError as error:  # of the C++ reader, whose records have checksums
+            if fault := system_error(error):
+                raise fault from error
+            raise ValueError(f"cannot read it: {error}") from error
+        except _MALFORMED as error:
+            raise ValueError(f"cannot read it: {type(error).__name__}: {error}") from error
+
+    def _place(self, index: int) -> tuple[int, int]:
+        shard = bisect_right(self.starts, index) - 1
+        return shard, index - self.starts[shard]
+
+    def name(self, index: int) -> str:
+        shard, position = self._place(index)
+        place = f"record {position} of {os.path.basename(self.shards[shard])}"
+        try:
+            file = self._record(index).get("file_name")
+        except (ValueError, OSError):  # it is the record itself that cannot be read
             file = None
-        return f"{place}, {file.decode()}" if file else place
+        return f"{place}, {file.decode(errors='replace')}" if file else place
 
     def check(self) -> None:
         """Opens every shard.
@@ -69,6 +91,8 @@ class ArrayRecords(Sequence):
                 found = reader.num_records()
                 reader.close()
             except RuntimeError as error:
+                if fault := system_error(error):
+                    raise fault from error
                 return str(error)
             return found
 
@@ -87,6 +111,19 @@ class ArrayRecords(Sequence):
                     f"shard {path} holds {found} records, its dataset_info.json says "
                     f"{self.starts[i + 1] - self.starts[i]}"
                 )
+
+
+@cache
+def _readers() -> Callable[[str], Any]:
+    """path -> its reader, of which a bounded number is open in this process, the last used ones."""
+    return lru_cache(maxsize=max(16, min(4096, open_files_limit() // 4)))(_open_reader)
+
+
+def _open_reader(path: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    options = "readahead_buffer_size:0"  # single records, anywhere
+    return ArrayRecordReader(path, options=options, file_reader_buffer_size=1 << 15)
 
 
 def open_array_records(
@@ -139,16 +176,18 @@ def open_array_records(
 def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, ArrayRecords]:
     import tensorflow_datasets as tfds
 
+    _readers().cache_clear()  # files may have changed since they were opened
     # Decoding is ours: parallel, and only of what is used.
     images = [f for f, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {f: tfds.decode.SkipDecoding() for f in images}
     splits = {}
     for split in builder.info.splits:
-        data = builder.as_data_source(split=split, decoders=decoders)
-        info = data.dataset_info.splits[split]  # which knows the format that was chosen
+        dataset = builder.as_data_source(split=split).dataset_info  # knows the format it chose
+        info = dataset.splits[split]
         starts = tuple(accumulate(info.shard_lengths, initial=0))
         shards = tuple(map(os.fspath, info.filepaths))
-        splits[split] = ArrayRecords(data, shards, starts, label)
+        decode = partial(dataset.features.deserialize_example_np, decoders=decoders)
+        splits[split] = ArrayRecords(decode, shards, starts, label)
     return splits
 
 
@@ -157,8 +196,14 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
     import tensorflow_datasets as tfds
     from etils import epath
 
+    folder = os.path.expanduser(name)
+    is_folder = bool(folder) and os.path.exists(f"{folder}/{METADATA}")
+    if is_folder:
+        check_metadata(epath.Path(folder))
+    else:
+        _check_prepared(name, data_dir)
     try:
-        if (folder := os.path.expanduser(name)) and os.path.exists(f"{folder}/{METADATA}"):
+        if is_folder:
             builder = tfds.builder_from_directory(folder)
         else:
             builder = tfds.builder(name, data_dir=data_dir)
@@ -170,8 +215,8 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
         if os.path.exists(name):
             raise ValueError(f"{error_with_names}. For the path, write ./{name}") from error
         raise error_with_names from error
-    except AssertionError as error:  # a version that TFDS cannot build
-        raise ValueError(f"cannot open {name}: {error}") from error
+    except (AssertionError, ValueError, *_MALFORMED) as error:  # or a version it cannot build
+        raise ValueError(f"cannot open {name}: {error} ({type(error).__name__})") from error
     folder = builder.data_dir
     if not builder.info.splits:
         command = f"tfds build {name} --file_format=array_record"
@@ -198,6 +243,19 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
     return builder
 
 
+def _check_prepared(name: str, data_dir: str | None) -> None:
+    """Checks the metadata of all versions and configs of a dataset that are prepared."""
+    from etils import epath
+    from tensorflow_datasets.core.utils import file_utils
+
+    dataset = re.split("[:/]", name)[0]
+    for root in file_utils.list_data_dirs(data_dir):
+        folder = epath.Path(root).expanduser() / dataset
+        for pattern in (f"*/{METADATA}", f"*/*/{METADATA}"):
+            for file in folder.glob(pattern) if folder.exists() else ():
+                check_metadata(file.parent)
+
+
 def build_with_tfds(name: str, data_dir: str) -> str:
     """Has TFDS download and build a dataset as ArrayRecord; returns the folder.
 
@@ -206,6 +264,7 @@ def build_with_tfds(name: str, data_dir: str) -> str:
     """
     import tensorflow_datasets as tfds
 
+    _check_prepared(name, data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:

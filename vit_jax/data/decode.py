@@ -1,13 +1,19 @@
 """Bytes -> pixels.
 
-`decode_image` reads whatever there is (Pillow). `open_image` leaves an ordinary JPEG undecoded, so
-that a random crop can decode less than the whole (libjpeg-turbo through simplejpeg; least with the
-markers of `jpeg_markers`). Both give the same pixels.
+`decode_image` decodes ordinary JPEGs with libjpeg-turbo (simplejpeg), whatever else there is with
+Pillow. `open_image` leaves an ordinary JPEG undecoded, so that a random crop can decode less than
+the whole (least with the markers of `jpeg_markers`). Both give the same pixels, and refuse the same
+files.
 """
 
+import contextlib
 import functools
 import io
+import os
+import re
 import struct
+import threading
+import warnings
 import zlib
 from dataclasses import dataclass
 
@@ -17,12 +23,22 @@ import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from vit_jax.data import jpeg_markers
+from vit_jax.data.files import system_error
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own bound
+LIMIT = "VIT_JAX_MAX_PIXELS"  # environment variable: the most pixels of an image, of any format
+# Without it: of a JPEG, and of other formats, which take up to 16 bytes a pixel while they are
+# decoded. The second is Pillow's own bound: a quarter of a GiB as RGB.
+MAX_PIXELS, MAX_PIXELS_OF_OTHERS = 200_000_000, 89_478_485
+WHOLE_PIXELS = 89_478_485  # larger JPEGs are decoded at half their height and width
 MAX_SCANS = 500  # of a progressive JPEG; each one is a pass over all its pixels
+MAX_SCANNED = 4_000_000_000  # scans times pixels: some seconds
+_LARGE = 1 << 24  # pixels; of larger images one at a time is decoded
+_ONE_LARGE = threading.Lock()
 
+# It says nothing of the pixels, nor of which file; `classifier.audit` names them.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 cv2.setNumThreads(0)  # the pipeline has threads of its own
 
 
@@ -41,8 +57,14 @@ class Jpeg:
     height_at: int | None
 
     def decode(self) -> np.ndarray:
-        """All of it: uint8 [H, W, 3]. Raises ValueError as `decode_image`."""
-        return self.crop((0, 0, self.shape[1], self.shape[0]), self.shape[:2])
+        """All of it: uint8 [H, W, 3], half as high and wide for more than `WHOLE_PIXELS`.
+
+        Raises ValueError as `decode_image`.
+        """
+        height, width, _ = self.shape
+        half = 2 if height * width > WHOLE_PIXELS else 1
+        with _few_large(height * width):
+            return self.crop((0, 0, width, height), (height // half, width // half))
 
     def crop(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> np.ndarray:
         """The pixels inside box (left, top, right, bottom), or a half, quarter or eighth of them.
@@ -71,20 +93,30 @@ class Jpeg:
                 height, data = enough, bytearray(data)
                 struct.pack_into(">H", data, self.height_at, height)
         least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
+        # What follows a lowered height is one of the things that strictness would mind.
+        whole = data is self.data
         try:
-            # Not strict: what follows the lowered height is one of the things it would mind.
             pixels = simplejpeg.decode_jpeg(
-                data, min_height=least[0], min_width=least[1], strict=False
+                data, min_height=least[0], min_width=least[1], strict=whole
             )
-        except ValueError:  # a kind that simplejpeg doesn't know, or broken: let Pillow say
-            pixels, scale, x, y = decode_image(self.data), 1, 0, 0
+        except ValueError:  # a kind that simplejpeg doesn't know, or damaged: Pillow's is the word
+            pixels = _decode_with_pillow(self.data)
+            if not whole or scale > 1:
+                try:
+                    pixels = simplejpeg.decode_jpeg(
+                        data, min_height=least[0], min_width=least[1], strict=False
+                    )
+                except ValueError:
+                    scale, x, y = 1, 0, 0
         rows = slice((top - y) // scale, -(-(bottom - y) // scale))
         return pixels[rows, (left - x) // scale : -(-(right - x) // scale)]
 
 
 def open_image(data: bytes | np.ndarray) -> Jpeg | np.ndarray:
     """As `decode_image`, but an ordinary JPEG is not decoded yet."""
-    return (not isinstance(data, np.ndarray) and _read_header(data)) or decode_image(data)
+    if isinstance(data, np.ndarray):
+        return _decode_array(data)
+    return _read_header(data) or _decode_with_pillow(data)
 
 
 def decode_image(data: bytes | np.ndarray) -> np.ndarray:
@@ -97,28 +129,77 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
         is not applied.
 
     Returns:
-      uint8 [H, W, 3]. Pixels that came as [H, W, 3] are returned as they are, not copied.
+      uint8 [H, W, 3]. Pixels that came as [H, W, 3] are returned as they are, not copied. A JPEG of
+      more than `WHOLE_PIXELS` is decoded at half its height and width.
 
     Raises:
-      ValueError: the bytes are no image or are truncated, it has more than `MAX_PIXELS` pixels, or
+      ValueError: the bytes are no image or are truncated, it has more than `max_pixels` pixels, or
         the array has another shape or type.
+      OSError, MemoryError: the machine's fault, not the image's.
     """
-    if isinstance(data, np.ndarray):
-        return _decode_array(data)
+    image = open_image(data)
+    return image.decode() if isinstance(image, Jpeg) else image
+
+
+def max_pixels(image_format: str = "") -> int:
+    """The most pixels that an image may have. ValueError for a limit that is no number."""
+    if not (text := os.environ.get(LIMIT)):
+        return MAX_PIXELS if image_format in ("JPEG", "MPO") else MAX_PIXELS_OF_OTHERS
     try:
-        if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS:
-            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
+        Image.MAX_IMAGE_PIXELS = int(text)  # Pillow has a limit of its own
+    except ValueError as error:
+        raise ValueError(f"{LIMIT}={text}: expected a number of pixels") from error
+    return Image.MAX_IMAGE_PIXELS
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    max_pixels()
+    try:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return _to_rgb(image)
+            pixels, most = image.width * image.height, max_pixels(image.format)
+            if pixels > most:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, more than {most:,}: make it smaller, "
+                    f"or set {LIMIT}={pixels} if there is memory for it"
+                )
+            if image.format == "JPEG":
+                _check_scans(data.count(b"\xff\xda"), pixels)
+            with _few_large(pixels):
+                return _to_rgb(image)
     except _BROKEN as error:
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = error if known else f"it begins like none of {', '.join(FORMATS)}"
+        if fault := system_error(error):
+            raise fault from error
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = _unknown_kind(data)
+        elif isinstance(error, Image.DecompressionBombError):
+            reason += f". If there is memory for it, set {LIMIT}"
         raise ValueError(
             f"cannot decode {len(data)} bytes that begin with {bytes(data[:8])!r}: expected a "
             f"whole image file, such as a JPEG or a PNG ({reason})"
         ) from error
+
+
+def _unknown_kind(data: bytes) -> str:
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
+        return "it is a HEIC photograph: convert it, magick mogrify -format jpg FILE"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "it is an AVIF: pip install --upgrade pillow, from 11.3 on, or convert it"
+    return f"it begins like none of {', '.join(FORMATS)}"
+
+
+def _check_scans(scans: int, pixels: int) -> None:
+    if scans > MAX_SCANS:
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans: save it with fewer")
+    if scans * pixels > MAX_SCANNED:
+        raise ValueError(
+            f"a JPEG of {scans} scans of {pixels:,} pixels each, more than {MAX_SCANNED:,} in all: "
+            "save it with fewer"
+        )
+
+
+def _few_large(pixels: int) -> contextlib.AbstractContextManager:
+    return _ONE_LARGE if pixels > _LARGE else contextlib.nullcontext()
 
 
 # What Pillow raises for broken files.
@@ -136,29 +217,39 @@ def _known_formats() -> tuple[str, ...]:
 
 def _read_header(data: bytes) -> Jpeg | None:
     """None for what is no JPEG, or one that only Pillow reads right, or says what is wrong with."""
-    at, end = 2, len(data)
+    at, end, shape, height_at = 2, len(data), None, None
     if data[:2] != b"\xff\xd8":
         return None
     while at + 10 <= end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
             bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            baseline = marker != 0xC2
-            if (
-                bits == 8
-                and components in (1, 3)
-                and 0 < height * width <= MAX_PIXELS
-                # Cut off? Then Pillow says so; a lowered height would hide it.
-                and data.rfind(b"\xff\xd9", at) > 0
-                and (baseline or data.count(b"\xff\xda", at) <= MAX_SCANS)
-            ):
-                return Jpeg(data, (height, width, 3), at + 5 if baseline else None)
-            return None
-        if marker == 0xDA:
-            return None
+            if shape or bits != 8 or components not in (1, 3):
+                return None
+            shape = (height, width, 3)
+            height_at = at + 5 if marker != 0xC2 else None
         # 0xFF alone fills up.
         at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return None
+        if marker == 0xDA:
+            break
+    else:
+        return None
+    if shape is None or not 0 < shape[0] * shape[1] <= max_pixels("JPEG"):
+        return None
+    # Cut off? Then Pillow says so; a lowered height would hide it.
+    found = _MARKER.search(data, at)
+    if found is None or data.rfind(b"\xff\xd9", at) < 0:
+        return None
+    if found[0] == b"\xff\xd9":
+        return Jpeg(data, shape, height_at)
+    # Several scans, or damaged inside: all of it is decoded.
+    scans = 1 + data.count(b"\xff\xda", at)
+    if scans > MAX_SCANS or scans * shape[0] * shape[1] > MAX_SCANNED:
+        return None
+    return Jpeg(data, shape, None)
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # one that doesn't belong inside a scan
 
 
 def _decode_array(pixels: np.ndarray) -> np.ndarray:
@@ -182,6 +273,16 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow takes all for Adobe's, which are negatives
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return _over_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
+
+
+def _over_white(image: Image.Image) -> np.ndarray:
+    """RGBA laid over white, some rows at a time: else it would be in memory four times."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, (1 << 20) // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        white = Image.new("RGBA", strip.size, "white")
+        pixels[top : top + rows] = Image.alpha_composite(white, strip).convert("RGB")
+    return pixels

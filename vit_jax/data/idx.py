@@ -1,6 +1,7 @@
 """IDX files, the format of MNIST and Fashion-MNIST."""
 
 import gzip
+import io
 import math
 import re
 import struct
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.files import read_file
 from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import CLASS_NAMES, class_names_beside
 
+MAX_BYTES = 1 << 30  # of an unpacked file
 _IMAGES = re.compile(r"(.*)images([-.]idx3[-.]ubyte(?:\.gz)?)")
 
 
@@ -79,12 +82,9 @@ def read_idx(files: Sequence[Path]) -> Listing:
 
 
 def _idx_array(path: Path, rank: int) -> np.ndarray:
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    data = _unpacked(read_file(path), path)
     header = 4 + 4 * rank
     if data[:4] != bytes([0, 0, 8, rank]) or len(data) < header:
         raise ValueError(
@@ -96,4 +96,22 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
             f"{path} has {len(data)} bytes, its header promises {header + math.prod(shape)}: "
             "truncated or damaged"
         )
+    if not all(shape[1:]):
+        raise ValueError(f"{path} has images of {shape[1]} x {shape[2]} pixels: expected some")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """The bytes of a file that may be gzipped, no more of them than its header promises."""
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            head = file.read(16)
+            rank = min(head[3], 3) if len(head) > 3 else 0
+            promised = math.prod(struct.unpack_from(f">{rank}I", head.ljust(16, b"\0"), 4))
+            if promised > MAX_BYTES:
+                raise ValueError(f"{path} holds {promised:,} bytes: expected up to {MAX_BYTES:,}")
+            return head + file.read(promised + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error

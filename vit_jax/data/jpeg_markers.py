@@ -1,4 +1,4 @@
-"""Restart markers in JPEGs, which let a crop be decoded without the rest of the image.
+"""Restart markers in JPEGs, which let a crop be decoded without the rest; EXIF's orientation.
 
 A JPEG's Huffman codes can only be decoded from the first one on, so most of the time for a small
 crop is spent on pixels outside it. Restart markers (ITU-T T.81, B.2.4.4) divide the codes into
@@ -17,6 +17,7 @@ import numpy as np
 _NAME = b"vit_jax restart\0"
 _HEAD = struct.Struct("<16sHI")  # name; MCUs a segment; bytes between the index and the codes
 _SPACING = (16, 32)  # pixels between two markers, if a row divides so; else as few more as can be
+_APP1, _ORIENTATION = 0xE1, 0x0112  # EXIF, and one of its tags
 _SOF, _PROGRESSIVE, _EOI, _SOS, _DRI, _APP9 = (0xC0, 0xC1), 0xC2, 0xD9, 0xDA, 0xDD, 0xE9
 
 
@@ -51,6 +52,32 @@ def add_markers(data: bytes) -> bytes | None:
     command = [jpegtran(), "-copy", "all", "-optimize", "-restart", f"{interval}B"]
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     return None if done.returncode else add_index(done.stdout)  # warnings have a status, too
+
+
+def orientation(data: bytes) -> int:
+    """How EXIF says that the camera was held, 1 to 8; 1, upright, where it says nothing.
+
+    Raises ValueError for EXIF data that are damaged.
+    """
+    if data[:2] != b"\xff\xd8":
+        return 1
+    for marker, at, end in _segments(data):
+        exif = data[at + 10 : end]
+        if marker != _APP1 or data[at + 4 : at + 10] != b"Exif\0\0":
+            continue
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+        try:
+            if order is None:
+                raise struct.error("no TIFF header")
+            (start,) = struct.unpack_from(f"{order}I", exif, 4)
+            (count,) = struct.unpack_from(f"{order}H", exif, start)
+            for i in range(count):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * i)
+                if tag == _ORIENTATION and kind == 3 and 1 <= value <= 8:
+                    return value
+        except struct.error as error:
+            raise ValueError(f"its EXIF data are damaged: {error}") from error
+    return 1
 
 
 def add_index(data: bytes) -> bytes | None:

@@ -1,5 +1,6 @@
-"""The splits and examples of a dataset on disk, and the file names that they are found by."""
+"""The splits and examples of a dataset on disk, and the names that splits are found by."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
-)
+from vit_jax.data.files import read_file
+from vit_jax.data.walk import Walker
+
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -35,7 +35,7 @@ class Listing:
         an int or a tuple of ints}. Records have the methods `name(index)`, the example's file, for
         messages, and `sizes()`, the images' sizes in bytes, int64 [N].
       num_classes, class_names, labels_per_example: as in `sources.Source`.
-      left_out: files that were ignored because of their names or because they are in no class.
+      left_out: reason -> files that were ignored for it.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Listing:
     num_classes: int
     class_names: tuple[str, ...] | None = None
     labels_per_example: int | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,8 @@ class ImageFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            with open(os.path.join(self.folder, self.paths[index]), "rb") as file:
-                return {"image": file.read(), "label": self.labels[index]}
-        except OSError as error:
-            raise ValueError(f"cannot read it ({error})") from error
+        data = read_file(os.path.join(self.folder, self.paths[index]))
+        return {"image": data, "label": self.labels[index]}
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -83,13 +80,26 @@ def split_in(name: str) -> str | None:
     return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), None)
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """Returns the given files, and for each given folder all images inside it, sorted."""
+def split_named(name: str) -> str | None:
+    """The split that a folder is named for: `Train`, `training_set`, `val-images`, `test2017`.
+
+    None if there is another word in its name.
+    """
+    words = (
+        re.sub("(set|data|images?|imgs?)$", "", w) for w in re.findall(r"[^\W\d_]+", name.lower())
+    )
+    words = [word for word in words if word not in ("", "split", "folder")]
+    return SPLIT_FOLDERS.get(words[0]) if len(words) == 1 else None
+
+
+def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The given files, and for each given folder all images inside it; warns of other files."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
-            found += [p for p in inside if p.is_file() and not p.name.startswith(".")]
+            walker = Walker(path)
+            found += walker.images(path)
+            walker.warn()
         else:
             found.append(path)
     return found

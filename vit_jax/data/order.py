@@ -5,6 +5,7 @@ interleaves its parts' streams; each part goes through its own epochs.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
@@ -36,9 +37,32 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], in
     # Four rounds, as Grain itself uses, leave neighbours visibly dependent, and eight measurably:
     # over 300,000 seeds the distance of the first two examples isn't uniform. From ten on it is.
     (word,) = key.generate_state(1)
-    return functools.partial(
-        grain.experimental.index_shuffle, max_index=num_examples - 1, seed=int(word), rounds=16
-    )
+    largest = num_examples - 1
+    if _grain_covers(largest):
+        return functools.partial(
+            grain.experimental.index_shuffle, max_index=largest, seed=int(word), rounds=16
+        )
+    return functools.partial(_walk, num_examples, int(word))
+
+
+def _grain_covers(largest: int) -> bool:
+    """Whether Grain's shuffle of range(largest + 1) is a permutation.
+
+    It permutes the numbers of ceil(log2(largest)) bits, rounded up to an even number. 4**k needs
+    one bit more; so do, from 4**25 on, where the logarithm is rounded, a few numbers above it.
+    There two places have the same example, and one example is never seen.
+    """
+    bits = math.ceil(math.log2(largest))
+    return largest < 1 << (bits + bits % 2)
+
+
+def _walk(num_examples: int, seed: int, place: int) -> int:
+    """Permutes a larger range, again until the number is one of range(num_examples)."""
+    largest = (1 << num_examples.bit_length()) - 1
+    while True:
+        place = grain.experimental.index_shuffle(place, max_index=largest, seed=seed, rounds=16)
+        if place < num_examples:
+            return place
 
 
 def mixture_stream(

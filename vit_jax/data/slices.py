@@ -38,6 +38,8 @@ def parse_split(
             )
         name = match[1]
         if name not in sizes:
+            name = next((known for known in sizes if known.lower() == name.lower()), name)
+        if name not in sizes:
             raise unknown(f"split of {dataset}", name, sizes)
         size = sizes[name]
         start = _boundary(match[2], size, default=0)

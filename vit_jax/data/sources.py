@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.array_records import METADATA, ArrayRecords, open_array_records
+from vit_jax.data.array_records import ArrayRecords, open_array_records
 from vit_jax.data.formula import Fractals, Strokes
 from vit_jax.data.idx import find_idx, read_idx
 from vit_jax.data.image_folder import read_folder
@@ -16,6 +16,7 @@ from vit_jax.data.listing import Listing
 from vit_jax.data.slices import Slice, parse_split, read_split, record_name
 from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
+from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}

@@ -5,15 +5,17 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_jax.config import unknown
-from vit_jax.data.listing import ImageFiles, Listing
+from vit_jax.data.files import read_file
+from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing
 
 TABLES = (".csv", ".tsv", ".jsonl")
 CLASS_NAMES = "classes.txt"  # beside a table or tars: a class a line; labels are checked against it
+_UNDECODABLE = "surrogatepass"  # file names may hold bytes that are no UTF-8
 MAX_CLASSES = 1 << 24  # a label above is a mistake, not a class
 
 
@@ -44,6 +46,8 @@ def read_table(path: Path) -> Listing:
                 "path, label (or, in all lines, labels), and optionally split"
             )
         file, split = str(row["path"]), str(row.get("split") or "train")
+        if split.lower() in SPLIT_FOLDERS:  # Train and train are one
+            split = split.lower()
         other_split, other_line = first.setdefault(os.path.normpath(file), (split, line))
         if other_split != split:
             raise ValueError(
@@ -76,30 +80,75 @@ def read_table(path: Path) -> Listing:
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {column: value}) of each row."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         for line, row in enumerate(text.split("\n"), 1):
             if row.strip():
                 try:
                     values = json.loads(row)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {line} is no JSON: {error}") from error
                 if not isinstance(values, dict):
                     raise ValueError(f"{path}, line {line}: expected a JSON object")
                 yield line, values
         return
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    if "path" not in (rows.fieldnames or ()):
+    rows = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    line = 1
+    try:
+        if "path" not in (rows.fieldnames or ()):
+            raise ValueError(
+                f"{path} begins with {rows.fieldnames}: expected a line of column names: "
+                "path, label (or labels), and optionally split"
+            )
+        line = rows.line_num + 1
+        for row in rows:
+            values = [v for v in row.values() if isinstance(v, str)]
+            if any("\n" in value or "\r" in value for value in values):
+                raise csv.Error("a value goes on in the next line")
+            if None in row:
+                raise csv.Error(f"there are more values than columns: {row[None]}")
+            yield rows.line_num, row
+            line = rows.line_num + 1
+    except csv.Error as error:
         raise ValueError(
-            f"{path} begins with {rows.fieldnames}: expected a line of column names: "
-            "path, label (or labels), and optionally split"
-        )
-    for row in rows:
-        yield rows.line_num, row
+            f'{path}, line {line}: {error}. Is there a stray quote ("), or one missing around a '
+            "value with a quote or a separator?"
+        ) from error
+
+
+def write_table(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Writes (path, label, split) rows as CSV, which `read_table` reads back as they are.
+
+    Any names without line breaks will do, also with bytes that are no UTF-8.
+    """
+
+    def quoted(value: str) -> str:
+        needed = value.startswith(" ") or any(c in value for c in '",')
+        return '"' + value.replace('"', '""') + '"' if needed else value
+
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8", errors=_UNDECODABLE) as file:
+        for row in [("path", "label", "split"), *rows]:
+            file.write(",".join(map(quoted, row)) + "\r\n")
+    partial.replace(path)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark. ValueError for other encodings."""
+    try:
+        return read_file(path).decode("utf-8-sig", _UNDECODABLE)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def write_class_names(folder: Path, names: Iterable[str]) -> None:
+    """Writes the list that `class_names_beside` reads."""
+    text = "".join(f"{name}\n" for name in names)
+    text = "\ufeff" * text.startswith("\ufeff") + text  # the first one is taken for a mark
+    (folder / CLASS_NAMES).write_bytes(text.encode("utf-8", _UNDECODABLE))
 
 
 def class_names_beside(path: Path) -> tuple[str, ...] | None:
@@ -107,8 +156,9 @@ def class_names_beside(path: Path) -> tuple[str, ...] | None:
     file = path.parent / CLASS_NAMES
     if not file.exists():
         return None
-    names = tuple(file.read_text("utf-8").splitlines())
-    if not names or len(set(names)) < len(names) or not all(names):
+    lines = read_text(file).removesuffix("\n").split("\n")  # a name may hold other separators
+    names = tuple(line.removesuffix("\r") for line in lines)
+    if len(set(names)) < len(names) or not all(names):
         raise ValueError(f"{file}: expected a class a line, none empty and none twice")
     return names
 
@@ -141,6 +191,8 @@ def number_labels(
         for label in example if several else [example]:
             if type(label) not in (str, int) or label == "":
                 raise ValueError(f"{place}: label {label!r}: expected a class's name or number")
+            if "\n" in str(label) or "\r" in str(label):
+                raise ValueError(f"{place}: label {label!r}: expected a name without line breaks")
             given.setdefault(label, place)
     numeric = {label for label in given if re.fullmatch(r"-?\d+", str(label))}
     if names is not None and set(map(str, given)) <= set(names):
@@ -152,7 +204,7 @@ def number_labels(
             f"them to be numbers or all names (a {CLASS_NAMES} beside makes numbers names)"
         )
     if numeric:
-        index = {label: int(label) for label in given}
+        index = {k: int(k) if len(str(k)) < 20 else MAX_CLASSES for k in given}
         for label, place in given.items():
             if not 0 <= index[label] < (len(names) if names else MAX_CLASSES):
                 raise ValueError(

@@ -17,10 +17,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from vit_jax.data.listing import IMAGE_ENDINGS, Listing, split_in
+from vit_jax.data.files import MAX_BYTES, check_regular
+from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import class_names_beside, number_labels
+from vit_jax.data.walk import IMAGE_ENDINGS, Walker
 
+MAX_LABEL_BYTES = 1 << 20
 SYNSET = re.compile(r"(n\d{8})\.tar")
+_RULE = (
+    "Files are one sample if they follow each other (tar --sort=name) and have one name up to its "
+    "first dot, so that names hold no other dots"
+)
 _Member = tuple[str, int, int]  # name, offset in the file, size
 
 
@@ -47,6 +54,8 @@ class TarImages(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         label = self.labels[index]
+        if self.size[index] > MAX_BYTES:
+            raise ValueError(f"it has {self.size[index]:,} bytes: expected up to {MAX_BYTES:,}")
         with open(self.tars[self.tar[index]], "rb") as file:
             data = os.pread(file.fileno(), int(self.size[index]), int(self.offset[index]))
         if len(data) < self.size[index]:
@@ -62,8 +71,14 @@ class TarImages(Sequence):
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """The tars in a folder, or in its folders (train/, val/, ...) if it has none itself."""
-    return sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar"))
+    """The tars in a folder, or in its folders (train/, val/, ...) if it has none itself.
+
+    None if images lie in its folders: then a tar among them is something else.
+    """
+    tars = sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar"))
+    walker = Walker(folder)
+    folders, _ = walker.entries(folder) if tars else ([], [])
+    return [] if any(True for inside in folders for _ in walker.images(inside)) else tars
 
 
 def read_tars(tars: Sequence[Path]) -> Listing:
@@ -82,6 +97,8 @@ def read_tars(tars: Sequence[Path]) -> Listing:
       ValueError: a tar is truncated, damaged or compressed, names are of different kinds, or a
         sample lacks its image or label, or has a label out of range.
     """
+    for tar in tars:
+        check_regular(tar)
     names = {tar.name for tar in tars}
     if any(name.startswith("ILSVRC2012_img_") for name in names):
         return _imagenet_1k(tars)
@@ -172,11 +189,13 @@ def _web_dataset(tars: Sequence[Path]) -> Listing:
             )
         members[tar] = []
         with open(tar, "rb") as file:
-            for key, sample in _samples(_members(file)):
+            for key, sample in _samples(_members(file), tar):
                 place = f"{tar}:{key}"
                 found = [ending for ending in sample if f".{ending}" in IMAGE_ENDINGS]
                 if len(found) != 1:
-                    raise ValueError(f"{place} has {', '.join(sample)}: expected one image")
+                    raise ValueError(
+                        f"{place} has {', '.join(sample)}: expected one image. {_RULE}"
+                    )
                 members[tar].append((f"{key}.{found[0]}", *sample[found[0]]))
                 labels.append(_sample_labels(file, sample, place))
                 places.append(place)
@@ -193,9 +212,12 @@ def _web_dataset(tars: Sequence[Path]) -> Listing:
 
 
 def _samples(
-    members: Iterator[_Member],
+    members: Iterator[_Member], tar: Path
 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(stem, {ending: (offset, size)}) of files that follow each other and have one stem."""
+    """(stem, {ending: (offset, size)}) of files that follow each other and have one stem.
+
+    ValueError for two files of one stem with the same ending: one would be lost.
+    """
 
     def stem(member: _Member) -> str:
         folder, _, name = member[0].rpartition("/")
@@ -203,7 +225,13 @@ def _samples(
 
     visible = (m for m in members if not os.path.basename(m[0]).startswith("."))
     for key, group in itertools.groupby(visible, stem):
-        yield key, {name[len(key) + 1 :].lower(): place for name, *place in group}
+        sample = {}
+        for name, *place in group:
+            ending = name[len(key) + 1 :].lower()
+            if ending in sample:
+                raise ValueError(f"{tar}:{key} has two files .{ending}: expected one. {_RULE}")
+            sample[ending] = place
+        yield key, sample
 
 
 def _sample_labels(
@@ -213,17 +241,23 @@ def _sample_labels(
 
     def text(ending: str) -> str:
         offset, size = sample[ending]
-        return os.pread(file.fileno(), size, offset).decode().strip()
+        if size > MAX_LABEL_BYTES:
+            raise ValueError(f"{place}: its .{ending} has {size:,} bytes: expected a label")
+        return os.pread(file.fileno(), size, offset).decode("utf-8-sig").strip()
 
     if "cls" in sample:
-        return text("cls")
+        try:
+            return text("cls")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: its .cls is not UTF-8 text: {error}") from error
     try:
         values = json.loads(text("json")) if "json" in sample else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: its .json is malformed: {error}") from error
     if not isinstance(values, dict) or ("label" in values) == ("labels" in values):
         raise ValueError(
-            f"{place} has {', '.join(sample)}: expected a .cls, or a .json with `label` or `labels`"
+            f"{place} has {', '.join(sample)}: expected a .cls, or a .json with `label` or "
+            f"`labels`. {_RULE}"
         )
     if "labels" in values and not isinstance(values["labels"], list):
         raise ValueError(f"{place}: labels {values['labels']!r}: expected a list")

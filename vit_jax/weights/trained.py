@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from vit_jax.config import build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
+from vit_jax.data.files import read_file
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -167,7 +168,7 @@ class TrainedModel:
         Raises ValueError for an image that can't be decoded, OSError for one that can't be read.
         """
         if not isinstance(image, np.ndarray):
-            image = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+            image = decode_image(image if isinstance(image, bytes) else read_file(image))
         prepared = parse_preprocess(self.preprocessing, self.image_size)(
             image, np.random.default_rng(0)
         )
@@ -198,7 +199,7 @@ class TrainedModel:
         def read(image: str | os.PathLike) -> np.ndarray | str:
             try:
                 return self.preprocess(image)
-            except (OSError, ValueError) as error:
+            except (PermissionError, ValueError) as error:
                 return str(error)
 
         with ThreadPoolExecutor(8) as threads:

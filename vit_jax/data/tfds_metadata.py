@@ -1,0 +1,86 @@
+"""Checks of a dataset's metadata before TFDS reads them: they come with the data, from anybody.
+
+TFDS imports the module of every class that `features.json` names, and makes a name for each class
+and a path for each shard that the files promise.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+METADATA = "features.json"  # is in every folder that holds such a dataset
+INFO = "dataset_info.json"
+MAX_BYTES = 64 << 20  # of a file of metadata
+MAX_CLASSES = 1 << 20
+MAX_SHARDS = 1 << 17
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
+_COUNT_KEYS = ("numClasses", "num_classes")
+
+
+def check_metadata(folder: epath.Path) -> None:
+    """Refuses metadata that would import code, or take minutes or the memory to read.
+
+    Raises ValueError that names the file.
+    """
+    import tensorflow_datasets as tfds
+
+    known = {
+        f"{feature.__module__}.{feature.__name__}"
+        for feature in vars(tfds.features).values()
+        if isinstance(feature, type) and issubclass(feature, tfds.features.FeatureConnector)
+    }
+    file = folder / METADATA
+    for key, value in _entries(_read(file), file):
+        if key in _CLASS_KEYS and isinstance(value, str) and value not in known:
+            raise ValueError(
+                f"{file} names the class {value!r}, which TFDS would import and run: expected one "
+                f"of its own features, {', '.join(sorted(name.split('.')[-1] for name in known))}"
+            )
+        if key in _COUNT_KEYS and not 0 <= _number(value, file) <= MAX_CLASSES:
+            raise ValueError(f"{file}: {value} classes: expected up to {MAX_CLASSES:,}")
+    file = folder / INFO
+    if not file.exists():
+        return  # of an old version of TFDS, whose own message says so
+    shards = 0
+    for key, value in _entries(_read(file), file):
+        if key in ("shardLengths", "shard_lengths") and isinstance(value, list):
+            shards += len(value)
+    if shards > MAX_SHARDS:
+        raise ValueError(f"{file} lists {shards:,} shards: expected up to {MAX_SHARDS:,}")
+
+
+def _read(file: epath.Path) -> Any:
+    if (size := file.stat().length) > MAX_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes: expected up to {MAX_BYTES:,}")
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON that can be read: {error}") from error
+
+
+def _entries(content: Any, file: epath.Path) -> Iterator[tuple[str, Any]]:
+    """All (key, value) at any depth, also inside strings that hold JSON, as TFDS parses them."""
+    todo = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            try:
+                todo.append(json.loads(value))
+            except ValueError:
+                continue  # a description, not JSON
+            except RecursionError as error:
+                raise ValueError(f"{file} holds JSON that is too deep: {error}") from error
+
+
+def _number(value: Any, file: epath.Path) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file}: {value!r} classes: expected a number") from error

@@ -1,0 +1,118 @@
+"""Walks folders by one rule for all commands, and counts what it passes over, by reason."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from absl import logging
+
+from vit_jax.config import printable
+
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
+)
+NO_IMAGE = "no images by their names, or in no class"
+HIDDEN = "hidden, or a system's own"
+SPECIAL = "pipes, sockets or devices"
+_UNREAD = {  # endings of images that aren't decoded -> what to do
+    (".heic", ".heif", ".hif"): (
+        "HEIC photographs, which aren't read (convert them: magick mogrify -format jpg *.heic)"
+    ),
+    (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"): (
+        "cameras' raw files, which aren't read (export them as JPEG)"
+    ),
+    (".jxl", ".jp2", ".j2k", ".psd", ".svg", ".eps", ".ico", ".exr", ".tga", ".dcm"): (
+        "images of a format that isn't read (convert them to JPEG or PNG)"
+    ),
+}
+_LITTER = {  # and whatever begins with a dot: .DS_Store, ._photo.jpg, .ipynb_checkpoints
+    *("__macosx", "@eadir", "#recycle", "@recycle", "@tmp", "$recycle.bin", "lost+found"),
+    *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+
+
+class Walker:
+    """Lists folders below a root. Links are followed.
+
+    Attributes:
+      root: what paths in `left_out` are relative to.
+      left_out: reason -> what was passed over for it.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.left_out: dict[str, list[str]] = {}
+
+    def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Folders and regular files inside, sorted.
+
+        Raises FileNotFoundError for a link to nothing, ValueError for a name with a line break.
+        """
+        folders, files = [], []
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if name.startswith(".") or name.lower() in _LITTER:
+                self.leave_out(path, HIDDEN)
+                continue
+            try:
+                kind = stat.S_IFMT(os.stat(path).st_mode)
+            except FileNotFoundError as error:
+                target = os.readlink(path)
+                raise FileNotFoundError(
+                    f"{path} is a link to {target}, which isn't there"
+                ) from error
+            if "\n" in name or "\r" in name:  # tables and lists of classes have a row a line
+                raise ValueError(f"{str(path)!r} has a line break in its name: rename it")
+            if kind == stat.S_IFDIR:
+                folders.append(path)
+            elif kind == stat.S_IFREG:
+                files.append(path)
+            else:
+                self.leave_out(path, SPECIAL)
+        return folders, files
+
+    def images(self, folder: Path) -> Iterator[Path]:
+        """All images inside, at any depth, in the order of their paths.
+
+        Raises as `entries`, and ValueError for a link to a folder that it lies in.
+        """
+        todo: list[tuple[Path, tuple[tuple[int, int], ...] | None]] = [(folder, ())]
+        while todo:
+            path, above = todo.pop()
+            if above is None:
+                if is_image(path):
+                    yield path
+                else:
+                    self.leave_out(path)
+                continue
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in above:
+                raise ValueError(f"{path} is a link to a folder that it lies in")
+            above = (*above, (status.st_dev, status.st_ino))
+            folders, files = self.entries(path)
+            inside = [*((f, above) for f in folders), *((f, None) for f in files)]
+            todo += sorted(inside, key=lambda pair: pair[0], reverse=True)
+
+    def leave_out(self, path: Path, reason: str = "") -> None:
+        """Notes what is passed over; without a reason, by its name."""
+        name = path.name.lower()
+        reason = reason or next((r for e, r in _UNREAD.items() if name.endswith(e)), NO_IMAGE)
+        self.left_out.setdefault(reason, []).append(str(path.relative_to(self.root)))
+
+    def warn(self) -> None:
+        """Logs how much was left out, by reason."""
+        for reason, paths in self.left_out.items():
+            found = f"{self.root}: {len(paths)} files are {reason}: {shown(paths)}"
+            logging.warning("%s", printable(found))
+
+
+def shown(paths: Iterable[str], most: int = 5) -> str:
+    """The first few of them, for messages."""
+    paths = list(paths)
+    return ", ".join(paths[:most]) + (", ..." if len(paths) > most else "")
+
+
+def is_image(file: Path) -> bool:
+    return file.name.lower().endswith(IMAGE_ENDINGS)
