@@ -1,10 +1,12 @@
 """What a run outlives: preemption, damaged checkpoints, dead neighbours; and branching off."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -14,6 +16,7 @@ from orbax.checkpoint._src.path import atomicity
 from processes import cluster, command, equal_runs, finish, pretrain, records, start
 
 from vit_jax.config import build
+from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
 from vit_jax.training import loop
 from vit_jax.training.metrics import Metrics, read_metrics
@@ -94,7 +97,16 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def flip(folder):
+    """Changes one bit of a tensor."""
+    file = largest_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGE = {
+    "a flipped bit": lambda folder: flip(folder / "training"),
     "a missing file": lambda folder: largest_file(folder / "params").unlink(),
     "a missing item": lambda folder: (folder / "training").rename(folder.parent.parent / "gone"),
     "an empty file": lambda folder: largest_file(folder / "training").write_bytes(b""),
@@ -120,15 +132,55 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     assert_equal_runs(tmp_path, whole)
 
 
-def test_without_a_readable_checkpoint_nothing_is_begun_anew(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        preempt_at(patch, 5)
-        run(tmp_path)
-    for step in (4, 5):
+def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypatch, capsys):
+    """All checkpoints are damaged, then the data has other classes, then all is lost."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    good = {
+        path: path.read_bytes()
+        for path in sorted((tmp_path / "checkpoints").rglob("*"))
+        if path.is_file()
+    }
+
+    def refused(message, **changes):
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=message) as error:
+            run(tmp_path, **changes)
+        assert "--config.start_over=True" in str(error.value)
+        assert contents(tmp_path) == before
+
+    for step in (6, 8):
         largest_file(tmp_path / "checkpoints" / str(step) / "params").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; they are kept in"):
-        run(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "unreadable").iterdir()) == ["4", "5"]
+    for _ in range(2):
+        refused(r"no checkpoint in .* can be read: all are damaged\n  step 8: params/.* is missing")
+    for path, content in good.items():
+        path.write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_data", more_classes)
+        refused(r"params.head.bias: \(10,\) in the checkpoint, \(11,\) in the", evaluators={})
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    refused("holds a run at step 8, and no config.json")
+    (tmp_path / "config.json").write_text(config)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    refused("has saved step 8, and no checkpoint")
+
+    run(tmp_path, start_over=True)
+    assert "this is moved to" in capsys.readouterr().err
+    assert (tmp_path / "started_over" / "0" / "elsewhere" / "8").is_dir()
+    assert_equal_runs(tmp_path, whole)
+    before = contents(tmp_path)
+    run(tmp_path, start_over=True)  # what can be used is never moved
+    assert contents(tmp_path) == before
+
+
+def more_classes(data):
+    return dataclasses.replace(open_data(data), num_classes=11, class_names=None)
+
+
+def contents(workdir):
+    """What a refusal must leave as it is."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files if path.parent.name != "tensorboard"}
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """The journal of a dataset that is being written: its plan, then its finished shards."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.write_plan import differences
+from vit_jax.parallel.files import lock_file
 
 
 class Journal:
@@ -19,10 +19,7 @@ class Journal:
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}  # {file: what is to be known about a shard}
         self._file = open(folder / self.NAME, "a+b")  # noqa: SIM115 (closed by __exit__)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"another process is writing {folder}: wait for it to end") from error
+        lock_file(self._file, f"another process is writing {folder}")
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the write that was cut off

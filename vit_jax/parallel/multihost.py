@@ -204,6 +204,15 @@ def everyones(value: float) -> np.ndarray:
     return multihost_utils.process_allgather(parts).view(np.float64)[:, 0]
 
 
+def first_of_all(text: str) -> str:
+    """The text of the first process that has one, on all processes; short; "" if none has any."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return next(filter(None, (bytes(row).decode(errors="replace").strip() for row in rows)), "")
+
+
 def all_agree(value: bool) -> bool:
     """Whether it is true on every process."""
     if jax.process_count() == 1:

@@ -54,6 +54,8 @@ class TrainConfig:
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       accumulation: microbatches; a step takes the mean of their gradients.
       resume: a checkpoint of another workdir to continue from, with all its state.
+      start_over: whether a run whose state is there but can't be used begins at step 0, see
+        `workdir.or_start_over`.
       compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
@@ -78,6 +80,7 @@ class TrainConfig:
     ema_decay: float | None = None
     accumulation: int = setting(1, changes="speed")
     resume: str = ""
+    start_over: bool = setting(False, changes="speed")
     mesh: MeshConfig = setting(MeshConfig(), changes="speed")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), changes="speed")
     compilation_cache: str = setting("workdir", changes="speed")
