@@ -288,6 +288,8 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
     config = merge(run.config, free)
     if run.init:
         config["init"] = str(store.workdir(run.init))
+    if not store.checkpoint(run.name) and run.name in store.records():
+        config["start_over"] = True  # it was done, and is made again for its checkpoint
     begun = store.workdir(run.name) / "config.json"
     if begun.exists():  # goes on as it began
         config["resume"] = json.loads(begun.read_text())["resume"]

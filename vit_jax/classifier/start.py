@@ -46,7 +46,7 @@ from vit_jax.training.clock import Clock
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig, build_training
-from vit_jax.training.workdir import compiled_kept, keep_same
+from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import DROP, REINITIALIZE, adapt, flatten
 from vit_jax.weights.trained import TrainedModel, load
@@ -165,11 +165,17 @@ def with_probed_head(config: TransferConfig, model: Model, params: dict, mesh: M
 
 
 def choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:
-    """From the data to the report: whatever was finished by an earlier start isn't repeated."""
+    """From the data to the report: whatever was finished by an earlier start isn't repeated.
+
+    Raises OSError if another process uses the workdir.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = lock_workdir(workdir)
     if config.compilation_cache == "workdir":  # one for the programs of all trials
         config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
     with compiled_kept(workdir, config.compilation_cache):
         _choose_and_train(config, workdir, command)
+    del lock  # held until here
 
 
 def _choose_and_train(config: TransferConfig, workdir: Path, command: str) -> None:

@@ -24,7 +24,9 @@ def checksummed(temporary_path: type) -> type:
 
     class Checksummed(temporary_path):
         async def finalize(self) -> None:
-            await asyncio.to_thread(write_checksums, Path(self.get()))
+            folder = Path(self.get())
+            if (folder / "model").is_dir():  # the checkpoint itself, not one of its items
+                await asyncio.to_thread(write_checksums, folder)
             await super().finalize()
 
     return Checksummed
@@ -44,8 +46,8 @@ def find_damage(
 ) -> str:
     """Says which file isn't as it was written; "" if all are, or if there are no checksums.
 
-    `items`: the folders to look into; by default all. `part` of `parts`: looks at every so many
-    files, of which the last one of several processes need not have looked at the others'.
+    `items`: the folders to look into; by default all. Of several processes, each looks at its
+    `part` of the files: every `parts`-th.
 
     Raises OSError for a file that is there and can't be read.
     """
@@ -54,6 +56,8 @@ def find_damage(
         rows = sorted(
             (name, int(size), int(checksum)) for name, (size, checksum) in expected.items()
         )
+        if not rows:
+            raise ValueError("it is empty")
     except FileNotFoundError:
         return ""
     except (ValueError, TypeError, AttributeError) as error:
