@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,6 +51,12 @@ class ArrayRecords(Sequence):
         except RuntimeError:  # it is the record itself that cannot be read
             file = None
         return f"{place}, {file.decode()}" if file else place
+
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        """Names and sizes of the shards that hold the examples."""
+        for shard, first, end in zip(self.shards, self.starts, self.starts[1:], strict=False):
+            if first < stop and end > start:
+                yield f"{os.path.basename(shard)} {first} {end}".encode()
 
     def check(self) -> None:
         """Opens every shard.

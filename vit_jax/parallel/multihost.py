@@ -153,11 +153,12 @@ def check_agreement(facts: dict[str, Any]) -> None:
     """ValueError, on every process, unless the facts (short, for JSON) are the same on all."""
     if jax.process_count() == 1:
         return
-    text = json.dumps(facts, sort_keys=True).encode()
+    text = json.dumps({"host": socket.gethostname(), "facts": facts}, sort_keys=True).encode()
     if len(text) > _FACTS_BYTES:
         raise ValueError(f"facts of {len(text)} bytes: expected at most {_FACTS_BYTES}")
     padded = np.frombuffer(text.ljust(_FACTS_BYTES), np.uint8)
-    everyones = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    rows = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    everyones, hosts = ([row[part] for row in rows] for part in ("facts", "host"))
     lines = []
     for name in sorted(set().union(*everyones)):
         values = [seen.get(name) for seen in everyones]
@@ -168,7 +169,9 @@ def check_agreement(facts: dict[str, Any]) -> None:
         raise ValueError(
             "the processes don't agree:\n"
             + "\n".join(lines)
-            + "\nStart the same command with the same versions on every host, on shared storage."
+            + f"\nThe processes' hosts, in order: {', '.join(hosts)}. "
+            "Start the same command with the same versions and data on every host, on shared "
+            "storage."
         )
 
 

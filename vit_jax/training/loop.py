@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,14 @@ from vit_jax.training.initial import first_state
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.same_data import (
+    TRAIN,
+    Facts,
+    check_same_data,
+    describe_data,
+    digest,
+    keep_data,
+)
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
 from vit_jax.weights.trained import TrainedModel, find_checkpoint, saved_steps
@@ -74,6 +81,7 @@ class Run(Training):
     watched: str  # the metric of early stopping; "" without it
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
     notes: list[str]  # what to say about damaged checkpoints
+    facts: Facts  # what tells whether the data is the same at the next start
     lock: Lock | None  # on the workdir, as long as the run lives
 
 
@@ -148,12 +156,14 @@ def prepare(
         )
 
     batches(0).close()  # what is wrong with the preprocessing is found now
-    values = dataclasses.asdict(config)
+    values, facts = dataclasses.asdict(config), describe_data(config, source)
     path, lock = open_workdir(workdir, config)
     check_agreement(
         {
             "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
             "dataset": [len(source), source.num_classes],
+            "examples to train on": digest({TRAIN: facts[TRAIN]}),
+            "examples to evaluate on": digest(facts),
             "devices here": [jax.local_device_count(), jax.local_devices()[0].device_kind],
             "devices in all": jax.device_count(),
             "jax": jax.__version__,
@@ -161,7 +171,7 @@ def prepare(
         }
     )
     check_shared(path)
-    resumes, notes = _where_to_begin(path, training)
+    resumes, notes = _where_to_begin(path, training, facts)
     return Run(
         **vars(training),
         workdir=path,
@@ -179,15 +189,22 @@ def prepare(
         loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
         notes=notes,
+        facts=facts,
         lock=lock,
     )
 
 
-def _where_to_begin(workdir: Path, training: Training) -> tuple[Path | None, list[str]]:
+def _where_to_begin(
+    workdir: Path, training: Training, facts: Facts
+) -> tuple[Path | None, list[str]]:
     """What to resume, as `Run.resumes`, which is checked; and what to say about it."""
+
+    def check() -> list[str]:
+        check_same_data(workdir, facts)
+        return check_newest(workdir, training.shapes)
+
     config, notes = training.config, []
     if saved_steps(workdir):
-        check = partial(check_newest, workdir, training.shapes)
         notes = or_start_over(workdir, config, check)
     if saved_steps(workdir):
         return workdir, notes
@@ -207,6 +224,7 @@ def train(run: Run) -> dict[str, float]:
     """
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
+    keep_data(run.workdir, run.facts)
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(clock)

@@ -104,7 +104,7 @@ def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
     if wrong and {*there} & {*here}:
         shown = ", ".join(f"{i} is {a!r} there and {b!r} here" for i, a, b in wrong[:5])
         raise ValueError(
-            f"the checkpoint's classes and the dataset's don't agree: {shown}. Were classes "
+            f"the model's classes and the dataset's don't agree: {shown}. Were classes "
             "renamed, added or removed since? Name them as they were, or transfer anew"
         )
 
