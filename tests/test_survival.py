@@ -256,7 +256,7 @@ def test_a_step_that_comes_again_is_saved_again(whole, tmp_path, monkeypatch, ca
     assert_equal_runs(tmp_path, whole)
 
 
-def test_branching_off_a_checkpoint(whole, tmp_path):
+def test_branching_off_a_checkpoint(whole, tmp_path, capsys):
     """The same recipe in a workdir of its own ends as the run; a longer one goes on from there."""
     step = whole / "checkpoints" / "6"
     run(tmp_path / "same", resume=str(step))
@@ -268,6 +268,16 @@ def test_branching_off_a_checkpoint(whole, tmp_path):
     assert final["step"] == 12
     assert read_metrics(tmp_path / "longer")[0]["step"] == 9
     run(tmp_path / "longer", resume=str(whole), steps=12)  # finished: left alone
+    averaged = {"steps": 9, "ema_decay": 0.99}
+    run(tmp_path / "averaged", resume=str(whole), **averaged)
+    said = capsys.readouterr().err
+    assert "has no running average (EMA): it starts from the parameters there" in said
+    assert "averages over 100 steps, the run has 9" in said
+    with pytest.raises(ValueError, match="The models are equal, the optimizers differ"):
+        run(tmp_path / "sgd", resume=str(whole), optimizer={"name": "sgd"})
+    with pytest.raises(ValueError, match="One stacks its layers"):
+        scanned = {"variant": "ViT-mu/8", "depth": 3, "dtype": "float32", "scan": True}
+        run(tmp_path / "scanned", resume=str(whole), model=scanned)
     with pytest.raises(ValueError, match=r"resume: .* is at step 8 and the run has 8 steps"):
         run(tmp_path / "short", resume=str(whole))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from vit_jax.models.names import is_stacked
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
 from vit_jax.training.step import TrainState
 from vit_jax.weights.checksums import FILE, checksummed, find_damage
@@ -25,7 +26,7 @@ from vit_jax.weights.trained import saved_steps
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000
-_SHOWN = 20  # differences between a checkpoint and a run
+_SHOWN = 10  # differences between a checkpoint and a run
 
 # orbax tells saves apart by a number that is current while one begins, the same for all threads of
 # a process: of two that begin at once, one would write into folders that aren't there yet.
@@ -277,6 +278,10 @@ def _misfit(folder: Path, differences: list[str]) -> ValueError:
     lines = [f"  {line}" for line in differences[:_SHOWN]]
     if more := len(differences) - _SHOWN:
         lines += [f"  and {more} more"] * (more > 0)
+    if all(line.startswith("training.opt_state") for line in differences):
+        lines.append("The models are equal, the optimizers differ (optimizer).")
+    if any(is_stacked(line.removeprefix("params.").replace(".", "/")) for line in differences):
+        lines.append("One stacks its layers in one array, the other doesn't (model.scan).")
     return ValueError(
         f"checkpoint {folder} is of another model or optimizer than the run:\n"
         + "\n".join(lines)

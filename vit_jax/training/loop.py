@@ -80,7 +80,7 @@ class Run(Training):
     lane: Lane
     watched: str  # the metric of early stopping; "" without it
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
-    notes: list[str]  # what to say about damaged checkpoints
+    notes: list[str]  # what to say about the recipe and damaged checkpoints
     facts: Facts  # what tells whether the data is the same at the next start
     lock: Lock | None  # on the workdir, as long as the run lives
 
@@ -188,7 +188,7 @@ def prepare(
         },
         loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
-        notes=notes,
+        notes=[*training.advice, *notes],
         facts=facts,
         lock=lock,
     )
