@@ -27,6 +27,7 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import covered
+from vit_jax.parallel.files import read_json
 
 DEATHS = 3  # a run over which so many processes died is taken for their murderer
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -70,7 +71,8 @@ class Store:
         found = {record["name"]: record for record in read_results(self.results)}
         for path in sorted((self.folder / "records").glob("*.json")):
             with contextlib.suppress(FileNotFoundError):  # another process retries what failed
-                record = json.loads(path.read_text())
+                remedy = "remove it: the run is made again, or goes on"
+                record = read_json(path, remedy, keys=("name", "key", "status"))
                 found[record["name"]] = record
         return found
 
@@ -180,7 +182,10 @@ def _progress(store: Store, run: Run) -> str:
     path = store.workdir(run.name) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()  # its process may be writing the last line
-    return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
+    try:
+        return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
+    except (ValueError, TypeError, KeyError):
+        return f"{path} is damaged: delete the last line"
 
 
 def work(
@@ -291,8 +296,10 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
     if not store.checkpoint(run.name) and run.name in store.records():
         config["start_over"] = True  # it was done, and is made again for its checkpoint
     begun = store.workdir(run.name) / "config.json"
-    if begun.exists():  # goes on as it began
-        config["resume"] = json.loads(begun.read_text())["resume"]
+    if begun.exists() and store.checkpoint(run.name):  # goes on as it began, also if moved since
+        remedy = f"copy it back, or remove {begun.parent}: the run is made again"
+        kept = read_json(begun, remedy, keys=("resume",))
+        config |= {name: kept[name] for name in ("resume", "init") if name in kept}
     elif run.trunk and store.checkpoint(run.trunk) == run.trunk_steps:
         config["resume"] = str(store.workdir(run.trunk) / "checkpoints" / str(run.trunk_steps))
     return config

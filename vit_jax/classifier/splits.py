@@ -16,6 +16,9 @@ from vit_jax.data.listing import ImageFiles, Listing
 from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
 from vit_jax.data.tables import CLASS_NAMES
+from vit_jax.parallel.files import read_json, write_whole
+
+TABLE = "splits.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,15 @@ def settle_splits(
     made_of = {"dataset": dataset, **dataclasses.asdict(config), **_contents(listing)}
     file = folder / "audit.json"
     if file.exists():
-        kept = json.loads(file.read_text("utf-8"))
+        remedy = "remove it: it is made again, and is the same as long as the data is"
+        kept = read_json(file, remedy, keys=("made_of", "splits", "audit"))
         _check_same(dataset, kept["made_of"], made_of, folder)
         names = tuple(kept["audit"]["class_names"])
-        return Splits(**kept["splits"]), Audit(**{**kept["audit"], "class_names": names})
+        splits = Splits(**kept["splits"])
+        if Path(splits.dataset).name == TABLE and (folder / TABLE).exists():
+            # The folder may have been moved or copied since.
+            splits = dataclasses.replace(splits, dataset=str((folder / TABLE).absolute()))
+        return splits, Audit(**{**kept["audit"], "class_names": names})
     folder.mkdir(parents=True, exist_ok=True)
     if all(isinstance(part, ImageFiles) for part in listing.splits.values()):
         splits, audit = _cut_files(dataset, listing, config, folder)
@@ -78,9 +86,7 @@ def settle_splits(
         "splits": dataclasses.asdict(splits),
         "audit": dataclasses.asdict(audit),
     }
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return splits, audit
 
 
@@ -172,7 +178,7 @@ def _cut_files(
         rows = _cut_rows(rows, same, shares, config.seed)
     names = audit.class_names
     (folder / CLASS_NAMES).write_text("".join(f"{name}\n" for name in names), "utf-8")
-    table = folder / "splits.csv"
+    table = folder / TABLE
     partial = table.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

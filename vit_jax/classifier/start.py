@@ -17,7 +17,13 @@ from scipy.special import softmax
 
 from vit_jax import config as configuration
 from vit_jax.classifier.audit import Audit
-from vit_jax.classifier.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.classifier.examine import (
+    keep_logits,
+    read_logits,
+    score,
+    where_it_looks,
+    worst_mistakes,
+)
 from vit_jax.classifier.page import MISTAKES, Report, model_card, render
 from vit_jax.classifier.splits import SplitConfig, Splits, settle_splits
 from vit_jax.classifier.sweep import (
@@ -302,8 +308,8 @@ def report(
     """Tests once, and writes results.json, report.html, MODEL_CARD.md and the exports."""
     chosen = best_trial(results)
     folder = workdir / "trials" / trial_name(chosen.values)
-    with np.load(folder / "dev.npz") as dev:
-        temperature = fit_temperature(dev["logits"], dev["labels"])
+    remedy = f"remove {folder}: the trial is made again"
+    temperature = fit_temperature(*read_logits(folder / "dev.npz", remedy))
     data = dataclasses.replace(
         run.config.data, split=splits.test, preprocess=config.eval_preprocess
     )

@@ -27,15 +27,27 @@ class Journal:
             lines.pop()
         if not lines:
             self._append(plan)
-        begun = json.loads(lines[0]) if lines else plan
+        begun = self._parse(lines[0], 1) if lines else plan
         if begun != plan:
             raise ValueError(
                 f"{folder} was begun from another input or with other options "
                 f"({differences(begun, plan)}): remove the folder to begin anew"
             )
-        for line in lines[1:]:
-            shard = json.loads(line)
+        for number, line in enumerate(lines[1:], 2):
+            shard = self._parse(line, number, "file")
             self.done[shard.pop("file")] = shard
+
+    def _parse(self, line: bytes, number: int, *keys: str) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict) or any(key not in found for key in keys):
+                raise ValueError("it is no entry")
+        except ValueError as error:
+            raise ValueError(
+                f"{self._file.name}, line {number} is damaged ({error}): remove {self.folder} to "
+                "begin anew"
+            ) from error
+        return found
 
     def __enter__(self):
         return self

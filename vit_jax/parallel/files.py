@@ -71,13 +71,17 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:
-    """Reads a JSON file, a `kind` with these keys; ValueError that says what to do if it isn't."""
+    """Reads a JSON file: a dict with these keys, or a list of such dicts.
+
+    Raises ValueError that names the file and says what to do if it isn't one.
+    """
     try:
         content = json.loads(file.read_bytes())
         if not isinstance(content, kind):
             raise ValueError(f"expected a {kind.__name__}, found {str(content)[:40]!r}")
-        if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+        for entry in [content] if kind is dict else content:
+            if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
     except ValueError as error:  # JSON's and UTF-8's are of this class too
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
     return content

@@ -33,6 +33,7 @@ STATES = (
 # Over several starts, besides: `train` of steps that had to be made again, and between two starts.
 LOST, DOWN = "lost", "down"
 
+STARTS = "starts.json"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -100,9 +101,7 @@ class Starts:
     """The starts of a run, this one the last: `starts.json`, rewritten while it goes on."""
 
     def __init__(self, workdir: Path, clock: Clock, step: int, chips: float):
-        self._file, self._clock = workdir / "starts.json", clock
-        remedy = "remove it: the run then forgets what its time was spent on"
-        earlier = read_json(self._file, remedy, list) if self._file.exists() else []
+        self._file, self._clock, earlier = workdir / STARTS, clock, read_starts(workdir)
         self._this = {"began": clock.began, "from_step": step, "to_step": step, "chips": chips}
         self._all = [*earlier, self._this]
         self.count, self.chips = len(self._all), chips
@@ -144,6 +143,15 @@ class Starts:
         starts = f", {self.count} starts" * (self.count > 1)
         hours = f"{self.chip_hours():,.2f} chip-hours"
         return f"took {whole}{starts}, {hours}: goodput {self.goodput()}"
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where there is no `starts.json`."""
+    if not (file := workdir / STARTS).exists():
+        return []
+    keys = ("began", "ended", "from_step", "to_step", "chips", "seconds")
+    remedy = "remove it: the run then forgets what its time was spent on"
+    return read_json(file, remedy, list, keys)
 
 
 def add_up(starts: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -15,6 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from vit_jax.config import build, covered, fields_where
 from vit_jax.parallel.files import Lock, read_json, write_whole
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.training.clock import read_starts
+from vit_jax.training.metrics import read_metrics
 from vit_jax.weights.trained import saved_steps
 
 CONFIG = "config.json"
@@ -38,7 +40,8 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
 
     Raises:
       ValueError: an empty name; or the folder holds the state of a run that can't go on: its config
-        differs in any other field, or `config.json` is missing, or all its checkpoints are.
+        differs in any other field, or `config.json` is missing, or all its checkpoints are; a file
+        of the run is damaged.
       OSError: it can't be written, or another process uses it.
     """
     if not workdir:
@@ -56,6 +59,8 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
     lock = lock_workdir(path)
+    read_starts(path)  # damage is told before anything is computed
+    read_metrics(path)
     or_start_over(path, config, lambda: _check_state(path, config))
     return path, lock
 
@@ -133,11 +138,7 @@ def _check_state(path: Path, config: Any) -> list[str]:
 
 def last_saved(path: Path) -> int:
     """The last step that a run saved, as `starts.json` tells; 0 if it saved none."""
-    file = path / "starts.json"
-    if not file.exists():
-        return 0
-    starts = read_json(file, "remove it: the run then forgets what its time was spent on", list)
-    return max((max(s.get("saved", 0), s["from_step"]) for s in starts), default=0)
+    return max((max(s.get("saved", 0), s["from_step"]) for s in read_starts(path)), default=0)
 
 
 def keep_config(workdir: Path, config: dict[str, Any]) -> None:
@@ -168,7 +169,7 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
     changed = [
         f"  {name}: {before!r} there, {now!r} here"
         for name, before, now in _differences(there, _as_json(config))
-        if not covered(name, may_change)
+        if not (covered(name, may_change) or _moved(before, now, file.parent))
     ]
     if changed:
         raise ValueError(
@@ -176,6 +177,16 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
             + "\n".join(changed)
             + "\nUse another --workdir, or the same config to resume."
         )
+
+
+def _moved(before: Any, now: Any, folder: Path) -> bool:
+    """Whether two paths are of one file of the run, whose folder was elsewhere before."""
+    root = folder.absolute()
+    if root.parent.name == "trials":  # of a sweep, whose data is the run's
+        root = root.parents[1]
+    if not (isinstance(before, str) and isinstance(now, str) and Path(now).is_relative_to(root)):
+        return False
+    return Path(before).is_absolute() and before.endswith(f"/{Path(now).relative_to(root)}")
 
 
 @contextmanager
