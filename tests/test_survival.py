@@ -2,28 +2,39 @@
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import chex
+import jax
+import numpy as np
 import pytest
 from orbax.checkpoint._src.path import atomicity
 from processes import cluster, command, equal_runs, finish, pretrain, records, start
 
+from vit_jax.classifier.start import choose_and_train
 from vit_jax.config import build
 from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
-from vit_jax.training import loop
+from vit_jax.training import checkpoint, loop
 from vit_jax.training.metrics import Metrics, read_metrics
+from vit_jax.weights import checksums
 from vit_jax.weights.trained import load
 
 
 def run(workdir, **changes):
+    return loop.train(prepare(workdir, **changes))
+
+
+def prepare(workdir, **changes):
     values = {
         "model": {"variant": "ViT-mu/8", "dtype": "float32"},
         "data": {"dataset": "digits", "preprocess": "resize|flip"},
@@ -37,7 +48,7 @@ def run(workdir, **changes):
         "evaluators": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
         **changes,
     }
-    return loop.train(loop.prepare(build(loop.TrainConfig, values), str(workdir)))
+    return loop.prepare(build(loop.TrainConfig, values), str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +182,95 @@ def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypat
     before = contents(tmp_path)
     run(tmp_path, start_over=True)  # what can be used is never moved
     assert contents(tmp_path) == before
+
+
+def with_nan(workdir, prepared):
+    """Step 8 again, with one value of the optimizer's state that isn't finite."""
+    folder = workdir / "checkpoints" / "8"
+    state = checkpoint.restore(folder, prepared.placed_shapes)
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[largest] = leaves[largest].at[0].set(np.nan)
+    shutil.rmtree(folder)
+    with checkpoint.Checkpoints(workdir, prepared.config.checkpoint, print) as checkpoints:
+        state = dataclasses.replace(state, opt_state=tree.unflatten(leaves))
+        checkpoints.save(state, prepared.description)
+
+
+def without_checksums(workdir, prepared):
+    """Step 8 as an earlier version would have saved it, and a file of it is cut off."""
+    folder = workdir / "checkpoints" / "8"
+    (folder / checksums.FILE).unlink()
+    file = largest_file(folder / "training")
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [with_nan, without_checksums])
+def test_damage_that_no_checksum_tells(whole, tmp_path, capsys, damage):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path, prepare(tmp_path))
+    run(tmp_path)
+    assert "checkpoints/8 can't be read, damaged: using step 6" in capsys.readouterr().err
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_what_is_no_damage_is_reported_as_itself(whole, tmp_path, monkeypatch):
+    """Out of memory, or a disk that doesn't answer: nothing is moved."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+
+    def failing(*_, **__):
+        raise raised
+
+    for raised, place in (
+        (OSError(errno.EIO, "Input/output error"), (checksums, "_sum")),
+        (OSError(errno.ESTALE, "Stale file handle"), (checkpoint.ocp.Checkpointer, "restore")),
+        (MemoryError("no room"), (checkpoint.ocp.Checkpointer, "restore")),
+        (ValueError("RESOURCE_EXHAUSTED: no room"), (checkpoint.ocp.Checkpointer, "restore")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, failing)
+            with pytest.raises(type(raised)) as found:
+                run(tmp_path)
+        assert found.value is raised
+        assert contents(tmp_path) == before
+
+
+def test_a_flipped_bit_is_no_model(whole, tmp_path):
+    """What a damaged checkpoint holds isn't taken for a model: load, evaluate, convert, predict."""
+    shutil.copytree(whole, tmp_path / "run")
+    flip(tmp_path / "run" / "checkpoints" / "8" / "params")
+    good = tmp_path / "run" / "checkpoints" / "6"
+    with pytest.raises(ValueError, match=rf"8 is damaged .*: use the one before it, {good}"):
+        load(tmp_path / "run")
+    load(good).save(tmp_path / "exported")
+    load(tmp_path / "exported")
+    flip(tmp_path / "exported" / "params")
+    with pytest.raises(ValueError, match="exported is damaged"):
+        load(tmp_path / "exported")
+
+
+def test_two_processes_do_not_share_a_workdir(tmp_path):
+    """The second, whichever command it is, names the first; a kill frees the folder."""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time, pathlib; from vit_jax.parallel.files import Lock;"
+            "lock = Lock(pathlib.Path(sys.argv[1])); print(flush=True); time.sleep(600)",
+            tmp_path,
+        ],
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    with pytest.raises(OSError, match=rf"another process uses .* \(process {holder.pid} on "):
+        prepare(tmp_path)
+    with pytest.raises(OSError, match="another process uses"):
+        choose_and_train(None, tmp_path, "")
+    holder.kill()
+    holder.wait()
+    prepare(tmp_path)
+    prepare(tmp_path)  # the same process may
 
 
 def more_classes(data):

@@ -204,7 +204,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
             restored = reader.restore(folder.absolute(), args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except Exception as error:  # orbax raises that very class from what tensorstore raises
         if (folder / FILE).exists() or not _is_damage(error):
             raise
         raise DamagedError(_first_line(error)) from error
@@ -302,8 +302,12 @@ def _not_finite(state: TrainState) -> list[str]:
 
 def _is_damage(error: Exception) -> bool:
     """Whether tensorstore or orbax failed to decode what it had read, or missed a file."""
+    while error.__cause__:
+        error = error.__cause__
     text = str(error)
-    return "RESOURCE_EXHAUSTED" not in text and ("OS error" not in text or "NOT_FOUND" in text)
+    told = isinstance(error, (ValueError, KeyError, FileNotFoundError))
+    of_system = "RESOURCE_EXHAUSTED" in text or ("OS error" in text and "NOT_FOUND" not in text)
+    return told and not of_system
 
 
 def _first_line(error: Exception) -> str:
