@@ -65,6 +65,7 @@ def run(
     devices=8,
     accumulation=1,
     ema_decay=None,
+    ema_warmup=False,
     optimizer=ADAMW,
     loss=SOFTMAX,
     augmentation=MIXUP,
@@ -99,6 +100,7 @@ def run(
         trainable=jax.tree.map(bool, match_rules(optimizer_config.lr_multipliers, params)),
         accumulation=accumulation,
         ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
     )
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype(np.uint8)
     labels = np.arange(32, dtype=np.int32) % 5 if labels is None else labels
@@ -196,11 +198,13 @@ def test_dropout_and_seed_matter(plain):
     assert without[-1]["loss"] < without[0]["loss"] - 0.01  # the same batch every step
 
 
-def test_ema_is_the_running_average():
-    decay, states = 0.9, []
-    run(ema_decay=decay, each=states.append)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_is_the_running_average(warmup):
+    states = []
+    run(ema_decay=0.9, ema_warmup=warmup, each=states.append)
     expected = states[0].params["embedding"]["kernel"]
-    for state in states[1:]:
+    for step, state in enumerate(states[1:]):
+        decay = min(0.9, (1 + step) / (10 + step)) if warmup else 0.9
         expected = decay * expected + (1 - decay) * state.params["embedding"]["kernel"]
         np.testing.assert_allclose(state.ema["embedding"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 

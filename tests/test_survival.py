@@ -1,26 +1,40 @@
 """What a run outlives: preemption, damaged checkpoints, dead neighbours; and branching off."""
 
 import asyncio
+import dataclasses
+import errno
 import json
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import chex
+import jax
+import numpy as np
 import pytest
 from orbax.checkpoint._src.path import atomicity
 from processes import cluster, command, equal_runs, finish, pretrain, records, start
 
+from vit_jax.classifier.start import choose_and_train
 from vit_jax.config import build
+from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
-from vit_jax.training import loop
+from vit_jax.training import checkpoint, loop
 from vit_jax.training.metrics import Metrics, read_metrics
+from vit_jax.weights import checksums
 from vit_jax.weights.trained import load
 
 
 def run(workdir, **changes):
+    return loop.train(prepare(workdir, **changes))
+
+
+def prepare(workdir, **changes):
     values = {
         "model": {"variant": "ViT-mu/8", "dtype": "float32"},
         "data": {"dataset": "digits", "preprocess": "resize|flip"},
@@ -34,7 +48,7 @@ def run(workdir, **changes):
         "evaluators": {"test": {"data": {"dataset": "digits", "split": "test[:50]"}}},
         **changes,
     }
-    return loop.train(loop.prepare(build(loop.TrainConfig, values), str(workdir)))
+    return loop.prepare(build(loop.TrainConfig, values), str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +108,16 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def flip(folder):
+    """Changes one bit of a tensor."""
+    file = largest_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGE = {
+    "a flipped bit": lambda folder: flip(folder / "training"),
     "a missing file": lambda folder: largest_file(folder / "params").unlink(),
     "a missing item": lambda folder: (folder / "training").rename(folder.parent.parent / "gone"),
     "an empty file": lambda folder: largest_file(folder / "training").write_bytes(b""),
@@ -120,15 +143,144 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     assert_equal_runs(tmp_path, whole)
 
 
-def test_without_a_readable_checkpoint_nothing_is_begun_anew(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        preempt_at(patch, 5)
-        run(tmp_path)
-    for step in (4, 5):
+def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypatch, capsys):
+    """All checkpoints are damaged, then the data has other classes, then all is lost."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    good = {
+        path: path.read_bytes()
+        for path in sorted((tmp_path / "checkpoints").rglob("*"))
+        if path.is_file()
+    }
+
+    def refused(message, **changes):
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=message) as error:
+            run(tmp_path, **changes)
+        assert "--config.start_over=True" in str(error.value)
+        assert contents(tmp_path) == before
+
+    for step in (6, 8):
         largest_file(tmp_path / "checkpoints" / str(step) / "params").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; they are kept in"):
-        run(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "unreadable").iterdir()) == ["4", "5"]
+    for _ in range(2):
+        refused(r"no checkpoint in .* can be read: all are damaged\n  step 8: params/.* is missing")
+    for path, content in good.items():
+        path.write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_data", more_classes)
+        refused(r"params.head.bias: \(10,\) in the checkpoint, \(11,\) in the", evaluators={})
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    refused("holds a run at step 8, and no config.json")
+    (tmp_path / "config.json").write_text(config)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    refused("has saved step 8, and no checkpoint")
+
+    run(tmp_path, start_over=True)
+    assert "this is moved to" in capsys.readouterr().err
+    assert (tmp_path / "started_over" / "0" / "elsewhere" / "8").is_dir()
+    assert_equal_runs(tmp_path, whole)
+    before = contents(tmp_path)
+    run(tmp_path, start_over=True)  # what can be used is never moved
+    assert contents(tmp_path) == before
+
+
+def with_nan(workdir, prepared):
+    """Step 8 again, with one value of the optimizer's state that isn't finite."""
+    folder = workdir / "checkpoints" / "8"
+    state = checkpoint.restore(folder, prepared.placed_shapes)
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[largest] = leaves[largest].at[0].set(np.nan)
+    shutil.rmtree(folder)
+    with checkpoint.Checkpoints(workdir, prepared.config.checkpoint, print) as checkpoints:
+        state = dataclasses.replace(state, opt_state=tree.unflatten(leaves))
+        checkpoints.save(state, prepared.description)
+
+
+def without_checksums(workdir, prepared):
+    """Step 8 as an earlier version would have saved it, and a file of it is cut off."""
+    folder = workdir / "checkpoints" / "8"
+    (folder / checksums.FILE).unlink()
+    file = largest_file(folder / "training")
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [with_nan, without_checksums])
+def test_damage_that_no_checksum_tells(whole, tmp_path, capsys, damage):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path, prepare(tmp_path))
+    run(tmp_path)
+    assert "checkpoints/8 can't be read, damaged: using step 6" in capsys.readouterr().err
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_what_is_no_damage_is_reported_as_itself(whole, tmp_path, monkeypatch):
+    """Out of memory, or a disk that doesn't answer: nothing is moved."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+
+    def failing(*_, **__):
+        raise raised
+
+    for raised, place in (
+        (OSError(errno.EIO, "Input/output error"), (checksums, "_sum")),
+        (OSError(errno.ESTALE, "Stale file handle"), (checkpoint.ocp.Checkpointer, "restore")),
+        (MemoryError("no room"), (checkpoint.ocp.Checkpointer, "restore")),
+        (ValueError("RESOURCE_EXHAUSTED: no room"), (checkpoint.ocp.Checkpointer, "restore")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, failing)
+            with pytest.raises(type(raised)) as found:
+                run(tmp_path)
+        assert found.value is raised
+        assert contents(tmp_path) == before
+
+
+def test_a_flipped_bit_is_no_model(whole, tmp_path):
+    """What a damaged checkpoint holds isn't taken for a model: load, evaluate, convert, predict."""
+    shutil.copytree(whole, tmp_path / "run")
+    flip(tmp_path / "run" / "checkpoints" / "8" / "params")
+    good = tmp_path / "run" / "checkpoints" / "6"
+    with pytest.raises(ValueError, match=rf"8 is damaged .*: use the one before it, {good}"):
+        load(tmp_path / "run")
+    load(good).save(tmp_path / "exported")
+    load(tmp_path / "exported")
+    flip(tmp_path / "exported" / "params")
+    with pytest.raises(ValueError, match="exported is damaged"):
+        load(tmp_path / "exported")
+
+
+def test_two_processes_do_not_share_a_workdir(tmp_path):
+    """The second, whichever command it is, names the first; a kill frees the folder."""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time, pathlib; from vit_jax.parallel.files import Lock;"
+            "lock = Lock(pathlib.Path(sys.argv[1])); print(flush=True); time.sleep(600)",
+            tmp_path,
+        ],
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    with pytest.raises(OSError, match=rf"another process uses .* \(process {holder.pid} on "):
+        prepare(tmp_path)
+    with pytest.raises(OSError, match="another process uses"):
+        choose_and_train(None, tmp_path, "")
+    holder.kill()
+    holder.wait()
+    prepare(tmp_path)
+    prepare(tmp_path)  # the same process may
+
+
+def more_classes(data):
+    return dataclasses.replace(open_data(data), num_classes=11, class_names=None)
+
+
+def contents(workdir):
+    """What a refusal must leave as it is."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files if path.parent.name != "tensorboard"}
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, monkeypatch):
@@ -204,7 +356,7 @@ def test_a_step_that_comes_again_is_saved_again(whole, tmp_path, monkeypatch, ca
     assert_equal_runs(tmp_path, whole)
 
 
-def test_branching_off_a_checkpoint(whole, tmp_path):
+def test_branching_off_a_checkpoint(whole, tmp_path, capsys):
     """The same recipe in a workdir of its own ends as the run; a longer one goes on from there."""
     step = whole / "checkpoints" / "6"
     run(tmp_path / "same", resume=str(step))
@@ -216,6 +368,16 @@ def test_branching_off_a_checkpoint(whole, tmp_path):
     assert final["step"] == 12
     assert read_metrics(tmp_path / "longer")[0]["step"] == 9
     run(tmp_path / "longer", resume=str(whole), steps=12)  # finished: left alone
+    averaged = {"steps": 9, "ema_decay": 0.99}
+    run(tmp_path / "averaged", resume=str(whole), **averaged)
+    said = capsys.readouterr().err
+    assert "has no running average (EMA): it starts from the parameters there" in said
+    assert "averages over 100 steps, the run has 9" in said
+    with pytest.raises(ValueError, match="The models are equal, the optimizers differ"):
+        run(tmp_path / "sgd", resume=str(whole), optimizer={"name": "sgd"})
+    with pytest.raises(ValueError, match="One stacks its layers"):
+        scanned = {"variant": "ViT-mu/8", "depth": 3, "dtype": "float32", "scan": True}
+        run(tmp_path / "scanned", resume=str(whole), model=scanned)
     with pytest.raises(ValueError, match=r"resume: .* is at step 8 and the run has 8 steps"):
         run(tmp_path / "short", resume=str(whole))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):

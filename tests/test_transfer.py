@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -191,6 +192,52 @@ def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
     assert after["trials"] == json.loads(before[0])["trials"]
     for name, array in before[1].items():
         np.testing.assert_array_equal(array, checkpoint_arrays(finished)[name])
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    """The run's folder in another place, with nothing left to train."""
+    monkeypatch.setattr(loop, "_take_steps", None)
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_a_workdir_that_was_moved_or_copied_is_a_run_of_its_own(config, finished, copied):
+    table = copied / "data" / "splits.csv"
+    table.write_text(table.read_text().replace(",test\n", ",train\n", 1))
+    with pytest.raises(ValueError, match="the list of files or labels changed"):
+        run_workflow(config, copied, COMMAND)
+    shutil.copy(finished / "data" / "splits.csv", table)
+    run_workflow(config, copied, COMMAND)
+    results = [json.loads((p / "results.json").read_text()) for p in (finished, copied)]
+    assert results[0]["trials"] == results[1]["trials"]
+    assert str(finished) not in (copied / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("config.json", "copy it back"),
+        ("sweep.json", "copy it back"),
+        ("data.json", "remove it if the data is as it was"),
+        ("starts.json", "the run then forgets"),
+        ("metrics.jsonl", "Delete the line"),
+        ("data/audit.json", "it is made again"),
+        ("test.npz", "it is computed again"),
+        ("trials/schedule.peak=0.001/result.json", "the trial is made again"),
+        ("trials/schedule.peak=0.001/dev.npz", "the trial is made again"),
+        ("trials/schedule.peak=0.003/dev.npz", "the trial is made again"),
+    ],
+)
+@pytest.mark.parametrize("damage", [b"\0" * 20 + b"\n", b'{"half": [1, 2\n'])
+def test_a_damaged_file_is_named(config, copied, name, remedy, damage):
+    file = copied / name
+    chosen = json.loads((copied / "results.json").read_text())["chosen"]
+    if file.name == "dev.npz" and trial_name(chosen) not in name:
+        pytest.skip("of another trial than the chosen one: it isn't read")
+    file.write_bytes(damage)
+    with pytest.raises(ValueError, match=remedy) as error:
+        run_workflow(config, copied, COMMAND)
+    assert str(file) in str(error.value)
 
 
 def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, monkeypatch):

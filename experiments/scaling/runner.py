@@ -27,6 +27,7 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import covered
+from vit_jax.parallel.files import read_json
 
 DEATHS = 3  # a run that killed this many processes is recorded as failed
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -70,10 +71,9 @@ class Store:
         """Returns the records of ended runs, by name; the folder's take precedence."""
         found = {record["name"]: record for record in read_results(self.results)}
         for path in sorted((self.folder / "records").glob("*.json")):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # removed by another process that retries it
-                record = json.loads(path.read_text())
+            with contextlib.suppress(FileNotFoundError):  # another process retries what failed
+                remedy = "remove it: the run is made again, or goes on"
+                record = read_json(path, remedy, keys=("name", "key", "status"))
                 found[record["name"]] = record
         return found
 
@@ -183,7 +183,10 @@ def _progress(store: Store, run: Run) -> str:
     path = store.workdir(run.name) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()  # the last line may be incomplete
-    return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
+    try:
+        return f"at step {json.loads(whole[-1])['step'] if whole else 0}"
+    except (ValueError, TypeError, KeyError):
+        return f"{path} is damaged: delete the last line"
 
 
 def work(
@@ -300,9 +303,13 @@ def resolve(run: Run, store: Store, free: Mapping[str, Any]) -> dict[str, Any]:
     config = merge(run.config, free)
     if run.init:
         config["init"] = str(store.workdir(run.init))
+    if not store.checkpoint(run.name) and run.name in store.records():
+        config["start_over"] = True  # it was done, and is made again for its checkpoint
     begun = store.workdir(run.name) / "config.json"
-    if begun.exists():  # continues with its own config
-        config["resume"] = json.loads(begun.read_text())["resume"]
+    if begun.exists() and store.checkpoint(run.name):  # continues as it began, also if moved
+        remedy = f"copy it back, or remove {begun.parent}: the run is made again"
+        kept = read_json(begun, remedy, keys=("resume",))
+        config |= {name: kept[name] for name in ("resume", "init") if name in kept}
     elif run.trunk and store.checkpoint(run.trunk) == run.trunk_steps:
         config["resume"] = str(store.workdir(run.trunk) / "checkpoints" / str(run.trunk_steps))
     return config

@@ -1,6 +1,8 @@
 """A classifier looked at closely: its test predictions, worst mistakes, and where it looks."""
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +43,16 @@ def keep_logits(
             np.savez(partial, logits=logits, labels=labels)
             os.replace(partial, file)
         barrier(file.name)
-    with np.load(file) as arrays:
-        return arrays["logits"], arrays["labels"]
+    return read_logits(file, "remove it: it is computed again")
+
+
+def read_logits(file: Path, remedy: str) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [N, C], labels [N]) that `keep_logits` kept; ValueError if the file is damaged."""
+    try:
+        with np.load(file) as arrays:
+            return arrays["logits"], arrays["labels"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
 
 
 def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:

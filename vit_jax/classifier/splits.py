@@ -16,6 +16,9 @@ from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
 from vit_jax.data.tables import write_class_names, write_table
 from vit_jax.data.walk import shown
+from vit_jax.parallel.files import read_json, write_whole
+
+TABLE = "splits.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,15 @@ def settle_splits(
     made_of = {"dataset": dataset, **dataclasses.asdict(config), **_contents(listing)}
     file = folder / "audit.json"
     if file.exists():
-        kept = json.loads(file.read_text("utf-8", "surrogatepass"))
+        remedy = "remove it: it is made again, and is the same as long as the data is"
+        kept = read_json(file, remedy, keys=("made_of", "splits", "audit"))
         _check_same(dataset, kept["made_of"], made_of, folder)
         names = tuple(kept["audit"]["class_names"])
-        return Splits(**kept["splits"]), Audit(**{**kept["audit"], "class_names": names})
+        splits = Splits(**kept["splits"])
+        if Path(splits.dataset).name == TABLE and (folder / TABLE).exists():
+            # The folder may have been moved or copied since.
+            splits = dataclasses.replace(splits, dataset=str((folder / TABLE).absolute()))
+        return splits, Audit(**{**kept["audit"], "class_names": names})
     folder.mkdir(parents=True, exist_ok=True)
     if all(isinstance(part, ImageFiles) for part in listing.splits.values()):
         splits, audit = _cut_files(dataset, listing, config, folder)
@@ -78,10 +86,7 @@ def settle_splits(
         "splits": dataclasses.asdict(splits),
         "audit": dataclasses.asdict(audit),
     }
-    partial = file.with_suffix(".partial")
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, "utf-8", "surrogatepass")  # file names may hold undecodable bytes
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return splits, audit
 
 
@@ -177,7 +182,7 @@ def _cut_files(
         rows = _cut_rows(rows, same, shares, config.seed)
     names = audit.class_names
     write_class_names(folder, names)
-    table = folder / "splits.csv"
+    table = folder / TABLE
     write_table(table, ((file, names[label], part) for file, label, part in rows))
     counts = {name: [0] * len(names) for name in given}
     for _, label, part in rows:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from vit_jax.evaluation.intervals import accuracy_interval
+from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
 from vit_jax.parallel.multihost import barrier, is_main
 from vit_jax.training.metrics import read_metrics
@@ -153,6 +154,7 @@ def run_trials(
         folder = workdir / "trials" / trial_name(values)
         of = f"trial {number} of {len(trials)}: {trial_name(values)}"
         if (folder / RESULT).exists():
+            _result(folder)  # which is whole, before anything is removed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         else:
             jobs[trial_name(values)] = partial(_run_trial, config, values, folder, run, of)
@@ -162,10 +164,14 @@ def run_trials(
             barrier(name)
     else:
         side_by_side(jobs, lanes)
-    return [
-        Trial(**json.loads((workdir / "trials" / trial_name(values) / RESULT).read_text()))
-        for values in trials
-    ]
+    return [_result(workdir / "trials" / trial_name(values)) for values in trials]
+
+
+def _result(folder: Path) -> Trial:
+    keys = tuple(field.name for field in dataclasses.fields(Trial))
+    remedy = f"remove {folder}: the trial is made again"
+    found = read_json(folder / RESULT, remedy, keys=keys)
+    return Trial(**{key: found[key] for key in keys})
 
 
 def _run_trial(
@@ -181,9 +187,7 @@ def _run_trial(
     run(with_values(config, values), folder, lane)
     if is_main():
         trial = _score(values, folder, config.early_stopping is not None)
-        unfinished = folder / f"{RESULT}.partial"
-        unfinished.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
-        unfinished.replace(folder / RESULT)
+        write_whole(folder / RESULT, json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

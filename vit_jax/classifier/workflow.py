@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
+from vit_jax.classifier.examine import read_logits
 from vit_jax.classifier.recipe import TransferConfig, complete
 from vit_jax.classifier.results import Finished, logits_of, report
 from vit_jax.classifier.splits import Splits, settle_splits
@@ -36,7 +36,7 @@ from vit_jax.training import loop
 from vit_jax.training.clock import Clock
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.recipe import build_training
-from vit_jax.training.workdir import compiled_kept, keep_same
+from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
 
 
 def transfer(
@@ -84,11 +84,18 @@ def transfer(
 
 
 def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
-    """From the data to the report; what an earlier start finished isn't repeated."""
+    """From the data to the report; what an earlier start finished isn't repeated.
+
+    Raises OSError if another process uses the workdir.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = lock_workdir(workdir)
     if config.compilation_cache == "workdir":  # one for the programs of all trials
         config = dataclasses.replace(config, compilation_cache=str(workdir / "compiled"))
     with compiled_kept(workdir, config.compilation_cache):
-        return _run_workflow(config, workdir, command)
+        trained = _run_workflow(config, workdir, command)
+    del lock  # held until here
+    return trained
 
 
 def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
@@ -110,8 +117,9 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     final = with_values(on_both, best.values)
     if config.early_stopping:
         final = dataclasses.replace(final, stop=best.step)
-    with np.load(workdir / "trials" / trial_name(best.values) / "dev.npz") as dev:
-        temperature = fit_temperature(dev["logits"], dev["labels"])
+    folder = workdir / "trials" / trial_name(best.values)
+    of_dev = read_logits(folder / "dev.npz", f"remove {folder}: the trial is made again")
+    temperature = fit_temperature(*of_dev)
     run = prepare(final, str(workdir), temperature=temperature)
     loop.train(run)
     done = Finished(whole, run, splits, audit, results, temperature)

@@ -3,7 +3,7 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -73,6 +73,12 @@ class ArrayRecords(Sequence):
         except (ValueError, OSError):  # it is the record itself that cannot be read
             file = None
         return f"{place}, {file.decode(errors='replace')}" if file else place
+
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        """Names and sizes of the shards that hold the examples."""
+        for shard, first, end in zip(self.shards, self.starts, self.starts[1:], strict=False):
+            if first < stop and end > start:
+                yield f"{os.path.basename(shard)} {first} {end}".encode()
 
     def check(self) -> None:
         """Opens every shard.

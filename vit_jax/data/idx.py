@@ -6,7 +6,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Pixels(Sequence):
 
     def name(self, index: int) -> str:
         return f"{self.file}:{index}"
+
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        yield self.images[start:stop].tobytes()
+        yield self.labels[start:stop].tobytes()
 
     def sizes(self) -> np.ndarray:
         return np.full(len(self), self.images[0].size, np.int64)

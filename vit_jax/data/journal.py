@@ -1,6 +1,5 @@
 """The journal of a dataset that is being written: its plan, then its finished shards."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.write_plan import differences
+from vit_jax.parallel.files import lock_file
 
 
 class Journal:
@@ -19,10 +19,7 @@ class Journal:
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}  # {file: what is to be known about a shard}
         self._file = open(folder / self.NAME, "a+b")  # noqa: SIM115 (closed by __exit__)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"another process is writing {folder}: wait for it to end") from error
+        lock_file(self._file, f"another process is writing {folder}")
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the write that was cut off
@@ -30,15 +27,27 @@ class Journal:
             lines.pop()
         if not lines:
             self._append(plan)
-        begun = json.loads(lines[0]) if lines else plan
+        begun = self._parse(lines[0], 1) if lines else plan
         if begun != plan:
             raise ValueError(
                 f"{folder} was begun from another input or with other options "
                 f"({differences(begun, plan)}): remove the folder to begin anew"
             )
-        for line in lines[1:]:
-            shard = json.loads(line)
+        for number, line in enumerate(lines[1:], 2):
+            shard = self._parse(line, number, "file")
             self.done[shard.pop("file")] = shard
+
+    def _parse(self, line: bytes, number: int, *keys: str) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict) or any(key not in found for key in keys):
+                raise ValueError("it is no entry")
+        except ValueError as error:
+            raise ValueError(
+                f"{self._file.name}, line {number} is damaged ({error}): remove {self.folder} to "
+                "begin anew"
+            ) from error
+        return found
 
     def __enter__(self):
         return self

@@ -1,9 +1,10 @@
 """The splits and examples of a dataset on disk, and the names that splits are found by."""
 
 import dataclasses
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Listing:
       kind: the dataset's format, in words.
       splits: split name -> random-access records {"image": encoded bytes or uint8 pixels, "label":
         an int or a tuple of ints}. Records have the methods `name(index)`, the example's file, for
-        messages, and `sizes()`, the images' sizes in bytes, int64 [N].
+        messages, and `sizes()`, the images' sizes in bytes, int64 [N]. They may have `listed`, see
+        `slices.listed`.
       num_classes, class_names, labels_per_example: as in `sources.Source`.
       left_out: reason -> files that were ignored for it.
     """
@@ -69,6 +71,10 @@ class ImageFiles(Sequence):
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        yield "\n".join(self.paths[start:stop]).encode(errors="surrogateescape")
+        yield json.dumps(self.labels[start:stop]).encode()
 
     def sizes(self) -> np.ndarray:
         return np.array([os.path.getsize(os.path.join(self.folder, p)) for p in self.paths])

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import hashlib
-import json
 import sys
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -10,18 +9,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vit_jax.parallel.files import read_json
+
 MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_dataset` wrote about a dataset.
 
-    Raises FileNotFoundError for a folder that it did not write.
+    Raises FileNotFoundError for a folder that it did not write, ValueError for a damaged manifest.
     """
     file = folder / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: vit_jax.prepare did not write it")
-    return json.loads(file.read_text("utf-8"))
+    return read_json(file, f"copy it back, or prepare {folder} again", keys=("plan", "files"))
 
 
 def verify(folder: Path) -> Iterator[str]:

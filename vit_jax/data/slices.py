@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -77,6 +77,10 @@ class _Concatenated(Sequence):
     def name(self, index):
         return record_name(*self._locate(index))
 
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        for part, first in zip(self.parts, self.starts, strict=False):
+            yield from listed(part, max(start - first, 0), min(stop - first, len(part)))
+
     def _locate(self, index):
         part = bisect_right(self.starts, index) - 1
         return self.parts[part], index - self.starts[part]
@@ -99,6 +103,9 @@ class Slice(Sequence):
     def name(self, index):
         return record_name(self.records, self.start + index)
 
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        return listed(self.records, self.start + start, self.start + stop)
+
 
 def read_split(
     split: str,
@@ -117,3 +124,12 @@ def read_split(
 def record_name(records: Sequence, index: int) -> str | None:
     """What records call one of theirs: its file."""
     return records.name(index) if hasattr(records, "name") else None
+
+
+def listed(records: Sequence, start: int, stop: int) -> Iterator[bytes]:
+    """What records know of theirs without reading them, of all from start to stop, if anything.
+
+    It is the same wherever the files lie: see `fingerprint`.
+    """
+    if start < stop and hasattr(records, "listed"):
+        yield from records.listed(start, stop)

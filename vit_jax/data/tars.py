@@ -66,6 +66,11 @@ class TarImages(Sequence):
         tar = os.path.basename(self.tars[self.tar[index]])
         return f"{tar}:{self.names[index].decode(errors='replace')}"
 
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        yield b"\n".join(self.names[start:stop].tolist())
+        yield self.size[start:stop].tobytes()
+        yield json.dumps(list(self.labels[start:stop])).encode()
+
     def sizes(self) -> np.ndarray:
         return self.size
 

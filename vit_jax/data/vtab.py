@@ -6,7 +6,7 @@ for the final result is on `train+dev`, the "train800val200" of that code.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from vit_jax.config import unknown
 from vit_jax.data.array_records import open_array_records
 from vit_jax.data.decode import decode_image
 from vit_jax.data.listing import Listing
-from vit_jax.data.slices import Slice, read_split
+from vit_jax.data.slices import Slice, listed, read_split
 
 PREFIX = "vtab/"
 
@@ -101,6 +101,9 @@ class _Brighter(Sequence):
         record = self.records[index]
         pixels = decode_image(record["image"]) * np.uint8(self.scale)
         return {"image": pixels, "label": record["label"]}
+
+    def listed(self, start: int, stop: int) -> Iterator[bytes]:
+        return listed(self.records, start, stop)
 
 
 def open_vtab(name: str, data_dir: str | None) -> Listing:

@@ -162,11 +162,12 @@ def check_agreement(facts: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = json.dumps(facts, sort_keys=True).encode()
+    text = json.dumps({"host": socket.gethostname(), "facts": facts}, sort_keys=True).encode()
     if len(text) > _FACTS_BYTES:
         raise ValueError(f"facts of {len(text)} bytes: expected at most {_FACTS_BYTES}")
     padded = np.frombuffer(text.ljust(_FACTS_BYTES), np.uint8)
-    everyones = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    rows = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    everyones, hosts = ([row[part] for row in rows] for part in ("facts", "host"))
     lines = []
     for name in sorted(set().union(*everyones)):
         values = [seen.get(name) for seen in everyones]
@@ -177,7 +178,9 @@ def check_agreement(facts: dict[str, Any]) -> None:
         raise ValueError(
             "the processes don't agree:\n"
             + "\n".join(lines)
-            + "\nStart the same command with the same versions on every host, on shared storage."
+            + f"\nThe processes' hosts, in order: {', '.join(hosts)}. "
+            "Start the same command with the same versions and data on every host, on shared "
+            "storage."
         )
 
 
@@ -211,6 +214,15 @@ def everyones(value: float) -> np.ndarray:
     # As uint32, because jax would convert float64 to float32.
     parts = np.frombuffer(np.float64(value).tobytes(), np.uint32)
     return multihost_utils.process_allgather(parts).view(np.float64)[:, 0]
+
+
+def first_of_all(text: str) -> str:
+    """The text of the first process that has one, on all processes; short; "" if none has any."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return next(filter(None, (bytes(row).decode(errors="replace").strip() for row in rows)), "")
 
 
 def all_agree(value: bool) -> bool:

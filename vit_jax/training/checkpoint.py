@@ -1,8 +1,11 @@
-"""Checkpoints: asynchronous, atomic, resumable.
+"""Checkpoints: asynchronous, atomic, with checksums, resumable.
 
 A checkpoint is a folder `workdir/checkpoints/STEP` of four items: `params`, `ema` (when kept),
 `training` (the step and the optimizer's state) and `model`, a JSON description with which the
-parameters can be used without the run's config.
+parameters can be used without the run's config. `weights.checksums` tells of the file beside them.
+
+Only a checkpoint whose bytes fail a check is damaged. It is moved to `unreadable/`, and only when
+there is a whole one before it. A checkpoint that doesn't fit the run is left where it is.
 """
 
 import dataclasses
@@ -12,18 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from vit_jax.parallel.multihost import all_agree, barrier, is_main
+from vit_jax.models.names import is_stacked
+from vit_jax.parallel.multihost import barrier, first_of_all, is_main
 from vit_jax.training.step import TrainState
+from vit_jax.weights.checksums import FILE, checksummed, find_damage
 from vit_jax.weights.trained import saved_steps
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000
+_SHOWN = 10  # differences between a checkpoint and a run
 
 # orbax tells saves apart by a number that is current while one begins, the same for all threads of
 # a process: of two that begin at once, one would write into folders that aren't there yet.
 _BEGINS = threading.Lock()
+
+
+class DamagedError(ValueError):
+    """The bytes of a checkpoint fail a check."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Checkpoints:
                 max_to_keep=config.keep_last,
                 keep_period=config.keep_every,
                 cleanup_tmp_directories=True,
+                temporary_path_class=checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath),
             ),
         )
         self._saved = saved
@@ -105,38 +117,83 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
-    """The newest checkpoint that can be read, as `restore` does: (state, what to say about others).
+def check_newest(workdir: Path, state: TrainState) -> list[str]:
+    """Checks that the run can go on from its newest whole checkpoint, before anything is computed.
 
-    One that can't be is moved to `unreadable/`, on every process if on any: its step comes again.
-    Raises ValueError if none can.
+    The work is shared among all processes. Returns what to say about damaged checkpoints, which
+    are moved to `unreadable/`.
+
+    Args:
+      workdir: the run's, with at least one checkpoint.
+      state: the run's, a tree of shapes.
+
+    Raises:
+      ValueError: all are damaged, or the newest whole one doesn't fit `state`. Nothing is moved.
+      OSError: a file can't be read. Nothing is moved.
     """
-    notes = []
+    damaged = {}
+    for step in sorted(saved_steps(workdir), reverse=True):
+        folder = workdir / "checkpoints" / str(step)
+        damage = find_damage(folder, None, jax.process_index(), jax.process_count())
+        try:
+            differences = [] if damage else list(_differences(folder, _split(state)))
+        except DamagedError as error:
+            damage = str(error)
+        if damage := first_of_all(damage):
+            damaged[step] = damage
+        elif differences:
+            raise _misfit(folder, differences)
+        else:
+            return _set_aside(workdir, damaged, step)
+    raise _none_whole(workdir, damaged)
+
+
+def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
+    """Restores the newest checkpoint that `check_newest` left: (state, what to say about others).
+
+    Values that aren't finite count as damage, and so does, where there are no checksums, what
+    orbax can't decode. Raises as `check_newest`.
+    """
+    damaged = {}
     for step in sorted(saved_steps(workdir), reverse=True):
         folder = workdir / "checkpoints" / str(step)
         try:
-            restored, problem = restore(folder, state), ""
-        except ValueError as error:
-            restored, problem = None, str(error)
-        if all_agree(restored is not None):
-            return restored, notes
-        notes.append(f"{problem or f'another process cannot read {folder}'}; going back by one")
+            restored, damage = restore(folder, state), ""
+        except DamagedError as error:
+            damage = str(error)
+        if not (damage := first_of_all(damage)):
+            return restored, _set_aside(workdir, damaged, step)
+        damaged[step] = damage
+    raise _none_whole(workdir, damaged)
+
+
+def _set_aside(workdir: Path, damaged: dict[int, str], whole: int) -> list[str]:
+    notes = []
+    for step, damage in damaged.items():
+        folder = workdir / "checkpoints" / str(step)
+        notes.append(f"checkpoint {folder} can't be read, damaged: using step {whole} ({damage})")
+        barrier(f"damaged {step}")  # all have looked at it
         if is_main():
             kept = workdir / "unreadable"
             kept.mkdir(exist_ok=True)
             again = len(list(kept.glob(f"{step}*")))
             folder.rename(kept / (f"{step}.{again}" if again else f"{step}"))
         barrier(f"unreadable {step}")
-    raise ValueError(
-        f"no checkpoint in {workdir} can be read; they are kept in {workdir / 'unreadable'}:\n"
-        + "\n".join(notes)
+    return notes
+
+
+def _none_whole(workdir: Path, damaged: dict[int, str]) -> ValueError:
+    shown = "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
+    return ValueError(
+        f"no checkpoint in {workdir} can be read: all are damaged\n{shown}\n"
+        "Copy one back from elsewhere"
     )
 
 
 def restore(folder: Path, state: TrainState) -> TrainState:
     """One checkpoint's state, onto the shardings of `state`, a tree of shapes.
 
-    ValueError for a checkpoint that is damaged or of another model or optimizer.
+    Raises DamagedError if values aren't finite or, where there are no checksums, can't be decoded.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -147,13 +204,114 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
             restored = reader.restore(folder.absolute(), args=ocp.args.Composite(**items))
-        parts = {"params": restored["params"], "ema": restored.get("ema")}
-        return TrainState(**parts, **restored["training"])
-    except Exception as error:  # orbax raises that very class for a file that is missing
-        raise ValueError(
-            f"checkpoint {folder} can't be read: it is damaged, or of another model or optimizer "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:300]})"
-        ) from error
+    except Exception as error:  # orbax raises that very class from what tensorstore raises
+        if (folder / FILE).exists() or not _is_damage(error):
+            raise
+        raise DamagedError(_first_line(error)) from error
+    parts = {"params": restored["params"], "ema": restored.get("ema")}
+    found = TrainState(**parts, **restored["training"])
+    if strange := _not_finite(found):
+        raise DamagedError(f"not finite: {', '.join(strange[:3])}")
+    return found
+
+
+def check_other(folder: Path, state: TrainState) -> None:
+    """Checks that a checkpoint of another run can be gone on from: ValueError says why it can't."""
+    damage = find_damage(folder, None, jax.process_index(), jax.process_count())
+    if damage := first_of_all(damage):
+        raise ValueError(f"resume: checkpoint {folder} is damaged: {damage}")
+    if differences := list(_differences(folder, _split(_averaged(folder, state)))):
+        raise _misfit(folder, differences)
+
+
+def restore_other(folder: Path, state: TrainState) -> tuple[TrainState, list[str]]:
+    """Restores a checkpoint that `check_other` passed: (state, what to say about it).
+
+    A running average that the checkpoint lacks starts from its parameters.
+    """
+    wanted = _averaged(folder, state)
+    restored = restore(folder, wanted)
+    if wanted.ema is not None or state.ema is None:
+        left = state.ema is None and (folder / "ema").is_dir()
+        note = f"{folder} has a running average (EMA), which is left out: ema_decay isn't set"
+        return restored, [note] * left
+    ema = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(restored.params)
+    note = f"{folder} has no running average (EMA): it starts from the parameters there"
+    return dataclasses.replace(restored, ema=ema), [note]
+
+
+def _averaged(folder: Path, state: TrainState) -> TrainState:
+    """The state without an average where the checkpoint has none."""
+    return state if (folder / "ema").is_dir() else dataclasses.replace(state, ema=None)
+
+
+def _differences(folder: Path, items: dict[str, Any]):
+    """Yields how the arrays of a checkpoint differ from these, of which nothing is read."""
+    for item, tree in items.items():
+        if not (folder / item).is_dir():
+            yield f"{item}: expected by the run, not in the checkpoint"
+            continue
+        try:
+            there = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / item).tree
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            if not _is_damage(error):
+                raise
+            raise DamagedError(f"{item}: {_first_line(error)}") from error
+        before, now = _shapes(there), _shapes(tree)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                shown = [shapes.get(name, "missing") for shapes in (before, now)]
+                yield f"{item}.{name}: {shown[0]} in the checkpoint, {shown[1]} in the run"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a tree of shapes, or of what orbax keeps of one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def _misfit(folder: Path, differences: list[str]) -> ValueError:
+    lines = [f"  {line}" for line in differences[:_SHOWN]]
+    if more := len(differences) - _SHOWN:
+        lines += [f"  and {more} more"] * (more > 0)
+    if all(line.startswith("training.opt_state") for line in differences):
+        lines.append("The models are equal, the optimizers differ (optimizer).")
+    if any(is_stacked(line.removeprefix("params.").replace(".", "/")) for line in differences):
+        lines.append("One stacks its layers in one array, the other doesn't (model.scan).")
+    return ValueError(
+        f"checkpoint {folder} is of another model or optimizer than the run:\n"
+        + "\n".join(lines)
+        + "\nMend the recipe or the data, so that they are as its run had them (config.json)."
+    )
+
+
+def _not_finite(state: TrainState) -> list[str]:
+    """The names of arrays that hold values which aren't finite."""
+    finite = jax.jit(lambda array: jnp.isfinite(array).all())  # compiles once a shape
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_split(state))
+        # One at a time: CPUs that run many collectives at once wait for each other for ever.
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jax.device_get(finite(leaf))
+    ]
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether tensorstore or orbax failed to decode what it had read, or missed a file."""
+    while error.__cause__:
+        error = error.__cause__
+    text = str(error)
+    told = isinstance(error, (ValueError, KeyError, FileNotFoundError))
+    of_system = "RESOURCE_EXHAUSTED" in text or ("OS error" in text and "NOT_FOUND" not in text)
+    return told and not of_system
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
 
 
 def _split(state: TrainState) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.multihost import is_main
 
 STATES = (
@@ -32,6 +33,7 @@ STATES = (
 # Over several starts, besides: `train` of steps that had to be made again, and between two starts.
 LOST, DOWN = "lost", "down"
 
+STARTS = "starts.json"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -99,8 +101,7 @@ class Starts:
     """The starts of a run, this one the last: `starts.json`, rewritten while it goes on."""
 
     def __init__(self, workdir: Path, clock: Clock, step: int, chips: float):
-        self._file, self._clock = workdir / "starts.json", clock
-        earlier = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._file, self._clock, earlier = workdir / STARTS, clock, read_starts(workdir)
         self._this = {"began": clock.began, "from_step": step, "to_step": step, "chips": chips}
         self._all = [*earlier, self._this]
         self.count, self.chips = len(self._all), chips
@@ -108,11 +109,16 @@ class Starts:
     def keep(self, step: int) -> None:
         """Writes down that this start has come to `step`."""
         self._this |= {"ended": time.time(), "to_step": step, "seconds": self._clock.read()}
-        if not is_main():
-            return
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._all, indent=1) + "\n")
-        partial.replace(self._file)
+        self._write()
+
+    def saved(self, step: int) -> None:
+        """Writes down that there is a checkpoint of `step`, so that its loss is noticed."""
+        self._this["saved"] = step
+        self._write()
+
+    def _write(self) -> None:
+        if is_main():
+            write_whole(self._file, json.dumps(self._all, indent=1) + "\n")
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the run by state, `LOST` and `DOWN` among them, as of the last `keep`."""
@@ -137,6 +143,15 @@ class Starts:
         starts = f", {self.count} starts" * (self.count > 1)
         hours = f"{self.chip_hours():,.2f} chip-hours"
         return f"took {whole}{starts}, {hours}: goodput {self.goodput()}"
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where there is no `starts.json`."""
+    if not (file := workdir / STARTS).exists():
+        return []
+    keys = ("began", "ended", "from_step", "to_step", "chips", "seconds")
+    remedy = "remove it: the run then forgets what its time was spent on"
+    return read_json(file, remedy, list, keys)
 
 
 def add_up(starts: Sequence[dict[str, Any]]) -> dict[str, float]:

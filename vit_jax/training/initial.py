@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vit_jax.parallel.mesh import put_tree
-from vit_jax.training.checkpoint import restore, restore_newest
+from vit_jax.training.checkpoint import restore_newest, restore_other
 from vit_jax.training.recipe import Training
 from vit_jax.training.step import TrainState, init_state, start_state
 
@@ -43,14 +43,14 @@ def loaded_state(training: Training, loaded: dict) -> TrainState:
 def first_state(
     training: Training, loaded: dict | None, resumes: Path | None, workdir: Path
 ) -> tuple[TrainState, list[str]]:
-    """Returns the state to begin with, and notes about checkpoints that can't be read.
+    """Returns the state to begin with, and what to say about it.
 
-    `resumes`: the workdir itself, whose newest readable checkpoint is restored, or the folder of
-    one checkpoint of another run. Without it the state is `loaded`'s, or random.
+    `resumes`: the workdir itself, whose newest whole checkpoint is restored, or the folder of one
+    checkpoint of another run. Without it the state is `loaded`'s, or random.
     """
     if resumes is None:
         if loaded is not None:
             return loaded_state(training, loaded), []
         return fresh_state(training)(jax.random.key(training.config.seed)), []
     placed = training.placed_shapes
-    return restore_newest(workdir, placed) if resumes == workdir else (restore(resumes, placed), [])
+    return restore_newest(workdir, placed) if resumes == workdir else restore_other(resumes, placed)

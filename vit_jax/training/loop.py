@@ -28,6 +28,7 @@ from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import make_evaluator
 from vit_jax.models.variants import Model
+from vit_jax.parallel.files import Lock
 from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import (
     local_rows,
@@ -44,16 +45,24 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.same_data import (
+    TRAIN,
+    Facts,
+    check_same_data,
+    describe_data,
+    digest,
+    keep_data,
+)
 from vit_jax.training.step import TrainState
-from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir
-from vit_jax.weights.trained import TrainedModel, find_checkpoint
+from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
+from vit_jax.weights.trained import TrainedModel, find_checkpoint, saved_steps
 from vit_jax.weights.trained import load as load_model
 
 
@@ -71,6 +80,9 @@ class Run(Training):
     lane: Lane
     watched: str  # the metric of early stopping; "" without it
     resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
+    notes: list[str]  # what to say about the recipe and damaged checkpoints
+    facts: Facts  # what tells whether the data is the same at the next start
+    lock: Lock | None  # on the workdir, as long as the run lives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +156,22 @@ def prepare(
         )
 
     batches(0).close()  # what is wrong with the preprocessing is found now
-    values = dataclasses.asdict(config)
-    path, step = open_workdir(workdir, config)
+    values, facts = dataclasses.asdict(config), describe_data(config, source)
+    path, lock = open_workdir(workdir, config)
     check_agreement(
         {
             "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
             "dataset": [len(source), source.num_classes],
+            "examples to train on": digest({TRAIN: facts[TRAIN]}),
+            "examples to evaluate on": digest(facts),
             "devices here": [jax.local_device_count(), jax.local_devices()[0].device_kind],
             "devices in all": jax.device_count(),
             "jax": jax.__version__,
-            "newest checkpoint": step,
+            "newest checkpoint": max(saved_steps(path), default=0),
         }
     )
     check_shared(path)
-    resumes = path if step else find_checkpoint(config.resume) if config.resume else None
+    resumes, notes = _where_to_begin(path, training, facts)
     return Run(
         **vars(training),
         workdir=path,
@@ -174,7 +188,31 @@ def prepare(
         },
         loaded=load(model, training.shapes.params) if load and resumes is None else None,
         resumes=resumes,
+        notes=[*training.advice, *notes],
+        facts=facts,
+        lock=lock,
     )
+
+
+def _where_to_begin(
+    workdir: Path, training: Training, facts: Facts
+) -> tuple[Path | None, list[str]]:
+    """What to resume, as `Run.resumes`, which is checked; and what to say about it."""
+
+    def check() -> list[str]:
+        check_same_data(workdir, facts)
+        return check_newest(workdir, training.shapes)
+
+    config, notes = training.config, []
+    if saved_steps(workdir):
+        notes = or_start_over(workdir, config, check)
+    if saved_steps(workdir):
+        return workdir, notes
+    if not config.resume:
+        return None, notes
+    folder = find_checkpoint(config.resume)
+    check_other(folder, training.shapes)
+    return folder, notes
 
 
 def train(run: Run) -> dict[str, float]:
@@ -186,6 +224,7 @@ def train(run: Run) -> dict[str, float]:
     """
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
+    keep_data(run.workdir, run.facts)
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(clock)
@@ -202,7 +241,7 @@ def train(run: Run) -> dict[str, float]:
                 "nothing is left to do, set more"
             )
         metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
-        for note in notes:
+        for note in (*run.notes, *notes):
             metrics.say(note)
         if start:
             metrics.say(f"resuming {run.resumes} from step {start} of {run.steps}")
@@ -212,7 +251,12 @@ def train(run: Run) -> dict[str, float]:
 
         starts = Starts(run.workdir, clock, start, num_chips(run.mesh.size))
         starts.keep(start)
-        checkpoints = enter(Checkpoints(run.workdir, config.checkpoint, metrics.saved))
+
+        def saved(step: int) -> None:
+            starts.saved(step)
+            metrics.saved(step)
+
+        checkpoints = enter(Checkpoints(run.workdir, config.checkpoint, saved))
         with clock.within("input"):
             local_batches = run.batches(start)
             stack.callback(local_batches.close)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ import jax
 from tqdm import tqdm
 
 from vit_jax.costs.chips import PEAK_FLOPS
+from vit_jax.parallel.files import write_whole
 from vit_jax.parallel.multihost import everyones, is_main
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 
@@ -260,18 +262,36 @@ def _finished_at(values: dict[str, jax.Array]) -> float:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """All records of a run."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """All records of a run, but for a line that a killed process left unfinished.
+
+    Raises ValueError that names the line for one which is no record.
+    """
+    path = workdir / "metrics.jsonl"
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields (line, record) for each record; nothing if there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                text = line.decode()
+                record = json.loads(text)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError("no step")
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}), found {line[:40]!r}: expected a "
+                    "record in JSON. Delete the line: the run goes on without the record"
+                ) from error
+            yield text, record
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
-            break
-        kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    if path.exists():
+        records = takewhile(lambda record: record[1]["step"] <= last_step, _records(path))
+        write_whole(path, "".join(line for line, _ in records))

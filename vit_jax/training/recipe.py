@@ -52,8 +52,11 @@ class TrainConfig:
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
+      ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
       accumulation: microbatches; a step takes the mean of their gradients.
       resume: a checkpoint of another workdir to continue from, with all its state.
+      start_over: whether a run whose state is there but can't be used begins at step 0, see
+        `workdir.or_start_over`.
       compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
@@ -76,8 +79,10 @@ class TrainConfig:
     augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = None
+    ema_warmup: bool = False
     accumulation: int = setting(1, changes="speed")
     resume: str = ""
+    start_over: bool = setting(False, changes="speed")
     mesh: MeshConfig = setting(MeshConfig(), changes="speed")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), changes="speed")
     compilation_cache: str = setting("workdir", changes="speed")
@@ -139,6 +144,8 @@ class TrainConfig:
             raise ValueError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup changes a running average: set ema_decay, too")
         if self.augmentation.mixes and self.loss.masks_patches:
             raise ValueError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
         if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
@@ -161,6 +168,19 @@ class Training:
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
+
+    @property
+    def advice(self) -> list[str]:
+        """What a person should know of the recipe before it runs."""
+        config = self.config
+        averaged = 1 / (1 - config.ema_decay) if config.ema_decay else 0
+        if config.ema_warmup or averaged <= self.steps:
+            return []
+        return [
+            f"ema_decay = {config.ema_decay} averages over {averaged:,.0f} steps, the run has "
+            f"{self.steps:,}: the average, which is evaluated, stays near the initial parameters. "
+            "Set ema_warmup=True, or a smaller ema_decay"
+        ]
 
     @property
     def placed_shapes(self) -> TrainState:
@@ -193,6 +213,7 @@ class Training:
                 trainable=jax.tree.map(bool, multipliers),
                 accumulation=config.accumulation,
                 ema_decay=config.ema_decay,
+                ema_warmup=config.ema_warmup,
             )
             return train_step(state, batch)
 

@@ -59,10 +59,13 @@ def make_train_step(
     trainable: Any,
     accumulation: int = 1,
     ema_decay: float | None = None,
+    ema_warmup: bool = False,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
-    `trainable`, a tree of bools, says of which parameters a gradient is computed at all.
+    `trainable`, a tree of bools, says of which parameters a gradient is computed at all. With
+    `ema_warmup` the decay of step t = 0, 1, ... is at most (1 + t) / (10 + t), as in TensorFlow's
+    ExponentialMovingAverage.
 
     Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
     images as they were augmented but labels as they were before they were mixed),
@@ -100,7 +103,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            rate = 1.0 - ema_decay
+            if ema_warmup:
+                rate = jnp.maximum(rate, 9.0 / (10.0 + state.step))
+            ema = optax.incremental_update(params, ema, rate)
         metrics = {
             "loss": loss_value,
             "accuracy": accuracy,

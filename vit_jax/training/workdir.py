@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,36 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import build, covered, fields_where
-from vit_jax.parallel.multihost import is_main
+from vit_jax.parallel.files import Lock, read_json, write_whole
+from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.training.clock import read_starts
+from vit_jax.training.metrics import read_metrics
 from vit_jax.weights.trained import saved_steps
 
+CONFIG = "config.json"
+_STARTED_OVER = "started_over"  # the folder for what is there when a run starts over
+_STAYS = (
+    ".lock",
+    ".shared",
+    "compiled",
+    "data",
+    "trials",
+    "sweep.json",
+    _STARTED_OVER,
+)  # isn't the run's state
 
-def open_workdir(workdir: str, config: Any) -> tuple[Path, int]:
-    """Makes or finds a run's folder: (its path, the step of its newest checkpoint or 0).
+
+def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
+    """Makes or finds a run's folder and locks it: (its path, the lock on process 0).
 
     `config` is the run's, a dataclass, whose metadata say which fields a restart may set otherwise
-    (`config.setting`). Raises ValueError for an empty name, and for a
-    folder with checkpoints of a run whose config differs in anything else, showing the differences;
-    OSError if it can't be written.
+    (`config.setting`).
+
+    Raises:
+      ValueError: an empty name; or the folder holds the state of a run that can't go on: its config
+        differs in any other field, or `config.json` is missing, or all its checkpoints are; a file
+        of the run is damaged.
+      OSError: it can't be written, or another process uses it.
     """
     if not workdir:
         raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
@@ -38,44 +58,118 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, int]:
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
+    lock = lock_workdir(path)
+    read_starts(path)  # damage is told before anything is computed
+    read_metrics(path)
+    or_start_over(path, config, lambda: _check_state(path, config))
+    return path, lock
+
+
+def lock_workdir(path: Path) -> Lock | None:
+    """Locks a folder on process 0, for all; OSError, on all, that names who has it."""
+    lock, problem = None, ""
+    if is_main():
+        try:
+            lock = Lock(path)
+        except OSError as error:
+            problem = str(error)
+    if problem := first_of_all(problem):
+        raise OSError(problem)
+    return lock
+
+
+def or_start_over(path: Path, config: Any, check: Callable[[], list[str]]) -> list[str]:
+    """Calls `check`, which raises ValueError if the run in the folder can't go on.
+
+    With `config.start_over` its state is then moved to `started_over/`, and the run begins at step
+    0. A run that can go on goes on: the same command may be started again.
+    """
+    try:
+        return check()
+    except ValueError as error:
+        if not config.start_over:
+            raise ValueError(
+                f"{error}\nNothing was changed. To begin at step 0, with all that is there moved "
+                f"to {path / _STARTED_OVER}: --config.start_over=True"
+            ) from error
+        notes = [f"{error}\nstart_over: this is moved to {_move_state(path)}"]
+    if is_main():
+        print(*notes, sep="\n", file=sys.stderr, flush=True)
+    return []
+
+
+def _move_state(path: Path) -> Path:
+    """Moves everything that belongs to a run's state out of its way; returns where it is."""
+    before = path / _STARTED_OVER
+    barrier("start over")
+    folder = before / str(len(list(before.iterdir())) if before.exists() else 0)
+    if is_main():
+        folder.mkdir(parents=True)
+        for entry in sorted(path.iterdir()):
+            if entry.name not in _STAYS:
+                entry.rename(folder / entry.name)
+    barrier("started over")
+    return folder
+
+
+def _check_state(path: Path, config: Any) -> list[str]:
+    """ValueError if the folder holds a state that isn't this config's, or one that is lost."""
     step = max(saved_steps(path), default=0)
+    if step and not (path / CONFIG).exists():
+        raise ValueError(
+            f"{path} holds a run at step {step}, and no {CONFIG}, which says with which recipe: "
+            "copy it back"
+        )
     if step:
-        _check_same(path / "config.json", config, f", at step {step}")
-    return path, step
+        _check_same(path / CONFIG, config, f", at step {step}")
+        return []
+    if (path / "unreadable").is_dir() and any((path / "unreadable").iterdir()):
+        raise ValueError(
+            f"all checkpoints of {path} are in {path / 'unreadable'}: move one that is good back "
+            f"to {path / 'checkpoints'}/STEP"
+        )
+    if saved := last_saved(path):
+        raise ValueError(
+            f"{path} holds a run that has saved step {saved}, and no checkpoint: copy it back to "
+            f"{path / 'checkpoints' / str(saved)}"
+        )
+    return []
+
+
+def last_saved(path: Path) -> int:
+    """The last step that a run saved, as `starts.json` tells; 0 if it saved none."""
+    return max((max(s.get("saved", 0), s["from_step"]) for s in read_starts(path)), default=0)
 
 
 def keep_config(workdir: Path, config: dict[str, Any]) -> None:
     """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
-    _keep(workdir / "config.json", config)
+    _keep(workdir / CONFIG, config)
 
 
 def keep_same(file: Path, config: Any) -> None:
     """Writes a dataclass; ValueError if the file holds another one, as for `open_workdir`."""
-    _check_same(file, config)
+    if file.exists():
+        _check_same(file, config)
     _keep(file, dataclasses.asdict(config))
 
 
 def _keep(file: Path, config: dict[str, Any]) -> None:
     if is_main():
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(file)
+        write_whole(file, json.dumps(config, indent=2) + "\n")
 
 
 def _check_same(file: Path, config: Any, when: str = "") -> None:
-    if not file.exists():
-        return
     may_change = [
         name for what in ("speed", "records") for name in fields_where(type(config), changes=what)
     ]
-    there = json.loads(file.read_text())
+    there = read_json(file, "copy it back, or use another --workdir")
     # What an older version wrote lacks the fields that are newer: it ran as by their defaults.
     with suppress(ValueError):  # a field that there is no more is shown as a difference
         there = _as_json(build(type(config), there))
     changed = [
         f"  {name}: {before!r} there, {now!r} here"
         for name, before, now in _differences(there, _as_json(config))
-        if not covered(name, may_change)
+        if not (covered(name, may_change) or _moved(before, now, file.parent))
     ]
     if changed:
         raise ValueError(
@@ -83,6 +177,16 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
             + "\n".join(changed)
             + "\nUse another --workdir, or the same config to resume."
         )
+
+
+def _moved(before: Any, now: Any, folder: Path) -> bool:
+    """Whether two paths are of one file of the run, whose folder was elsewhere before."""
+    root = folder.absolute()
+    if root.parent.name == "trials":  # of a sweep, whose data is the run's
+        root = root.parents[1]
+    if not (isinstance(before, str) and isinstance(now, str) and Path(now).is_relative_to(root)):
+        return False
+    return Path(before).is_absolute() and before.endswith(f"/{Path(now).relative_to(root)}")
 
 
 @contextmanager

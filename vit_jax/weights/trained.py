@@ -31,6 +31,7 @@ from vit_jax.parallel.mesh import (
     use_mesh,
 )
 from vit_jax.weights import formats, published
+from vit_jax.weights.checksums import check_whole, checksummed
 
 FORMATS = ("orbax", *formats.FORMATS)
 BATCH = 64  # images per batch
@@ -378,6 +379,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
     name = "ema" if (folder / "ema").is_dir() else "params"
+    check_whole(folder, {"ema", name, "model"})
     handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as reader:
         tree = handler.metadata(folder / name).tree
@@ -389,5 +391,7 @@ def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
 
 def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    temporary = checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath)
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler, temporary_path_class=temporary) as writer:
         writer.save(path.absolute(), args=ocp.args.Composite(**items))

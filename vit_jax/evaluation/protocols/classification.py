@@ -107,8 +107,8 @@ def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
     if wrong and {*there} & {*here}:
         shown = ", ".join(f"{i} is {a!r} there and {b!r} here" for i, a, b in wrong[:5])
         raise ValueError(
-            f"the checkpoint's classes and the dataset's don't agree: {shown}. If "
-            "classes were renamed, added or removed, restore their names or transfer again"
+            f"the model's classes and the dataset's don't agree: {shown}. If classes were renamed, "
+            "added or removed, restore their names or transfer again"
         )
 
 

@@ -1,0 +1,87 @@
+"""Small files that runs keep: locked, written whole or not at all, read with an explanation."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import weakref
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+from absl import logging
+
+# What file systems without locks answer.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class Lock:
+    """Keeps other processes out of a folder for as long as the object lives.
+
+    The lock belongs to the operating system: it ends with the process, however that ends. A process
+    that locks a folder again gets the same lock. Raises OSError that names the process which has
+    it. On a file system without locks a warning is all.
+    """
+
+    _held: ClassVar[weakref.WeakValueDictionary[str, "Lock"]] = weakref.WeakValueDictionary()
+
+    def __new__(cls, folder: Path) -> "Lock":
+        name = os.path.realpath(folder)
+        if lock := cls._held.get(name):
+            return lock
+        lock = super().__new__(cls)
+        lock._file = open(folder / ".lock", "a+")  # noqa: SIM115 (closed by __del__)
+        lock_file(lock._file, f"another process uses {folder}")
+        lock._file.truncate(0)
+        lock._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock._file.flush()
+        cls._held[name] = lock
+        return lock
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+def lock_file(file: IO, busy: str) -> None:
+    """Locks an open file until it is closed; OSError that begins with `busy` if another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.readline(200) if "b" not in file.mode else ""
+        named = f" ({owner})" if owner else ""
+        raise OSError(f"{busy}{named}: wait for it to end, or choose another folder") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.log_first_n(
+            logging.WARNING,
+            "%s: this file system has no locks (%s). Nothing keeps a second process out",
+            1,
+            *(file.name, error.strerror),
+        )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text so that readers, and whoever comes after a kill, see all of it or none."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, "utf-8", "surrogatepass")  # undecodable file names
+    partial.replace(file)
+
+
+def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:
+    """Reads a JSON file: a dict with these keys, or a list of such dicts.
+
+    Raises ValueError that names the file and says what to do if it isn't one.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"expected a {kind.__name__}, found {str(content)[:40]!r}")
+        for entry in [content] if kind is dict else content:
+            if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+    except ValueError as error:  # JSON's and UTF-8's are of this class too
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+    return content
