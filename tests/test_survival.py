@@ -20,7 +20,7 @@ import pytest
 from orbax.checkpoint._src.path import atomicity
 from processes import cluster, command, equal_runs, finish, pretrain, records, start
 
-from vit_jax.classifier.start import choose_and_train
+from vit_jax.classifier.workflow import run_workflow
 from vit_jax.config import build
 from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
@@ -266,7 +266,7 @@ def test_two_processes_do_not_share_a_workdir(tmp_path):
     with pytest.raises(OSError, match=rf"another process uses .* \(process {holder.pid} on "):
         prepare(tmp_path)
     with pytest.raises(OSError, match="another process uses"):
-        choose_and_train(None, tmp_path, "")
+        run_workflow(None, tmp_path, "")
     holder.kill()
     holder.wait()
     prepare(tmp_path)
@@ -316,12 +316,12 @@ def reported(capsys):
 
 
 def test_what_a_slow_store_was_said_to_hold_is_there(whole, tmp_path, monkeypatch):
-    """Every checkpoint gets its name a second late: until then nothing is said of it."""
+    """Every checkpoint gets its name late: until then nothing is said of it."""
     rename, say = atomicity.async_path.rename, Metrics.say
     said = []
 
     async def late(path, target):
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.2)
         return await rename(path, target)
 
     def checking(self, text):
