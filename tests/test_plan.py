@@ -103,8 +103,8 @@ def test_errors_of_the_command(arguments, message):
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    for text, kind, extra in (("v5e:2x2", "TPU", "tpu"), ("h100:8", "GPU", "cuda")):
-        with pytest.raises(ValueError, match=rf"needs no {kind}: pip install 'vit_jax\[{extra}\]'"):
+    for text, kind, extra in (("v5e:2x2", "TPU", "tpu"), ("h100:8", "GPU", "cuda12")):
+        with pytest.raises(ValueError, match=rf"needs no {kind}: pip install 'jax\[{extra}\]'"):
             topology.open_topology(parse_topology(text))
 
 

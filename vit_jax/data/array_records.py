@@ -20,6 +20,8 @@ from vit_jax.data.tfds_metadata import METADATA, check_metadata
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
 MAX_LABELS = 32  # of one example of a multi-label set
+# What TFDS needs to build datasets: the tfds command imports the latter two, and doesn't say so.
+INSTALL = "pip install tensorflow-cpu apache-beam mlcroissant"
 
 
 # What TFDS and protobuf raise for malformed metadata or records.
