@@ -169,6 +169,8 @@ def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypat
         path.write_bytes(content)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "open_data", more_classes)
+        refused("train: 10 classes then, 11 now", evaluators={})
+        (tmp_path / "data.json").unlink()  # as the run of an earlier version
         refused(r"params.head.bias: \(10,\) in the checkpoint, \(11,\) in the", evaluators={})
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").unlink()
