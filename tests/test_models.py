@@ -96,7 +96,7 @@ def test_reference(golden, name, scan, remat):
     np.testing.assert_allclose(inner["attention"].sum(-1), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "remat"), zip(RESNETS, ("none", "full"), strict=True))
+@pytest.mark.parametrize(("name", "remat"), list(zip(RESNETS, ("none", "full"), strict=True)))
 def test_resnet_reference(golden, name, remat):
     published, io = golden(name)
     preactivation, rename = RESNETS[name]

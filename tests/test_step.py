@@ -213,7 +213,8 @@ def test_augmentation_is_the_same_on_every_mesh_and_with_accumulation(plain):
 
 
 def test_masked_patches_are_the_same_on_every_mesh_and_with_accumulation():
-    options = {"loss": LossConfig("masked_patches"), "depth": 1, "steps": 3}
+    options = {"loss": LossConfig("masked_patches"), "augmentation": AugmentationConfig()}
+    options |= {"depth": 1, "steps": 3}
     whole = run(pool="gap", **options)
     assert whole[1][0]["loss"] == pytest.approx(np.log(512), abs=1e-5)
     assert whole[1][-1]["loss"] < whole[1][0]["loss"] - 0.01
