@@ -1,6 +1,6 @@
 """The plan of a run on chips that are not here.
 
-The last test compiles for real TPUs: `pip install 'vit_jax[tpu]'`, which works on any machine, then
+The last test compiles for real TPUs: `pip install 'jax[tpu]'`, which works on any machine, then
 `python -m pytest tests/test_plan.py -k compiles`. Without libtpu it is skipped.
 """
 
@@ -103,8 +103,8 @@ def test_errors_of_the_command(arguments, message):
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    for text, kind, extra in (("v5e:2x2", "TPU", "tpu"), ("h100:8", "GPU", "cuda")):
-        with pytest.raises(ValueError, match=rf"needs no {kind}: pip install 'vit_jax\[{extra}\]'"):
+    for text, kind, extra in (("v5e:2x2", "TPU", "tpu"), ("h100:8", "GPU", "cuda12")):
+        with pytest.raises(ValueError, match=rf"needs no {kind}: pip install 'jax\[{extra}\]'"):
             topology.open_topology(parse_topology(text))
 
 

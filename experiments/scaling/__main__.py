@@ -1,4 +1,6 @@
-"""The scaling study: python -m experiments.scaling COMMAND --study=mini
+"""Runs scaling studies, draws their figures and the paper's, fits laws.
+
+vit_jax scaling COMMAND --study=mini, which is python -m experiments.scaling
 
 expand    lists the runs of a study
 cost      estimates exaFLOPs, chip-hours and price per run on a given slice
@@ -27,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.scaling",
+        prog="vit_jax scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

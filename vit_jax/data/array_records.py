@@ -20,6 +20,8 @@ from vit_jax.data.tfds_metadata import METADATA, check_metadata
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
 MAX_LABELS = 32  # of one example of a multi-label set
+# What TFDS needs to build datasets: the tfds command imports the latter two, and doesn't say so.
+INSTALL = "pip install tensorflow-cpu apache-beam mlcroissant"
 
 
 # What TFDS and protobuf raise for malformed metadata or records.
@@ -237,13 +239,13 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
             command += f"{data_dir or 'DATA_DIR'} --name=imagenet2012"
         raise FileNotFoundError(
             f"{name} is not prepared: {folder} holds no dataset. Prepare it with\n"
-            f"  pip install 'vit_jax[prepare]'\n  {command}"
+            f"  {INSTALL}\n  {command}"
         )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise FileNotFoundError(
             f"{folder} holds {', '.join(sorted(formats))} files, expected array_record. "
-            f"Convert them with\n  pip install 'vit_jax[prepare]'\n"
+            f"Convert them with\n  {INSTALL}\n"
             f"  tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
     return builder
@@ -286,5 +288,5 @@ def build_with_tfds(name: str, data_dir: str) -> str:
     try:
         builder.download_and_prepare()
     except ImportError as error:
-        raise ValueError(f"{error}: TFDS needs pip install 'vit_jax[prepare]'") from error
+        raise ValueError(f"{error}: TFDS needs more packages: {INSTALL}") from error
     return str(builder.data_dir)
