@@ -17,6 +17,7 @@ from vit_jax.config import WORKFLOW, explained_errors, printable
 from vit_jax.recipes import find_recipe, list_recipes
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
+_NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
 HELP = ("-h", "-help", "--help", "--helpshort")
 
 
@@ -56,7 +57,7 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         typed = shlex.join([_program(), *argv[1:]])
-        usage = _usage(positional, rest)
+        usage = _usage(positional, rest, required)
         if any(text in HELP for text in argv[1:]):
             print(_help(main, usage, recipe))
             sys.exit(0)
@@ -68,10 +69,12 @@ def run(
             if has_config:
                 _settle_config(argv, recipe)
             arguments = _fill(positional, parse_flags(argv)[1:])
+            if has_config and flags.FLAGS["config"].value is None:
+                raise ValueError(_NO_RECIPE)
             if missing := [name for name in needs if flags.FLAGS[name].value is None]:
-                raise ValueError(f"--{missing[0]} is missing: {usage}")
+                raise ValueError(f"--{missing[0]} is missing\n{usage}")
             if arguments and not rest:
-                raise ValueError(f"unexpected {' '.join(arguments)}: {usage}")
+                raise ValueError(f"unexpected {' '.join(arguments)}\n{usage}")
         return [typed, *arguments]
 
     try:
@@ -96,12 +99,10 @@ def _settle_config(argv: list[str], recipe: str) -> None:
         if match := re.match(r"--?config=", text):
             argv[i] = match[0] + _with_file(text[match.end() :])
             return
-    if not recipe:
-        raise ValueError(
-            f"--config is missing: name a recipe ({', '.join(list_recipes()[:3])}, ...; vit_jax "
-            "recipes lists them) or a file"
-        )
-    argv.insert(1, f"--config={_with_file(recipe)}")
+    if recipe:
+        argv.insert(1, f"--config={_with_file(recipe)}")
+    elif any(re.match(r"--?config\.", text) for text in argv):
+        raise ValueError(_NO_RECIPE)
 
 
 def _with_file(recipe: str) -> str:
@@ -164,9 +165,10 @@ def _program() -> str:
     return name if name.startswith("vit_jax ") else f"vit_jax {name}"
 
 
-def _usage(positional: Sequence[str], rest: str) -> str:
-    words = [*(name.upper() for name in positional), *([f"[{rest}]"] if rest else [])]
-    return printable(f"usage: {' '.join([_program(), *words])} [--flag=value ...]")
+def _usage(positional: Sequence[str], rest: str, required: bool) -> str:
+    shown = " ".join(positional).upper()
+    words = [f"[{shown}]" if shown and not required else shown, f"[{rest}]" if rest else ""]
+    return printable(f"usage: {' '.join([_program(), *filter(None, words)])} [--flag=value ...]")
 
 
 def _help(main: Callable, usage: str, recipe: str) -> str:

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -233,6 +234,9 @@ def explained_errors() -> Iterator[None]:
     """Ends the command with the message of what is wrong with its input, without a traceback."""
     try:
         yield
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
 

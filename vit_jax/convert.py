@@ -1,8 +1,8 @@
 """Converts weights: between our checkpoints and the formats that people have.
 
-python -m vit_jax.convert --input=R26_S_32.npz --output=checkpoints/r26s32
-python -m vit_jax.convert --input=runs/digits --output=exported --format=hugging_face
-python -m vit_jax.convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
+vit_jax convert --input=R26_S_32.npz --output=checkpoints/r26s32
+vit_jax convert --input=runs/digits --output=exported --format=hugging_face
+vit_jax convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
 
 Reads google-research/vision_transformer's, big_vision's, BiT's and MLP-Mixer's `.npz`, timm's and
 Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, gs://

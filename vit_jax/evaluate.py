@@ -1,9 +1,9 @@
 r"""Measures a checkpoint on a dataset; prints the result as JSON.
 
-python -m vit_jax.evaluate --checkpoint=runs/digits --dataset=digits
-python -m vit_jax.evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
+vit_jax evaluate --checkpoint=runs/digits --dataset=digits
+vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
     --l2=1,32,1024
-python -m vit_jax.evaluate --checkpoint=runs/strokes --dataset=digits --protocol=linear
+vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=linear
 
 Protocols: `classification` measures the model's own head. It follows the rules of ImageNet-ReaL for
 images with several labels (--dataset=imagenet2012_real) and, with --only_present, of ImageNet-A and

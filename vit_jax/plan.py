@@ -1,7 +1,7 @@
 r"""Plans a run on chips that you don't have: does it fit, how fast is it, what does it cost.
 
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-B/16 --topology=v5e:16x16
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+vit_jax plan --config=pretrain/paper:ViT-B/16 --topology=v5e:16x16
+vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --topology=v4:8x8x16 --num_slices=2 --price_per_chip_hour=1.2 --output=plan.json
 
 Compiles the recipe's own training step for the named chips, on any machine, without one and without
@@ -14,11 +14,11 @@ a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512
 What the paper's own runs took, TPUv3-core-days of its Table 2 (device-days here; 2.5k, 0.68k and
 0.23k there), at the MFU that they imply:
 
-python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-H/14,epochs=14 --topology=v3:16x16 \
+vit_jax plan --config=pretrain/jft:ViT-H/14,epochs=14 --topology=v3:16x16 \
     --config.model.remat=full --mfu=0.32
-python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-L/16,epochs=14 --topology=v3:16x16 \
+vit_jax plan --config=pretrain/jft:ViT-L/16,epochs=14 --topology=v3:16x16 \
     --mfu=0.43
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
 """
 

@@ -1,7 +1,7 @@
 r"""Labels image files with a checkpoint's own head.
 
-python -m vit_jax.predict --model=runs/birds photos/*.jpg
-python -m vit_jax.predict --model=runs/birds --format=csv --output=labels.csv photos/
+vit_jax predict --model=runs/birds photos/*.jpg
+vit_jax predict --model=runs/birds --format=csv --output=labels.csv photos/
 
 `--model` is a run's workdir or any checkpoint that `convert` reads; folders stand for all images
 inside. Files that can't be read are listed at the end and don't stop the others. Labels are written

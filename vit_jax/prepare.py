@@ -1,6 +1,6 @@
 """Writes images as a dataset that training reads quickly and exactly.
 
-python -m vit_jax.prepare --input=PATH --output=DATA_DIR --name=my_set
+vit_jax prepare --input=PATH --output=DATA_DIR --name=my_set
 
 `--input` is an image folder (class/name.jpg, or train/class/name.jpg), a table (.csv, .tsv or
 .jsonl with path, label and perhaps split), a folder of IDX files (MNIST, Fashion-MNIST), of
@@ -8,7 +8,7 @@ WebDataset tars or of ImageNet's original tars, or the name of a dataset that TF
 builds (pip install tensorflow-cpu apache-beam mlcroissant). A run that was killed goes on when it
 is started again.
 
-python -m vit_jax.prepare --verify=DATA_DIR/my_set/1.0.0
+vit_jax prepare --verify=DATA_DIR/my_set/1.0.0
 """
 
 import re

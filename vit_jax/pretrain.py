@@ -1,6 +1,6 @@
 """Pretrains a model on a large dataset, from random weights.
 
-python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/strokes
+vit_jax pretrain --config=pretrain/formula --workdir=runs/strokes
 
 Any field of the recipe is a flag: --config.batch_size=512 --config.model.variant=ViT-S/16. The same
 command resumes a run that was stopped, at the step of its newest checkpoint.

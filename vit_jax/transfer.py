@@ -1,12 +1,13 @@
 r"""Fine-tunes a checkpoint on another dataset (arXiv 2010.11929, section 4.1 and appendix B.1.1).
 
-vit_jax transfer ./photos --config.init=augreg:S/16
+vit_jax transfer ./photos
 vit_jax transfer --config=transfer/folder --config.data=/my/images --config.init=augreg:S/16 \
     --workdir=runs/mine
 vit_jax transfer --config=transfer/digits --config.init=runs/strokes --workdir=runs/digits
 
 DATA is a folder of images, a table of them, or another dataset's name, as `data.dataset` of the
-recipe. Without --workdir the run is kept in runs/NAME, where NAME is the dataset's.
+recipe. Without --workdir the run is kept in runs/NAME, where NAME is the dataset's; without
+--config.init and --config.model.variant, DATA alone starts from augreg:S/16, which is downloaded.
 `--config.init=` with nothing behind it starts from random weights instead, for comparison. What a
 recipe doesn't say of the model (`model.variant`, `image_size`) is the checkpoint's.
 
@@ -23,6 +24,7 @@ from vit_jax.config import explained_errors
 from vit_jax.parallel import multihost
 from vit_jax.training.clock import Clock, process_age
 
+INIT = "augreg:S/16"  # where neither a checkpoint nor a model is named
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
@@ -36,11 +38,15 @@ def main(arguments: list[str]) -> None:
         if len(data) > 1:
             raise ValueError(f"{len(data)} datasets, {', '.join(data)}: expected one")
         multihost.initialize(DISTRIBUTED.value)
-        dataset, workdir = "".join(data), WORKDIR.value
+        dataset, workdir, init = "".join(data), WORKDIR.value, None
         if workdir is None:
             workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))
             print(f"the run is kept in {workdir}", flush=True)
-        transfer(dataset, None, workdir, CONFIG.value, command=command, clock=clock)
+        named = "config.init" in flags.FLAGS or "variant" in CONFIG.value.model
+        if data and not named and not CONFIG.value.get("init"):
+            init = INIT
+            print(f"it starts from {init}, without --config.init=CHECKPOINT", flush=True)
+        transfer(dataset, init, workdir, CONFIG.value, command=command, clock=clock)
 
 
 if __name__ == "__main__":

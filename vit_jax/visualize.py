@@ -1,7 +1,7 @@
 r"""Draws what a model learned: the pictures of Figures 6, 7, 10, 11 and 14 of arXiv 2010.11929.
 
-python -m vit_jax.visualize --model=runs/b16 --output=pictures photo.jpg another.png
-python -m vit_jax.visualize --model=L_16.npz --output=pictures --dataset=imagenet2012 \
+vit_jax visualize --model=runs/b16 --output=pictures photo.jpg another.png
+vit_jax visualize --model=L_16.npz --output=pictures --dataset=imagenet2012 \
     --split='validation[:128]' --preprocess='central_crop(0.875)'
 
 filters: principal components of the filters on the image. positions: similarity of the position
