@@ -2,9 +2,12 @@
 
 import ast
 import difflib
+import os
 import runpy
 import sys
 from pathlib import Path
+
+from vit_jax import __version__
 
 PACKAGE = Path(__file__).parent
 # Each is a module that runs as `python -m` too.
@@ -37,12 +40,17 @@ def usage() -> str:
 
 def main() -> None:
     """Runs a verb's module as the program."""
-    verb, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if verb in ("", "help", "-h", "--help", "-help"):
+    try:
+        _main(*sys.argv[1:2], arguments=sys.argv[2:])
+    except KeyboardInterrupt:  # while something is imported: later `command_line.run` sees it first
+        sys.stderr.write("\nstopped\n")
+        os._exit(130)
+
+
+def _main(verb: str = "help", *, arguments: list[str]) -> None:
+    if verb in ("help", "-h", "--help", "-help"):
         print(usage())
     elif verb in ("--version", "version"):
-        from vit_jax import __version__
-
         print(f"vit_jax {__version__}")
     elif verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=2, cutoff=0.5)
@@ -51,12 +59,8 @@ def main() -> None:
     else:
         if verb in ("scaling", "quickstart"):
             sys.path.insert(0, str(shipped()))
-        try:
-            sys.argv = [f"vit_jax {verb}", *arguments]
-            runpy.run_module(VERBS[verb], run_name="__main__")
-        except KeyboardInterrupt:  # while it is imported; later `command_line.run` sees it first
-            print("\nstopped", file=sys.stderr)
-            sys.exit(130)
+        sys.argv = [f"vit_jax {verb}", *arguments]
+        runpy.run_module(VERBS[verb], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What all commands share: flags, recipes by name, positional arguments, help, errors, Ctrl-C."""
 
+import contextlib
 import inspect
 import logging as standard_logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -77,17 +77,21 @@ def run(
                 raise ValueError(f"unexpected {' '.join(arguments)}\n{usage}")
         return [typed, *arguments]
 
-    try:
+    with stoppable():
         app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ends the process after Ctrl-C with exit code 130 and one line, without a traceback."""
+    try:
+        yield
     except KeyboardInterrupt as error:
-        end_interrupted(error)
-
-
-def end_interrupted(error: KeyboardInterrupt) -> None:
-    """Ends the process after Ctrl-C with one line, without waiting for threads."""
-    print(f"\n{error or 'stopped'}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(INTERRUPTED)
+        print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
+        if error.args:  # it was waited for: `loop.train` has saved
+            sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # waits for no threads
 
 
 def _settle_config(argv: list[str], recipe: str) -> None:
@@ -160,9 +164,10 @@ def numbers(name: str, value: Any, kind: type) -> Any:
 
 
 def _program() -> str:
-    """The command's name, also where it was started with `python -m`."""
-    name = Path(sys.argv[0]).stem
-    return name if name.startswith("vit_jax ") else f"vit_jax {name}"
+    """How the command was started: "vit_jax transfer" or "python -m vit_jax.transfer"."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    known = sys.argv[0].startswith("vit_jax ") or not module
+    return sys.argv[0] if known else f"python -m {module.name}"
 
 
 def _usage(positional: Sequence[str], rest: str, required: bool) -> str:
