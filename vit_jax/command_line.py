@@ -1,6 +1,8 @@
 """What all commands share: flags, recipes by name, positional arguments, help, errors, Ctrl-C."""
 
 import contextlib
+import glob
+import importlib.util
 import inspect
 import logging as standard_logging
 import os
@@ -18,6 +20,8 @@ from vit_jax.recipes import find_recipe, list_recipes
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
 _NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
+# Loggers that report what was tried before it failed or worked; our errors say what matters of it.
+CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
 HELP = ("-h", "-help", "--help", "--helpshort")
 
 
@@ -149,8 +153,23 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
-        standard_logging.getLogger("jax._src.xla_bridge").setLevel(standard_logging.ERROR)
+        for library in CHATTY:
+            standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
+    skip_absent_tpu()
     return arguments
+
+
+def skip_absent_tpu() -> None:
+    """Has jax use the CPU where libtpu is installed and neither a TPU nor another plugin is there.
+
+    libtpu, which `plan` needs, would look for the TPU and write to stderr what it doesn't find.
+    """
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
+    if plugins == ["libtpu"] and not chips and not os.environ.get("JAX_PLATFORMS"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if jax := sys.modules.get("jax"):  # it has read the variable
+            jax.config.update("jax_platforms", "cpu")
 
 
 def numbers(name: str, value: Any, kind: type) -> Any:
