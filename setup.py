@@ -1,19 +1,40 @@
 """Packaging. Lower bounds are what the tests ran with, upper ones the next that may break them."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 JAX = ">=0.10.2,<0.13"
+# What stands beside the package in a clone, and inside it in a wheel: see vit_jax/recipes.py.
+SHIPPED = [
+    *("configs", "configs.pretrain", "configs.transfer"),
+    *("experiments", "experiments.scaling", "experiments.scaling.studies"),
+]
 
 setup(
-    name="vit_jax",
-    version="0.1.0",
+    name="vit-jax-scaling",  # google-research/vision_transformer is called vit_jax
+    version=re.search('__version__ = "(.*)"', Path("vit_jax/__init__.py").read_text())[1],
     description="Vision Transformers in JAX: pretrain at scale, transfer, redraw the paper's plots",
+    keywords="jax flax vision-transformer vit resnet tpu fine-tuning scaling-laws",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    packages=[
+        *find_packages(include=["vit_jax", "vit_jax.*"]),
+        *(f"vit_jax.shipped.{name}" for name in SHIPPED),
+    ],
+    package_dir={f"vit_jax.shipped.{name}": name.replace(".", "/") for name in SHIPPED},
+    package_data={"vit_jax": ["py.typed"], "vit_jax.shipped.experiments.scaling": ["paper/*.csv"]},
+    entry_points={"console_scripts": ["vit_jax = vit_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1,<3",

@@ -1,7 +1,7 @@
 """Compares pretraining with random weights: a small model, generated images, handwritten digits.
 
-python -m experiments.quickstart                    one seed, a few minutes on two cores
-python -m experiments.quickstart --seeds=0,1,2      as the README states it
+vit_jax quickstart                    one seed, a few minutes on two cores
+vit_jax quickstart --seeds=0,1,2      as the README states it
 
 Runs the package's commands, which resume: a second call continues an interrupted one.
 """
@@ -10,6 +10,7 @@ import csv
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from vit_jax.command_line import run
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.protocols.fewshot import Config as FewshotConfig
@@ -43,8 +45,8 @@ MARKERS = {"pretrained": "o", "random weights": "s"}
 
 def run_command(module: str, *arguments: str) -> None:
     """Prints and runs one of the package's commands."""
-    command = ["-m", f"vit_jax.{module}", *arguments]
-    print("\n$ python " + " ".join(command), flush=True)
+    command = ["vit_jax", module, *arguments]
+    print("\n$ " + " ".join(command), flush=True)
     environment = {
         # Both fine-tuning runs have the same program and share its compilation.
         "JAX_COMPILATION_CACHE_DIR": str(Path(WORKDIR.value).absolute() / "compiled"),
@@ -52,8 +54,18 @@ def run_command(module: str, *arguments: str) -> None:
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         **os.environ,
     }
-    if subprocess.run([sys.executable, *command], check=False, env=environment).returncode:
-        sys.exit(f"error: vit_jax.{module} failed, see above; a second call continues from there")
+    # In a session of its own Ctrl-C comes from here alone; a second one would end it at once.
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment, start_new_session=True
+    )
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if code:
+        sys.exit(f"error: vit_jax {module} failed, see above; a second call continues from there")
 
 
 def run_seed(seed: int, folder: Path) -> dict:
@@ -63,7 +75,7 @@ def run_seed(seed: int, folder: Path) -> dict:
     pretrained = folder / "pretrain"
     run_command(
         "pretrain",
-        f"--config=configs/pretrain/formula.py:dataset={DATASET.value}{steps}",
+        f"--config=pretrain/formula:dataset={DATASET.value}{steps}",
         f"--workdir={pretrained}",
         f"--config.seed={seed}",
     )
@@ -72,7 +84,7 @@ def run_seed(seed: int, folder: Path) -> dict:
         name = start.replace(" ", "_")
         run_command(
             "transfer",
-            f"--config=configs/transfer/digits.py{transfer_steps}",
+            f"--config=transfer/digits{transfer_steps}",
             f"--workdir={folder / name}",
             f"--config.init={pretrained if start == 'pretrained' else ''}",
             f"--config.seed={seed}",
@@ -242,4 +254,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -1,6 +1,6 @@
 """The plan of a run on chips that are not here.
 
-The last test compiles for real TPUs: `pip install 'vit_jax[tpu]'`, which works on any machine, then
+The last test compiles for real TPUs: `pip install 'jax[tpu]'`, which works on any machine, then
 `python -m pytest tests/test_plan.py -k compiles`. Without libtpu it is skipped.
 """
 

@@ -454,5 +454,5 @@ def test_workers_and_the_commands_for_a_cluster(tmp_path):
     lines = scaling("run", *paths, "--print").stdout.splitlines()
     runs = expand(load_study("mini"))
     assert len(lines) == len(runs)
-    assert lines[0].startswith("python -m experiments.scaling run --study=mini --folder=")
+    assert lines[0].startswith("python -m vit_jax scaling run --study=mini --folder=")
     assert lines[0].endswith(f"--only={runs[0].name}")

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vit_jax"
 # A module may import from its own floor and from those below it.
 FLOORS = [
     {
-        *("pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
-        "visualize",
+        *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
+        *("visualize", "list_recipes", "list_models", "doctor"),
     },
     {"classifier"},
     {"training"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"losses", "weights", "costs", "pictures"},
     {"models", "data"},
     {"parallel"},
-    {"config", "recipes"},
+    {"command_line", "config", "recipes"},
 ]
 # Packages that only these modules may import.
 DOORS = {

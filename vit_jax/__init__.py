@@ -12,6 +12,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from vit_jax.classifier.workflow import transfer as transfer
     from vit_jax.evaluation.measure import Evaluation as Evaluation

@@ -7,7 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import re
+import os
 import sys
 import types
 import typing
@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -231,59 +229,14 @@ def pretraining_data(dataset: str, preprocess: str = "inception_crop|flip") -> d
     }
 
 
-def numbers(name: str, value: Any, kind: type) -> Any:
-    """Converts the texts of a list flag to a tuple of numbers; other values pass."""
-    if not isinstance(value, list):
-        return value
-    try:
-        return tuple(map(kind, value))
-    except ValueError as error:
-        raise ValueError(f"--{name}={','.join(value)}: expected numbers, {error}") from error
-
-
-def define_config_flag():
-    """The flag --config=FILE.py[:ARGUMENT], with --config.field=value for any field of the recipe.
-
-    A field that the recipe leaves at its default may be set too; `build` refuses unknown ones.
-    """
-    flag = config_flags.DEFINE_config_file(
-        "config", help_string="The recipe.", lock_config=False, accept_new_attributes=True
-    )
-    flags.mark_flag_as_required("config")
-    return flag
-
-
-_MOVED = [  # flags' names of earlier versions
-    (re.compile(r"^--?config\.(classification|fewshot)(?=\.)"), "--config.evaluators"),
-    (re.compile(rf"^--?config\.({'|'.join(WORKFLOW)})(?=[.=]|$)"), r"--config.workflow.\1"),
-]
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line for `absl.app.run`; what a recipe raises is shown as an error."""
-    # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
-    argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
-    for old, new in _MOVED:
-        for name in sorted({match[1] for text in argv if (match := old.match(text))}):
-            print(
-                f"--config.{name} is now {old.sub(new, f'--config.{name}.')[:-1]}", file=sys.stderr
-            )
-        argv[:] = [old.sub(new, text) for text in argv]
-    with explained_errors():
-        try:
-            arguments = app.parse_flags_with_usage(argv)
-        except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
-            raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
-    return arguments
-
-
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
     """Ends the command with the message of what is wrong with its input, without a traceback."""
     try:
         yield
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
 

@@ -1,17 +1,19 @@
 """Converts weights: between our checkpoints and the formats that people have.
 
-python -m vit_jax.convert --input=R26_S_32.npz --output=checkpoints/r26s32
-python -m vit_jax.convert --input=runs/digits --output=exported --format=hugging_face
-python -m vit_jax.convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
+vit_jax convert --input=R26_S_32.npz --output=checkpoints/r26s32
+vit_jax convert --input=runs/digits --output=exported --format=hugging_face
+vit_jax convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
 
 Reads google-research/vision_transformer's, big_vision's, BiT's and MLP-Mixer's `.npz`, timm's and
 Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, gs://
-(pip install 'vit_jax[gcs]') and hf:// (vit_jax[hub]). Writes them all, and ONNX (vit_jax[onnx]).
+(pip install gcsfs) and hf:// (huggingface_hub). Writes them all, and ONNX (jax2onnx, onnx and
+onnxruntime).
 """
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax import config as configuration
+from vit_jax.command_line import numbers, run
+from vit_jax.config import explained_errors
 from vit_jax.weights.trained import FORMATS, check_output, load
 
 INPUT = flags.DEFINE_string("input", None, "Checkpoint to read: a folder, a file or its URL.")
@@ -26,16 +28,15 @@ FORMAT = flags.DEFINE_enum(
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size", None, "HEIGHT,WIDTH of the input's model, where its file doesn't tell."
 )
-flags.mark_flags_as_required(["input", "output"])
 
 
 def main(_) -> None:
     """Reads, checks, writes, and prints what it was."""
-    with configuration.explained_errors():
+    with explained_errors():
         if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
             raise ValueError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
         check_output(OUTPUT.value)
-        model = load(INPUT.value, configuration.numbers("image_size", IMAGE_SIZE.value, int))
+        model = load(INPUT.value, numbers("image_size", IMAGE_SIZE.value, int))
         model.save(OUTPUT.value, FORMAT.value)
         height, width = model.image_size
         print(
@@ -45,4 +46,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main, "input", "output")

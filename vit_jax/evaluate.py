@@ -1,9 +1,9 @@
 r"""Measures a checkpoint on a dataset; prints the result as JSON.
 
-python -m vit_jax.evaluate --checkpoint=runs/digits --dataset=digits
-python -m vit_jax.evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
+vit_jax evaluate --checkpoint=runs/digits --dataset=digits
+vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
     --l2=1,32,1024
-python -m vit_jax.evaluate --checkpoint=runs/strokes --dataset=digits --protocol=linear
+vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=linear
 
 Protocols: `classification` measures the model's own head. It follows the rules of ImageNet-ReaL for
 images with several labels (--dataset=imagenet2012_real) and, with --only_present, of ImageNet-A and
@@ -14,16 +14,17 @@ logistic regression. They choose their options on --dev_split, or on a held-out 
 
 import json
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax import config as configuration
+from vit_jax.command_line import numbers, run
+from vit_jax.config import explained_errors
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
 from vit_jax.weights.trained import load
 
-flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.", required=True)
-flags.DEFINE_string("dataset", None, "Name, as in a recipe's data.dataset.", required=True)
+flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
+flags.DEFINE_string("dataset", None, "Name, as in a recipe's data.dataset.")
 flags.DEFINE_enum("protocol", "classification", list_protocols(), "What is measured.")
 flags.DEFINE_string("split", "test", "Split on which accuracy is measured.")
 flags.DEFINE_string("train_split", "train", "Split to learn from, unless the head is measured.")
@@ -49,10 +50,10 @@ OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbour
 def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
-    with configuration.explained_errors():
+    with explained_errors():
         multihost.initialize(args.distributed)
         given = {name: args[name].value for name in OWN if args[name].value is not None}
-        options = {name: configuration.numbers(name, v, OWN[name]) for name, v in given.items()}
+        options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
         if args.protocol == "linear":
             options["seed"] = args.seed
         model = load(args.checkpoint)
@@ -68,4 +69,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main, "checkpoint", "dataset")

@@ -1,11 +1,11 @@
 r"""Plans a run on chips that you don't have: does it fit, how fast is it, what does it cost.
 
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-B/16 --topology=v5e:16x16
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+vit_jax plan --config=pretrain/paper:ViT-B/16 --topology=v5e:16x16
+vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --topology=v4:8x8x16 --num_slices=2 --price_per_chip_hour=1.2 --output=plan.json
 
 Compiles the recipe's own training step for the named chips, on any machine, without one and without
-the data. It needs the compiler alone: pip install 'vit_jax[tpu]', and 'vit_jax[cuda]' for GPUs:
+the data. It needs the compiler alone: pip install 'jax[tpu]', and 'jax[cuda12]' for GPUs:
 h100:8, or h100:32x8, nodes x GPUs. What it prints is the compiler's estimate and no measurement;
 input, evaluations and checkpoints are not in it. `--search` compiles several meshes (data, FSDP,
 tensor), ways of remat and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from
@@ -14,11 +14,11 @@ a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512
 What the paper's own runs took, TPUv3-core-days of its Table 2 (device-days here; 2.5k, 0.68k and
 0.23k there), at the MFU that they imply:
 
-python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-H/14,epochs=14 --topology=v3:16x16 \
+vit_jax plan --config=pretrain/jft:ViT-H/14,epochs=14 --topology=v3:16x16 \
     --config.model.remat=full --mfu=0.32
-python -m vit_jax.plan --config=configs/pretrain/jft.py:ViT-L/16,epochs=14 --topology=v3:16x16 \
+vit_jax plan --config=pretrain/jft:ViT-L/16,epochs=14 --topology=v3:16x16 \
     --mfu=0.43
-python -m vit_jax.plan --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
 """
 
@@ -26,13 +26,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax import config as configuration
+from vit_jax.command_line import define_config_flag, run
+from vit_jax.config import explained_errors
 from vit_jax.costs.report import show_ranked
 from vit_jax.training import plan
 
-CONFIG = configuration.define_config_flag()
+CONFIG = define_config_flag()
 flags.DEFINE_string("topology", "", "The chips: v5e:16x16, v4:8x8x16, ...")
 flags.DEFINE_integer("num_slices", 1, "Slices, joined by the data center's network.")
 flags.DEFINE_bool("search", False, "Rank meshes x remat x microbatches that fit.")
@@ -48,7 +49,7 @@ def main(_) -> None:
     args = flags.FLAGS
     size = {"num_classes": args.num_classes, "num_examples": args.num_examples}
     options = {"mfu": args.mfu, "price": args.price_per_chip_hour}
-    with configuration.explained_errors():
+    with explained_errors():
         if args.search:
             prepared = plan.prepare_plan(CONFIG.value, args.topology, args.num_slices, **size)
             result: Any = []
@@ -67,4 +68,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main)

@@ -1,7 +1,7 @@
 r"""Labels image files with a checkpoint's own head.
 
-python -m vit_jax.predict --model=runs/birds photos/*.jpg
-python -m vit_jax.predict --model=runs/birds --format=csv --output=labels.csv photos/
+vit_jax predict --model=runs/birds photos/*.jpg
+vit_jax predict --model=runs/birds --format=csv --output=labels.csv photos/
 
 `--model` is a run's workdir or any checkpoint that `convert` reads; folders stand for all images
 inside. Files that can't be read are listed at the end and don't stop the others. Labels are written
@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax import config as configuration
-from vit_jax.config import printable
+from vit_jax.command_line import run
+from vit_jax.config import explained_errors, printable
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import TrainedModel, load
 
@@ -36,7 +36,6 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.")
 PREPROCESS = flags.DEFINE_string(
     "preprocess", None, "As in a recipe's data.preprocess; by default as the model was evaluated."
 )
-flags.mark_flag_as_required("model")
 
 
 Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
@@ -125,7 +124,7 @@ def main(arguments: list[str]) -> None:
                 unreadable.append(row)
             yield row
 
-    with configuration.explained_errors():
+    with explained_errors():
         if TOP.value < 1 or BATCH_SIZE.value < 1 or (TEMPERATURE.value or 1.0) <= 0:
             raise ValueError("--top, --batch_size, --temperature: expected numbers greater than 0")
         files = find_images(arguments[1:])
@@ -150,4 +149,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main, "model", rest="IMAGE ...")

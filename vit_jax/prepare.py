@@ -1,22 +1,24 @@
 """Writes images as a dataset that training reads quickly and exactly.
 
-python -m vit_jax.prepare --input=PATH --output=DATA_DIR --name=my_set
+vit_jax prepare --input=PATH --output=DATA_DIR --name=my_set
 
 `--input` is an image folder (class/name.jpg, or train/class/name.jpg), a table (.csv, .tsv or
 .jsonl with path, label and perhaps split), a folder of IDX files (MNIST, Fashion-MNIST), of
 WebDataset tars or of ImageNet's original tars, or the name of a dataset that TFDS downloads and
-builds (pip install 'vit_jax[prepare]'). A run that was killed goes on when it is started again.
+builds (pip install tensorflow-cpu apache-beam mlcroissant). A run that was killed goes on when it
+is started again.
 
-python -m vit_jax.prepare --verify=DATA_DIR/my_set/1.0.0
+vit_jax prepare --verify=DATA_DIR/my_set/1.0.0
 """
 
 import re
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax.config import explained_errors, parse_flags
+from vit_jax.command_line import run
+from vit_jax.config import explained_errors
 from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
 from vit_jax.data.sources import is_path, open_path
@@ -93,4 +95,4 @@ def _verify(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run(main, "input", "output", required=False)

@@ -1,20 +1,21 @@
 """Pretrains a model on a large dataset, from random weights.
 
-python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/strokes
+vit_jax pretrain --config=pretrain/formula --workdir=runs/strokes
 
 Any field of the recipe is a flag: --config.batch_size=512 --config.model.variant=ViT-S/16. The same
 command resumes a run that was stopped, at the step of its newest checkpoint.
 """
 
-from absl import app, flags
+from absl import flags
 
-from vit_jax import config as configuration
+from vit_jax.command_line import define_config_flag, run
+from vit_jax.config import build, explained_errors
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
 from vit_jax.training.recipe import TrainConfig
 
-CONFIG = configuration.define_config_flag()
+CONFIG = define_config_flag()
 flags.DEFINE_string("workdir", "", "Folder of the run.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
@@ -22,12 +23,12 @@ flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster."
 def main(_) -> None:
     """Builds the run from its flags, and trains."""
     clock = Clock(process_age())
-    with configuration.explained_errors():
-        config = configuration.build(TrainConfig, CONFIG.value)
+    with explained_errors():
+        config = build(TrainConfig, CONFIG.value)
         multihost.initialize(flags.FLAGS.distributed)
         run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main)

@@ -11,7 +11,10 @@ import ml_collections
 
 from vit_jax.config import unknown
 
-FOLDER = Path(__file__).parent.parent / "configs"
+# Beside the package in a clone; a wheel carries both folders inside it (setup.py).
+SHIPPED = Path(__file__).parent / "shipped"
+ROOT = SHIPPED if SHIPPED.is_dir() else Path(__file__).parent.parent  # of configs/, experiments/
+FOLDER = ROOT / "configs"
 
 
 def list_recipes(pattern: str = "*") -> list[str]:
@@ -21,17 +24,16 @@ def list_recipes(pattern: str = "*") -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe's name or path, without its argument.
+    """Returns the file of a recipe's path or name, without its argument; a path comes first.
 
     Raises ValueError for a name that doesn't exist, FileNotFoundError for such a path.
     """
-    if name.endswith(".py"):
-        if not (path := Path(name)).is_file():
-            raise FileNotFoundError(f"there is no recipe {name}")
+    if (path := Path(name)).is_file():
         return path
-    if name not in (known := list_recipes()):
-        raise unknown("recipe", name, known)
-    return FOLDER / f"{name}.py"
+    if name in (known := list_recipes()):
+        return FOLDER / f"{name}.py"
+    error = unknown("recipe", name, known)
+    raise FileNotFoundError(f"{error}; or a file") if name.endswith(".py") else error
 
 
 def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:

@@ -1,10 +1,13 @@
 r"""Fine-tunes a checkpoint on another dataset (arXiv 2010.11929, section 4.1 and appendix B.1.1).
 
-python -m vit_jax.transfer --config=configs/transfer/folder.py --config.data=/my/images \
-    --config.init=augreg:S/16 --workdir=runs/mine
-python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=runs/strokes \
-    --workdir=runs/digits
+vit_jax transfer ./photos
+vit_jax transfer --config=transfer/folder --config.data=/my/images --config.init=augreg:S/16 \
+    --workdir=runs/mine
+vit_jax transfer --config=transfer/digits --config.init=runs/strokes --workdir=runs/digits
 
+DATA is a folder of images, a table of them, or another dataset's name, as `data.dataset` of the
+recipe. Without --workdir the run is kept in runs/NAME, where NAME is the dataset's; without
+--config.init and --config.model.variant, DATA alone starts from augreg:S/16, which is downloaded.
 `--config.init=` with nothing behind it starts from random weights instead, for comparison. What a
 recipe doesn't say of the model (`model.variant`, `image_size`) is the checkpoint's.
 
@@ -13,29 +16,38 @@ the best is trained on train and dev and tested once; `report.html` shows all of
 it goes on.
 """
 
-import shlex
-import sys
+from absl import flags
 
-from absl import app, flags
-
-from vit_jax import config as configuration
-from vit_jax.classifier.workflow import transfer
+from vit_jax.classifier.workflow import default_workdir, transfer
+from vit_jax.command_line import define_config_flag, run
+from vit_jax.config import explained_errors
 from vit_jax.parallel import multihost
 from vit_jax.training.clock import Clock, process_age
 
-CONFIG = configuration.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run.")
+INIT = "augreg:S/16"  # where neither a checkpoint nor a model is named
+CONFIG = define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
 
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Calls `vit_jax.transfer`."""
+    command, *data = arguments
     clock = Clock(process_age())
-    command = shlex.join(["python", "-m", "vit_jax.transfer", *sys.argv[1:]])
-    with configuration.explained_errors():
+    with explained_errors():
+        if len(data) > 1:
+            raise ValueError(f"{len(data)} datasets, {', '.join(data)}: expected one")
         multihost.initialize(DISTRIBUTED.value)
-        transfer(workdir=WORKDIR.value, config=CONFIG.value, command=command, clock=clock)
+        dataset, workdir, init = "".join(data), WORKDIR.value, None
+        if workdir is None:
+            workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))
+            print(f"the run is kept in {workdir}", flush=True)
+        named = "config.init" in flags.FLAGS or "variant" in CONFIG.value.model
+        if data and not named and not CONFIG.value.get("init"):
+            init = INIT
+            print(f"it starts from {init}, without --config.init=CHECKPOINT", flush=True)
+        transfer(dataset, init, workdir, CONFIG.value, command=command, clock=clock)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main, rest="DATA", recipe="transfer/folder")

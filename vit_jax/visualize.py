@@ -1,7 +1,7 @@
 r"""Draws what a model learned: the pictures of Figures 6, 7, 10, 11 and 14 of arXiv 2010.11929.
 
-python -m vit_jax.visualize --model=runs/b16 --output=pictures photo.jpg another.png
-python -m vit_jax.visualize --model=L_16.npz --output=pictures --dataset=imagenet2012 \
+vit_jax visualize --model=runs/b16 --output=pictures photo.jpg another.png
+vit_jax visualize --model=L_16.npz --output=pictures --dataset=imagenet2012 \
     --split='validation[:128]' --preprocess='central_crop(0.875)'
 
 filters: principal components of the filters on the image. positions: similarity of the position
@@ -17,10 +17,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
-from vit_jax import config as configuration
+from vit_jax.command_line import run
+from vit_jax.config import explained_errors
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import read_file
@@ -37,7 +38,7 @@ SPLIT = flags.DEFINE_string("split", "test[:128]", "Split of the dataset.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared datasets lie.")
 PREPROCESS = flags.DEFINE_string("preprocess", "resize", "As in a recipe's data.preprocess.")
 SHOWN = flags.DEFINE_integer("shown", 8, "Images whose rollout is drawn.", lower_bound=1)
-flags.mark_flags_as_required(["model", "output"])
+flags.mark_flag_as_required("output")
 
 
 def read_images(paths: list[Path], image_size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -102,7 +103,7 @@ def visualize(paths: list[str]) -> tuple[dict[str, Figure], dict]:
 
 def main(arguments: list[str]) -> None:
     """Draws, and says where."""
-    with configuration.explained_errors():
+    with explained_errors():
         pictures, numbers = visualize(arguments[1:])
         folder = Path(OUTPUT.value)
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,4 +115,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=configuration.parse_flags)
+    run(main, "model", rest="IMAGE ...")

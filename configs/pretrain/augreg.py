@@ -1,10 +1,10 @@
 r"""The grid of "How to train your ViT?" (AugReg, Steiner et al., arXiv 2106.10270).
 
-python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-B/16 --workdir=runs/b16
-python -m vit_jax.pretrain \
-    --config=configs/pretrain/augreg.py:R26+S/32,augmentation=strong1,regularization=0.1 \
+vit_jax pretrain --config=pretrain/augreg:ViT-B/16 --workdir=runs/b16
+vit_jax pretrain \
+    --config=pretrain/augreg:R26+S/32,augmentation=strong1,regularization=0.1 \
     --workdir=runs/r26 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/augreg.py:ViT-L/16,dataset=imagenet21k \
+vit_jax pretrain --config=pretrain/augreg:ViT-L/16,dataset=imagenet21k \
     --workdir=runs/l16 --distributed
 
 The 28 cells are 7 levels of `augmentation`, `regularization` 0 or 0.1 (dropout and stochastic

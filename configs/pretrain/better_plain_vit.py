@@ -1,7 +1,7 @@
 r"""Better plain ViT baselines for ImageNet-1k (Beyer et al., arXiv 2205.01580).
 
-python -m vit_jax.pretrain --config=configs/pretrain/better_plain_vit.py --workdir=runs/s16
-python -m vit_jax.pretrain --config=configs/pretrain/better_plain_vit.py:ViT-S/16,epochs=300 \
+vit_jax pretrain --config=pretrain/better_plain_vit --workdir=runs/s16
+vit_jax pretrain --config=pretrain/better_plain_vit:ViT-S/16,epochs=300 \
     --workdir=runs/s16_300
 
 Expected ImageNet validation accuracy at 224 px: 76.5, 78.5, 80.0 % after 90, 150, 300 epochs. The

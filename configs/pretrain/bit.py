@@ -1,9 +1,9 @@
 r"""BiT's pretraining of ResNets with SGD (Kolesnikov et al., arXiv 1912.11370, section 3.3).
 
-python -m vit_jax.pretrain --config=configs/pretrain/bit.py:R50x1 --workdir=runs/r50x1
-python -m vit_jax.pretrain --config=configs/pretrain/bit.py:R101x1,dataset=imagenet21k \
+vit_jax pretrain --config=pretrain/bit:R50x1 --workdir=runs/r50x1
+vit_jax pretrain --config=pretrain/bit:R101x1,dataset=imagenet21k \
     --workdir=runs/r101x1 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/bit.py:R152x2,dataset=my_set \
+vit_jax pretrain --config=pretrain/bit:R152x2,dataset=my_set \
     --workdir=runs/r152x2 --distributed
 
 ImageNet (BiT-S) and ImageNet-21k (BiT-M): 90 epochs, learning rate times 0.1 at epochs 30, 60, 80.

@@ -1,7 +1,7 @@
 r"""Small models on a generated, formula-driven dataset: no download, minutes on two CPU cores.
 
-python -m vit_jax.pretrain --config=configs/pretrain/formula.py --workdir=runs/strokes
-python -m vit_jax.pretrain --config=configs/pretrain/formula.py:dataset=fractals \
+vit_jax pretrain --config=pretrain/formula --workdir=runs/strokes
+vit_jax pretrain --config=pretrain/formula:dataset=fractals \
     --workdir=runs/fractals
 
 Our own recipe. The head has the hidden layer of arXiv 2010.11929, section 3.2, whose output is the

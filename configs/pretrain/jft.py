@@ -1,10 +1,10 @@
 r"""The paper's pretraining on JFT-300M (arXiv 2010.11929, Table 3), on any large labelled dataset.
 
-python -m vit_jax.pretrain --config=configs/pretrain/jft.py:ViT-B/16,dataset=my_set \
+vit_jax pretrain --config=pretrain/jft:ViT-B/16,dataset=my_set \
     --config.data.data_dir=/mnt/data --workdir=runs/b16 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/jft.py:ViT-L/16,dataset=my_set,epochs=14 \
+vit_jax pretrain --config=pretrain/jft:ViT-L/16,dataset=my_set,epochs=14 \
     --workdir=runs/l16 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/jft.py:R50+ViT-L/32,dataset=my_set \
+vit_jax pretrain --config=pretrain/jft:R50+ViT-L/32,dataset=my_set \
     --workdir=runs/r50l32 --distributed
 
 `my_set` is a TFDS dataset in ArrayRecord format with `image` and one or several labels per image

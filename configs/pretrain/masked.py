@@ -1,6 +1,6 @@
 r"""Self-supervised pretraining by masked patch prediction (arXiv 2010.11929, appendix B.1.2).
 
-python -m vit_jax.pretrain --config=configs/pretrain/masked.py:ViT-B/16 --workdir=runs/masked
+vit_jax pretrain --config=pretrain/masked:ViT-B/16 --workdir=runs/masked
 
 Expected: B/16 fine-tuned on ImageNet at 384 px 79.9 %, 2 points above training from scratch and 4
 below supervised pretraining. The paper pretrains 1M steps on JFT; 100k steps, or ImageNet's images,

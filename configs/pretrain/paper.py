@@ -1,9 +1,9 @@
 r"""The paper's pretraining on ImageNet and ImageNet-21k (arXiv 2010.11929, Table 3).
 
-python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-B/16 --workdir=runs/b16
-python -m vit_jax.pretrain --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k \
+vit_jax pretrain --config=pretrain/paper:ViT-B/16 --workdir=runs/b16
+vit_jax pretrain --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --workdir=runs/l16 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/paper.py:R50+ViT-B/16,dataset=imagenet21k \
+vit_jax pretrain --config=pretrain/paper:R50+ViT-B/16,dataset=imagenet21k \
     --workdir=runs/r50b16 --distributed
 
 Expected validation accuracy at 224 px before fine-tuning (authors' reply in issue 62 of

@@ -1,8 +1,8 @@
 r"""ViT-g/14 and ViT-G/14 of "Scaling Vision Transformers" (Zhai et al., arXiv 2106.04560).
 
-python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-g/14,dataset=my_set \
+vit_jax pretrain --config=pretrain/scaling_vit:ViT-g/14,dataset=my_set \
     --config.data.data_dir=/mnt/data --workdir=runs/g14 --distributed
-python -m vit_jax.pretrain --config=configs/pretrain/scaling_vit.py:ViT-G/14,dataset=my_set \
+vit_jax pretrain --config=pretrain/scaling_vit:ViT-G/14,dataset=my_set \
     --workdir=runs/G14 --distributed
 
 `my_set` is any large labelled dataset, as in jft.py. To cool down earlier, resume from any

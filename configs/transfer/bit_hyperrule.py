@@ -1,6 +1,6 @@
 r"""BiT's HyperRule (Kolesnikov et al., arXiv 1912.11370, section 3.3), without tuning.
 
-python -m vit_jax.transfer --config=configs/transfer/bit_hyperrule.py:20000 \
+vit_jax transfer --config=transfer/bit_hyperrule:20000 \
     --config.data=/my/images --config.init=BiT-M-R50x1.npz --workdir=runs/bit
 
 For ResNets. The argument is the number of training images:

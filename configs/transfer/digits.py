@@ -1,6 +1,6 @@
 r"""Fine-tunes on scikit-learn's handwritten digits: 1,797 images of 8x8, a third held out.
 
-python -m vit_jax.transfer --config=configs/transfer/digits.py --config.init=runs/strokes \
+vit_jax transfer --config=transfer/digits --config.init=runs/strokes \
     --workdir=runs/digits
 
 Our own recipe, for the checkpoints of configs/pretrain/formula.py.

@@ -1,6 +1,6 @@
 r"""Trains a classifier on a folder of images.
 
-python -m vit_jax.transfer --config=configs/transfer/folder.py --config.data=/my/images \
+vit_jax transfer --config=transfer/folder --config.data=/my/images \
     --config.init=augreg:S/16 --workdir=runs/mine
 
 `data` is a folder `class/name.jpg` or `train/class/name.jpg`, a table (.csv, .jsonl) of images, or

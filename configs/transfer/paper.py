@@ -1,6 +1,6 @@
 r"""The paper's fine-tuning (arXiv 2010.11929, Table 4 and appendix B.1.1).
 
-python -m vit_jax.transfer --config=configs/transfer/paper.py:cifar10 --config.init=runs/b16 \
+vit_jax transfer --config=transfer/paper:cifar10 --config.init=runs/b16 \
     --workdir=runs/cifar10
 
 `sweep=True` chooses the learning rate on the part that the paper holds out (1% of the training

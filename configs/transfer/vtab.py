@@ -1,6 +1,6 @@
 r"""One of the 19 tasks of VTAB-1k, as in the paper (arXiv 2010.11929, section 4.1 and Table 4).
 
-python -m vit_jax.transfer --config=configs/transfer/vtab.py:cifar100 --config.init=vit:L/16-21k \
+vit_jax transfer --config=transfer/vtab:cifar100 --config.init=vit:L/16-21k \
     --workdir=runs/vtab_cifar100
 
 All tasks: 2,500 steps on the 1,000 images of `train+dev`, learning rate 0.01, SGD with momentum

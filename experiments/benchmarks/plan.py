@@ -1,7 +1,7 @@
 r"""Plans of the paper's and larger models on TPU pods and GPUs, estimated by compilers.
 
-python -m experiments.benchmarks.plan --rows='v5e|v4|tpu7x|v3'  # pip install 'vit_jax[tpu]'
-python -m experiments.benchmarks.plan --rows='h100|h200|a100|b200'  # pip install 'vit_jax[cuda]'
+python -m experiments.benchmarks.plan --rows='v5e|v4|tpu7x|v3'  # pip install 'jax[tpu]'
+python -m experiments.benchmarks.plan --rows='h100|h200|a100|b200'  # pip install 'jax[cuda12]'
 
 Each row is one call of `python -m vit_jax.plan`. Reports go to results/plan.json, and a table of
 all of them to results/plan.md. No chip is used: these are estimates, not measurements. A row takes

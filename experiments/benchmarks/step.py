@@ -14,7 +14,7 @@ For GPUs (`h100:8`) the compiler estimates no time; the report has memory and co
 `--step` names a function that builds another step for the same chips, to compare with ours; see
 `yardstick.plain`. `--depths=1,2` compiles only these depths and extrapolates linearly to the
 variant's, because compile time grows with the depth of an unrolled model. `--write` adds the report
-to results/step.json and rewrites results/step.md. Needs only a compiler: pip install 'vit_jax[tpu]'
+to results/step.json and rewrites results/step.md. Needs only a compiler: pip install 'jax[tpu]'
 or 'vit_jax[cuda]'.
 """
 

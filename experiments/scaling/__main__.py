@@ -1,4 +1,6 @@
-"""The scaling study: python -m experiments.scaling COMMAND --study=mini
+"""Runs scaling studies, draws their figures and the paper's, fits laws.
+
+vit_jax scaling COMMAND --study=mini, which is python -m experiments.scaling
 
 expand    lists the runs of a study
 cost      estimates exaFLOPs, chip-hours and price per run on a given slice
@@ -12,6 +14,7 @@ import argparse
 import ast
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from pathlib import Path
 
 from experiments.scaling.runner import Store, commands, statuses, train, work
 from experiments.scaling.study import Study, expand, load_study
+from vit_jax.command_line import stoppable
 from vit_jax.config import explained_errors
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.scaling",
+        prog="vit_jax scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,6 +75,11 @@ def open_store(options: argparse.Namespace, study: Study) -> Store:
     return Store(folder, options.results or (kept if kept.exists() else None))
 
 
+def paper_figures(paper: Path) -> Path:
+    """The folder of the paper's figures, which are kept in a clone."""
+    return kept if (kept := paper / "figures").is_dir() else Path("runs/scaling/paper")
+
+
 def run(options: argparse.Namespace, study: Study) -> int:
     """Runs the study; returns 1 if a run failed or was refused, or with --only isn't done."""
     store = open_store(options, study)
@@ -110,20 +119,28 @@ def run_workers(count: int) -> int:
     arguments = [a for a in sys.argv[1:] if a != "--retry_failed"] + ["--workers=1"]
 
     def start(index: int) -> subprocess.Popen:
-        command = [sys.executable, "-m", "experiments.scaling", *arguments]
-        return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index)})
+        command = [sys.executable, "-m", "vit_jax", "scaling", *arguments]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(index)}
+        return subprocess.Popen(command, env=environment, start_new_session=True)
 
     workers, codes = {i: start(i) for i in range(count)}, []
-    while workers:
-        for i, worker in list(workers.items()):
-            if (code := worker.poll()) is None:
-                continue
-            if code < 0:
-                print(f"worker {i} was killed by signal {-code}: restarting it")
-                workers[i] = start(i)
-            else:
-                codes.append(workers.pop(i).returncode)
-        time.sleep(1)
+    try:
+        while workers:
+            for i, worker in list(workers.items()):
+                if (code := worker.poll()) is None:
+                    continue
+                if code < 0:
+                    print(f"worker {i} was killed by signal {-code}: restarting it")
+                    workers[i] = start(i)
+                else:
+                    codes.append(workers.pop(i).returncode)
+            time.sleep(1)
+    except KeyboardInterrupt:  # theirs are other sessions, which the terminal doesn't tell
+        for worker in workers.values():
+            worker.send_signal(signal.SIGINT)
+        for worker in workers.values():
+            worker.wait()
+        raise
     return max(codes)
 
 
@@ -175,17 +192,18 @@ def main(arguments: list[str]) -> int:
                 store = open_store(options, study)
                 written = draw_study(study, store, options.output or store.results.parent)
             else:
-                written = draw_paper(options.output or PAPER / "figures")
+                written = draw_paper(options.output or paper_figures(PAPER))
             print("\n".join(map(str, written)))
         else:
             from experiments.scaling.figures import PAPER
             from experiments.scaling.findings import show_fits
 
             store = open_store(options, study) if study else None
-            folder = store.results.parent if store else PAPER / "figures"
+            folder = store.results.parent if store else paper_figures(PAPER)
             show_fits(study, store, options.output or folder)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with stoppable():
+        sys.exit(main(sys.argv[1:]))

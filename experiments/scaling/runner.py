@@ -369,5 +369,5 @@ def commands(found: list[Status], arguments: str) -> Iterator[str]:
     """Yields command lines for a cluster's queue; runs come after those they depend on."""
     for status in found:
         if status.state in ("missing", "interrupted", "waits"):
-            line = f"python -m experiments.scaling run {arguments} --only={status.run.name}"
+            line = f"python -m vit_jax scaling run {arguments} --only={status.run.name}"
             yield line + (f"  # {status.state} {status.note}" if status.note else "")

@@ -28,6 +28,11 @@ class SplitConfig:
     `train` is without the dev part. Where `dev` is empty, its share is cut: of image files
     stratified by class; of other datasets the end of `train`, as the paper does, whose examples
     must then be in random order. The same for `test`, of image files alone.
+
+    Attributes:
+      train, dev, test: names of splits.
+      dev_share, test_share: parts to cut, in (0, 1).
+      seed: of the cuts.
     """
 
     train: str = "train"

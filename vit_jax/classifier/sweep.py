@@ -33,9 +33,13 @@ Values = dict[str, Any]  # dotted field of the recipe -> its value in a trial
 class SweepConfig:
     """What to try: the product of `learning_rates` (schedule.peak) and of `grid`.
 
-    `grid` lists (dotted field, values); an empty sweep is one trial of the recipe as it is.
-    `devices` are those of a trial: on more of them trials run side by side. None: see
-    `devices_of_a_trial`.
+    An empty sweep is one trial of the recipe as it is.
+
+    Attributes:
+      learning_rates: values of schedule.peak.
+      grid: (dotted field, values) pairs.
+      devices: those of a trial: on more of them trials run side by side. None: see
+        `devices_of_a_trial`.
     """
 
     learning_rates: tuple[float, ...] = ()

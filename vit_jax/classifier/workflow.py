@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from vit_jax.classifier.sweep import (
     with_values,
 )
 from vit_jax.config import build, printable
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import is_path, open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.parallel import multihost
@@ -81,6 +82,12 @@ def transfer(
     if not workdir:
         raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
     return run_workflow(config, Path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})")
+
+
+def default_workdir(dataset: str) -> Path:
+    """Returns the folder of a run on a dataset where none is named: runs/NAME, in this folder."""
+    name = Path(dataset).expanduser().resolve().stem if is_path(dataset) else dataset
+    return Path("runs") / (re.sub(r"[^\w.+-]+", "_", name) or "transfer")
 
 
 def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:

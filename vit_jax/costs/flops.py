@@ -12,9 +12,9 @@ Letters in the formulas: N tokens, D width, M MLP width, C channels.
 import math
 
 import jax
-from absl import app
 
-from vit_jax import config as configuration
+from vit_jax.command_line import run
+from vit_jax.config import explained_errors
 from vit_jax.costs.chips import CHIPS, Chip
 from vit_jax.models.mixer import Mixer
 from vit_jax.models.resnet import ResNet, StemConfig
@@ -221,7 +221,7 @@ def table_2_row(row: tuple[str, str, int, int, int]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints the tables as Markdown."""
-    with configuration.explained_errors():
+    with explained_errors():
         print(
             "1,000 classes; 384 px is 378 where the patch is 14; exaFLOPs: 7 epochs of JFT-300M\n"
         )
@@ -242,4 +242,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main, rest="VARIANT ...")

@@ -104,13 +104,13 @@ def open_topology(topology: Topology) -> list[jax.Device]:
 
     Raises ValueError if the compiler for them isn't installed or rejects the topology.
     """
-    kind, module, extra = ("GPU", "jax_plugins.xla_cuda12", "cuda")
+    kind, module, package = ("GPU", "jax_plugins.xla_cuda12", "jax[cuda12]")
     if topology.chip.is_tpu:
-        kind, module, extra = ("TPU", "libtpu", "tpu")
+        kind, module, package = ("TPU", "libtpu", "jax[tpu]")
     if not _installed(module):
         raise ValueError(
             f"{topology}: the compiler for {kind}s is not installed; it needs no {kind}: "
-            f"pip install 'vit_jax[{extra}]'"
+            f"pip install '{package}'"
         )
     jax.config.update("jax_platforms", "cpu")  # doesn't allocate local devices
     try:

@@ -241,13 +241,13 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
             command += f"{data_dir or 'DATA_DIR'} --name=imagenet2012"
         raise FileNotFoundError(
             f"{name} is not prepared: {folder} holds no dataset. Prepare it with\n"
-            f"  pip install 'vit_jax[prepare]'\n  {command}"
+            f"  {INSTALL}\n  {command}"
         )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise FileNotFoundError(
             f"{folder} holds {', '.join(sorted(formats))} files, expected array_record. "
-            f"Convert them with\n  pip install 'vit_jax[prepare]'\n"
+            f"Convert them with\n  {INSTALL}\n"
             f"  tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
     return builder
@@ -290,5 +290,5 @@ def build_with_tfds(name: str, data_dir: str) -> str:
     try:
         builder.download_and_prepare()
     except ImportError as error:
-        raise ValueError(f"{error}: TFDS needs pip install 'vit_jax[prepare]'") from error
+        raise ValueError(f"{error}: TFDS needs more packages: {INSTALL}") from error
     return str(builder.data_dir)

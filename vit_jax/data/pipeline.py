@@ -31,7 +31,9 @@ class DataConfig:
     """What to read, and how eagerly.
 
     Attributes:
-      dataset, split, data_dir: see `sources.open_source`.
+      dataset: a name or path, as `sources.open_source` reads it.
+      split: as in TFDS: train[:99%], train+validation.
+      data_dir: folder of prepared TFDS datasets; None: TFDS's own default.
       mixture: instead of them, name -> a dataset with a weight: see `mixture.PartConfig`. One epoch
         is as many examples as all parts have together.
       mixture_labels: `shared` or `concatenated`: see `mixture.open_mixture`.

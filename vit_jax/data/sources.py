@@ -69,8 +69,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         `fractals/1000` (formula-driven, the number of classes after the slash, 1000 by default;
         `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a dataset that
         TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`, `my_set/config`), or a
-        path, which begins with `/`, `.` or `~`: a folder of such a dataset's files, or what
-        `open_path` reads.
+        path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
       data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
 
@@ -104,8 +103,16 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`."""
-    return name.startswith(("/", ".", "~"))
+    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or is there.
+
+    What we or TFDS call by name stays a name: `digits`, `strokes`, and beside the working directory
+    the folder of a prepared dataset, `cifar10/3.0.2/`.
+    """
+    if name.startswith(("/", ".", "~")):
+        return True
+    if name == "digits" or name.partition("/")[0] in FORMULAS or not Path(name).exists():
+        return False
+    return not any(Path(name).glob(f"*/{METADATA}"))
 
 
 def open_path(path: str) -> Listing:

@@ -13,8 +13,10 @@ from vit_jax.config import unknown
 class LossConfig:
     """The training objective.
 
-    `softmax`: cross-entropy. `sigmoid`: the sum over classes of binary cross-entropies.
-    `masked_patches`: see `losses.masked_patches`; it uses no labels.
+    Attributes:
+      name: `softmax`: cross-entropy. `sigmoid`: the sum over classes of binary cross-entropies.
+        `masked_patches`: see `losses.masked_patches`; it uses no labels.
+      label_smoothing: share of each target that is spread over all classes, in [0, 1).
     """
 
     name: str = "softmax"

@@ -93,11 +93,11 @@ class ModelConfig:
     doesn't have must stay at its default.
     """
 
-    variant: str
-    width: int | None = None
-    depth: int | None = None
-    mlp_dim: int | None = None
-    num_heads: int | None = None
+    variant: str  # a name of `vit_jax models`, or another of these forms
+    width: int | None = None  # of the tokens
+    depth: int | None = None  # blocks
+    mlp_dim: int | None = None  # hidden width of the MLP
+    num_heads: int | None = None  # of attention
     token_mlp_dim: int | None = None  # Mixer
     stages: tuple[int, ...] | None = None  # ResNet and hybrid: units per stage
     stem_width: int | None = None  # ResNet and hybrid: channels of the root; 64 for "x1"

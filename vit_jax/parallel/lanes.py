@@ -36,7 +36,7 @@ def make_lanes(size: int) -> list[Lane]:
 def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lane]) -> None:
     """Runs jobs concurrently, one per lane.
 
-    After SIGTERM or a failed job, the running jobs are told to stop and no more are started.
+    After SIGTERM, Ctrl-C or a failed job, running jobs are told to stop and no more are started.
 
     Args:
         jobs: label -> function of a lane.
@@ -44,12 +44,14 @@ def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lan
 
     Raises:
         SystemExit: with `PREEMPTED` after SIGTERM, once all jobs have ended.
+        KeyboardInterrupt: after Ctrl-C, likewise; the second time at once.
         Exception: the error of a failed job, once all jobs have ended.
     """
     free = queue.SimpleQueue()
     for lane in lanes:
         free.put(lane)
-    with Preemption() as preemption, ThreadPoolExecutor(len(lanes)) as pool:
+    pool = ThreadPoolExecutor(len(lanes))
+    with Preemption() as preemption:
 
         def begin(label: str, job: Callable[[Lane], None]) -> None:
             if preemption.told:
@@ -68,9 +70,13 @@ def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lan
             wait(futures)
         except KeyboardInterrupt:
             preemption.tell()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
+        pool.shutdown()
     failed = [error for future in futures if (error := future.exception())]
     if failed:
-        raise min(failed, key=lambda error: isinstance(error, SystemExit))
+        raise min(failed, key=lambda error: isinstance(error, (SystemExit, KeyboardInterrupt)))
+    if preemption.interrupted:
+        raise KeyboardInterrupt("stopped: the same command goes on")
     if preemption.told:
         raise SystemExit(PREEMPTED)

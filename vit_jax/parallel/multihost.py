@@ -238,18 +238,30 @@ def barrier(name: str) -> None:
 
 
 class Preemption:
-    """Detects SIGTERM on any process, so that all stop at the same step."""
+    """Detects SIGTERM and Ctrl-C on any process, so that all stop at the same step.
+
+    Before the first step, and the second time, Ctrl-C raises KeyboardInterrupt where the process
+    is. `interrupted` tells whether this process was stopped by it.
+    """
 
     def __enter__(self) -> "Preemption":
-        self.told = False
-        self._previous = None
-        # With several processes jax handles the signal itself.
-        alone = not jax.distributed.is_initialized()
-        if alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._hear)
+        self.told = self.interrupted = self._stepping = False
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            # With several processes jax handles SIGTERM itself.
+            if not jax.distributed.is_initialized():
+                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear)
         return self
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted or not self._stepping:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            if jax.distributed.is_initialized():
+                signal.raise_signal(signal.SIGTERM)  # which jax tells all processes
         self.tell()
 
     def tell(self) -> None:
@@ -258,10 +270,11 @@ class Preemption:
 
     def reached(self, step: int) -> bool:
         """Returns whether to save and stop after this step. Call it after every step."""
+        self._stepping = True
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self.told
 
     def __exit__(self, *error: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -225,7 +225,8 @@ def train(run: Run) -> dict[str, float]:
 
     Raises FloatingPointError when the loss or a parameter is no longer finite; the last checkpoint
     is then from before. Told to end by SIGTERM, it saves and exits with code
-    `multihost.PREEMPTED`; started again, it goes on.
+    `multihost.PREEMPTED`; started again, it goes on. After Ctrl-C it saves and raises
+    KeyboardInterrupt; the second time at once.
     """
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
@@ -291,10 +292,19 @@ def train(run: Run) -> dict[str, float]:
             checkpoints.wait()
         starts.keep(end)
         metrics.say(starts.summary())
-        if end < run.steps and not has_waited(*patience):
-            metrics.say(f"told to end after step {end}: start again to go on from there")
-            raise SystemExit(PREEMPTED)
+        if preemption.interrupted:
+            raise KeyboardInterrupt(f"stopped at step {end}; the same command goes on")
+        _check_finished(run, end, metrics, patience)
         return metrics.last()
+
+
+def _check_finished(
+    run: Run, end: int, metrics: Metrics, patience: tuple[Path, str, int | None]
+) -> None:
+    """SystemExit with `PREEMPTED` for a run that was told to end before its last step."""
+    if end < run.steps and not has_waited(*patience):
+        metrics.say(f"told to end after step {end}: start again to go on from there")
+        raise SystemExit(PREEMPTED)
 
 
 def _take_steps(

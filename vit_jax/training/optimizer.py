@@ -47,9 +47,9 @@ class ScheduleConfig:
     Raises ValueError for an unknown decay and for values that make no schedule.
     """
 
-    peak: float
+    peak: float  # the highest learning rate
     warmup: int = 10_000  # steps
-    decay: str = "cosine"
+    decay: str = "cosine"  # constant | linear | cosine | rsqrt | staircase
     end: float = 0.0  # the final learning rate of linear, cosine and cooldown
     timescale: int = 10_000  # steps, of rsqrt
     cooldown: int = 0  # steps, the last ones; of constant and rsqrt
@@ -96,17 +96,17 @@ class OptimizerConfig:
     Raises ValueError for unknown names and for values out of range.
     """
 
-    name: str = "adamw"
+    name: str = "adamw"  # | sgd | adafactor
     b1: float = 0.9  # momentum, of every optimizer
     b2: float = 0.999  # AdamW's second moment; the most that Adafactor's may reach
     eps: float = 1e-8  # AdamW's
     momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
-    weight_decay: float = 0.0
-    weight_decay_convention: str = "multiplied"
+    weight_decay: float = 0.0  # by `weight_decay_convention`
+    weight_decay_convention: str = "multiplied"  # | independent
     weight_decay_rules: Rules = ((KERNELS, 1.0), (".*", 0.0))  # factors of weight_decay
     lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
     layer_decay: float = 1.0  # of the rate, from each block to the one below: see `layer_factors`
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = 1.0  # largest norm of all gradients together
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:

@@ -25,7 +25,7 @@ import safetensors.numpy
 
 from vit_jax.weights.published import by_hand
 
-EXTRAS = {"gs": "gcs", "hf": "hub"}  # scheme of a path -> extra to install, as vit_jax[gcs]
+PACKAGES = {"gs": "gcsfs", "hf": "huggingface_hub"}  # scheme of a path -> what reads it
 
 # Weights hardly compress, so an npz may unpack to at most FREE_BYTES + MAX_RATIO * its size. A
 # deflate stream expands at most DEFLATE_RATIO times (zlib's technical details).
@@ -131,7 +131,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     if not remote:
         yield Path(path).expanduser()
         return
-    if scheme not in EXTRAS:
+    if scheme not in PACKAGES:
         raise ValueError(f"{path}: expected a local path, gs://bucket/file or hf://owner/repo/file")
     if scheme == "hf" and rest.count("/") == 1:
         path = f"{path}/model.safetensors"
@@ -142,7 +142,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     except ImportError as error:
         raise ValueError(
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
-            f"pip install 'vit_jax[{EXTRAS[scheme]}]', or {by_hand(path)}"
+            f"pip install {PACKAGES[scheme]}, or {by_hand(path)}"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.rpartition("/")[2]

@@ -46,7 +46,7 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
     except ImportError as error:
         raise ValueError(
             f"{path}: ONNX needs a package that is not installed ({error}): "
-            "pip install 'vit_jax[onnx]'"
+            "pip install jax2onnx onnx onnxruntime"
         ) from error
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
     names = ("logits", "features") if model.num_classes else ("features",)

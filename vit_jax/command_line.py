@@ -1,0 +1,214 @@
+"""What all commands share: flags, recipes by name, positional arguments, help, errors, Ctrl-C."""
+
+import contextlib
+import glob
+import importlib.util
+import inspect
+import logging as standard_logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vit_jax.config import WORKFLOW, explained_errors, printable
+from vit_jax.recipes import find_recipe, list_recipes
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
+_NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
+# Loggers that report what was tried before it failed or worked; our errors say what matters of it.
+CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
+HELP = ("-h", "-help", "--help", "--helpshort")
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """The flag --config=RECIPE, with --config.field=value for any field of the recipe.
+
+    A field that the recipe leaves at its default may be set too; `build` refuses unknown ones.
+    """
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="A recipe's name, such as pretrain/paper:ViT-B/16, or a file with get_config.",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+
+
+def run(
+    main: Callable[[list[str]], Any],
+    *positional: str,
+    rest: str = "",
+    recipe: str = "",
+    required: bool = True,
+) -> None:
+    """Runs a command: parses its flags, calls `main`, ends the process.
+
+    Args:
+      main: gets the command as it was typed, then the positional arguments that no flag took.
+      *positional: flags that positional arguments fill in this order, where they aren't given.
+      rest: what the other positional arguments are, for the usage; "": there may be none.
+      recipe: the recipe without --config; "": it must be given.
+      required: whether all of `positional` must be given, in either way.
+
+    Exits with code 2 and the usage without any argument where one is needed, 1 and a line that
+    begins with "error:" for a mistake, 130 after Ctrl-C.
+    """
+    needs = tuple(positional) if required else ()
+
+    def parse(argv: list[str]) -> list[str]:
+        typed = shlex.join([_program(), *argv[1:]])
+        usage = _usage(positional, rest, required)
+        if any(text in HELP for text in argv[1:]):
+            print(_help(main, usage, recipe))
+            sys.exit(0)
+        has_config = "config" in flags.FLAGS
+        if len(argv) == 1 and (positional or has_config):
+            print(f"{usage}\n{_program()} --help explains it", file=sys.stderr)
+            sys.exit(2)
+        with explained_errors():
+            if has_config:
+                _settle_config(argv, recipe)
+            arguments = _fill(positional, parse_flags(argv)[1:])
+            if has_config and flags.FLAGS["config"].value is None:
+                raise ValueError(_NO_RECIPE)
+            if missing := [name for name in needs if flags.FLAGS[name].value is None]:
+                raise ValueError(f"--{missing[0]} is missing\n{usage}")
+            if arguments and not rest:
+                raise ValueError(f"unexpected {' '.join(arguments)}\n{usage}")
+        return [typed, *arguments]
+
+    with stoppable():
+        app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ends the process after Ctrl-C with exit code 130 and one line, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
+        if error.args:  # it was waited for: `loop.train` has saved
+            sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # waits for no threads
+
+
+def _settle_config(argv: list[str], recipe: str) -> None:
+    """Puts the file of the recipe into --config, in place: config_flags reads sys.argv itself."""
+    for i, text in enumerate(argv):
+        if text in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = _with_file(argv[i + 1])
+            return
+        if match := re.match(r"--?config=", text):
+            argv[i] = match[0] + _with_file(text[match.end() :])
+            return
+    if recipe:
+        argv.insert(1, f"--config={_with_file(recipe)}")
+    elif any(re.match(r"--?config\.", text) for text in argv):
+        raise ValueError(_NO_RECIPE)
+
+
+def _with_file(recipe: str) -> str:
+    name, colon, argument = recipe.partition(":")
+    return f"{find_recipe(name)}{colon}{argument}"
+
+
+def _fill(names: Sequence[str], arguments: list[str]) -> list[str]:
+    """Gives the flags that aren't set the first arguments; returns the others."""
+    for name in names:
+        if arguments and not flags.FLAGS[name].present:
+            flags.FLAGS[name].parse(arguments.pop(0))
+    return arguments
+
+
+_MOVED = [  # flags' names of earlier versions
+    (re.compile(r"^--?config\.(classification|fewshot)(?=\.)"), "--config.evaluators"),
+    (re.compile(rf"^--?config\.({'|'.join(WORKFLOW)})(?=[.=]|$)"), r"--config.workflow.\1"),
+]
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags of a command line, those of earlier versions too; returns what is left.
+
+    Raises ValueError for a flag that doesn't exist or fit.
+    """
+    # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
+    argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
+    for old, new in _MOVED:
+        for name in sorted({match[1] for text in argv if (match := old.match(text))}):
+            print(
+                f"--config.{name} is now {old.sub(new, f'--config.{name}.')[:-1]}", file=sys.stderr
+            )
+        argv[:] = [old.sub(new, text) for text in argv]
+    try:
+        arguments = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise ValueError(f"{error}; {_program()} --help lists the flags") from error
+    except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
+        raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+        for library in CHATTY:
+            standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
+    skip_absent_tpu()
+    return arguments
+
+
+def skip_absent_tpu() -> None:
+    """Has jax use the CPU where libtpu is installed and neither a TPU nor another plugin is there.
+
+    libtpu, which `plan` needs, would look for the TPU and write to stderr what it doesn't find.
+    """
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
+    if plugins == ["libtpu"] and not chips and not os.environ.get("JAX_PLATFORMS"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if jax := sys.modules.get("jax"):  # it has read the variable
+            jax.config.update("jax_platforms", "cpu")
+
+
+def numbers(name: str, value: Any, kind: type) -> Any:
+    """Converts the texts of a list flag to a tuple of numbers; other values pass."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return tuple(map(kind, value))
+    except ValueError as error:
+        raise ValueError(f"--{name}={','.join(value)}: expected numbers, {error}") from error
+
+
+def _program() -> str:
+    """How the command was started: "vit_jax transfer" or "python -m vit_jax.transfer"."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    known = sys.argv[0].startswith("vit_jax ") or not module
+    return sys.argv[0] if known else f"python -m {module.name}"
+
+
+def _usage(positional: Sequence[str], rest: str, required: bool) -> str:
+    shown = " ".join(positional).upper()
+    words = [f"[{shown}]" if shown and not required else shown, f"[{rest}]" if rest else ""]
+    return printable(f"usage: {' '.join([_program(), *filter(None, words)])} [--flag=value ...]")
+
+
+def _help(main: Callable, usage: str, recipe: str) -> str:
+    """The usage, what the command does, and its flags with their defaults."""
+    lines = [usage, "", inspect.cleandoc(main.__globals__["__doc__"]), "", "flags:"]
+    own = flags.FLAGS.get_flags_for_module(sys.argv[0])
+    if "config" in flags.FLAGS:
+        own = [flags.FLAGS["config"], *(flag for flag in own if flag.name != "config")]
+    for flag in own:
+        default = recipe if flag.name == "config" else flag.default
+        if isinstance(default, list):
+            default = ",".join(map(str, default))
+        known = f": {', '.join(flag.parser.enum_values)}" if flag.flag_type() == "enum" else ""
+        shown = "" if default in (None, "") else f" (default: {default})"
+        lines.append(f"  --{flag.name:20} {flag.help}{known}{shown}")
+    if "config" in flags.FLAGS:
+        lines.append(f"  --{'config.FIELD':20} Any field of the recipe: vit_jax recipes NAME")
+        lines += ["", "recipes:", *(f"  {name}" for name in list_recipes())]
+    return "\n".join(lines)
