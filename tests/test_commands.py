@@ -108,8 +108,20 @@ def test_killed_at_any_moment_resumes_exactly(tmp_path):
 
 def test_another_config_is_refused(up, tmp_path):
     before = (up / "config.json").read_text()
-    changes = ("--config.optimizer.b1=0.8", "--config.log_every=2")
-    refused, finished = commands(tmp_path, [pretrain(up, 12, change) for change in changes])
+    other = tmp_path / "other"
+    unset = [f"--config.{field}=none" for field in ("optimizer.clip_norm", "eval_every")]
+    refused, finished, started = commands(
+        tmp_path,
+        [
+            pretrain(up, 12, "--config.optimizer.b1=0.8"),
+            pretrain(up, 12, "--config.log_every=2"),  # may change
+            pretrain(other, 12, "--config.epochs=1e-5", "--config.schedule.warmup=0", *unset),
+        ],
+    )
+    assert started[0] == 0, started
+    resolved = json.loads((other / "config.json").read_text())
+    assert (resolved["steps"], resolved["epochs"]) == (None, 1e-5)
+    assert resolved["optimizer"]["clip_norm"] is None and resolved["eval_every"] is None
     assert refused[0] == 1
     assert "optimizer.b1: 0.9 there, 0.8 here" in refused[2] and "Traceback" not in refused[2]
     assert (up / "config.json").read_text() == before.replace('"log_every": 1', '"log_every": 2')
@@ -128,7 +140,9 @@ BAD = {
     "--config.accumulation=3": "does not divide over 1 devices x 3 microbatches",
     "--config.image_size=30": "use a multiple of 8 (24 or 32)",
     "--config.data.preprocess=resise": "did you mean 'resize'",
-    "--config.epochs=3.0": "set exactly one of them",
+    "--config.steps=none": "steps = None and epochs = None: set exactly one of them",
+    "--config.batch_size=none": "config.batch_size = 'none': expected int",
+    "--config.modle.depth=none": 'Did you mean "model"',
     "--config=configs/pretrain/none.py": "configs/pretrain/none.py",
     "--config.evaluators.validation.data.preprocess=crop": "unknown preprocessing op 'crop'",
     "--config.classification.validation.data.preprocess=crop": "is now --config.evaluators",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -132,10 +133,15 @@ _MOVED = [  # flags' names of earlier versions
 ]
 
 
+_FIELD = re.compile(r"^--?config\.([\w.]+)=(.*)$")
+_EITHER = (("steps", "epochs"), ("epochs", "steps"))  # setting one unsets the other
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags of a command line, those of earlier versions too; returns what is left.
 
-    Raises ValueError for a flag that doesn't exist or fit.
+    `--config.field=none` unsets an optional field, and one of steps and epochs the other. Raises
+    ValueError for a flag that doesn't exist or fit.
     """
     # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
     argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
@@ -145,8 +151,15 @@ def parse_flags(argv: list[str]) -> list[str]:
                 f"--config.{name} is now {old.sub(new, f'--config.{name}.')[:-1]}", file=sys.stderr
             )
         argv[:] = [old.sub(new, text) for text in argv]
+    fields = [match for text in argv if (match := _FIELD.match(text))]
+    unset = [match[1] for match in fields if match[2].lower() == "none"]
+    argv[:] = [text for text in argv if not ((m := _FIELD.match(text)) and m[1] in unset)]
+    named = {match[1] for match in fields} - {*unset}
+    unset += [other for one, other in _EITHER if one in named and other not in named]
     try:
         arguments = flags.FLAGS(argv)
+        for name in unset:
+            _unset(flags.FLAGS["config"].value, name)
     except flags.Error as error:
         raise ValueError(f"{error}; {_program()} --help lists the flags") from error
     except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
@@ -157,6 +170,15 @@ def parse_flags(argv: list[str]) -> list[str]:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
     skip_absent_tpu()
     return arguments
+
+
+def _unset(config: ml_collections.ConfigDict, name: str) -> None:
+    """Sets a field to "none", which `config.build` takes for None where a field is optional."""
+    *groups, field = name.split(".")
+    for group in groups:
+        config = config[group]
+    with config.ignore_type():
+        config[field] = "none"
 
 
 def skip_absent_tpu() -> None:

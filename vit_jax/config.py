@@ -135,7 +135,7 @@ def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
+        if type(None) in args and (value is None or str(value).lower() == "none"):
             return None
         options = [a for a in args if a is not type(None)]
         for option in options[:-1]:
