@@ -1,7 +1,10 @@
 """An ONNX file computes what the model does, for any batch, or isn't written."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -112,3 +115,28 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.onnx: .*jax2onnx.*: pip install jax2onnx onnx"):
         formats.write(tmp_path / "a.onnx", params, description, "onnx")
     assert not list(tmp_path.iterdir())
+
+
+EXPORT = """
+import sys; sys.path.insert(0, "tests")
+from test_onnx import MODELS, make
+from vit_jax.weights.onnx import write_onnx
+_, params, description = make(MODELS["mixer"])
+write_onnx(sys.argv[1], params, description)
+"""
+
+
+def test_nothing_is_written_elsewhere(tmp_path):
+    """onnxruntime would keep an identifier of the device below the home folder."""
+    pytest.importorskip("jax2onnx")
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "XDG_CACHE_HOME")}
+    subprocess.run(
+        [sys.executable, "-c", EXPORT, tmp_path / "model.onnx"],
+        cwd=Path(__file__).parent.parent,
+        env={**environment, "HOME": str(home)},
+        check=True,
+    )
+    assert (tmp_path / "model.onnx").exists()
+    assert not [path for path in home.rglob("*") if path.is_file()]

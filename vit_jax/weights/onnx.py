@@ -40,6 +40,8 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
     """
     fields = {"dtype": "float32", "scan": False, "remat": "none"}
     model = described_model({**description, "model": {**description["model"], **fields}})
+    # onnxruntime reads it when it is imported, and else keeps a device's identifier in ~/.cache.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import jax2onnx
         import onnx
