@@ -227,7 +227,7 @@ def train(run, config, workdir):
     time.sleep({seconds})
     return fake()(run, config, workdir)
 
-work(STUDY, Store(Path({folder!r}), lease=6.0), train, poll=0.05)
+work(STUDY, Store(Path({folder!r})), train, poll=0.05)
 """
 
 
@@ -249,9 +249,9 @@ def test_two_processes_share_a_study_and_a_killed_one_is_replaced(tmp_path):
         time.sleep(0.02)
     killed.kill()
     killed.wait()
-    where = store(tmp_path / "study", lease=6.0)
+    where = store(tmp_path / "study")
     first = expand(STUDY)[0]
-    assert states(STUDY, where)[first.key] == "running"  # for all that anyone can know
+    assert states(STUDY, where)[first.key] == "interrupted"  # and nobody waits for the lease
     both = [worker(tmp_path, 0.2) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     made = log.read_text().splitlines()
@@ -302,15 +302,33 @@ def test_claims_have_one_winner(tmp_path):
     assert claims[2].take("a", "at 4") and claims[2].deaths("a") == 0  # it got further
 
 
-def test_a_run_that_kills_its_processes_is_given_up(tmp_path):
-    where = store(tmp_path)
+def test_a_run_that_kills_its_processes_comes_last(tmp_path):
+    where, made = store(tmp_path), []
     run = expand(STUDY)[0]
     for number in range(1, runner.DEATHS + 1):
         assert where.claims.take(run.name, "0")
         os.utime(tmp_path / "claims" / f"{run.name}.{number}", (1, 1))
-    found = {s.run.key: s for s in work(STUDY, where, fake(), say=quiet)}
-    assert found[run.key].state == "failed" and "3 processes died" in found[run.key].note
-    assert found["R | 8 | 4 steps | seed 0"].state == "done"
+
+    def train(run, config, workdir):
+        made.append(run.key)
+        return fake()(run, config, workdir)
+
+    assert {s.state for s in work(STUDY, where, train, say=quiet)} == {"done"}
+    independent = [r.key for r in expand(STUDY) if not (r.init or r.trunk)]
+    assert [key for key in made if key in independent][-1] == run.key
+
+
+def test_the_claim_of_a_process_that_has_ended_expires_at_once(tmp_path):
+    claims = Claims(tmp_path)
+    claims.take("a")
+    (file,) = tmp_path.glob("a.1")
+    assert claims.is_held("a")
+    mine, ended = f":{os.getpid()}@", subprocess.Popen(["true"])
+    ended.wait()
+    file.write_text(file.read_text().replace(mine, f":{ended.pid}@"))
+    assert not claims.is_held("a") and claims.take("a")
+    (tmp_path / "a.2").write_text(file.read_text().replace("@", "@elsewhere"))
+    assert claims.is_held("a")  # of that machine's processes nothing is known here
 
 
 def test_a_machine_may_set_what_defines_no_run(tmp_path):

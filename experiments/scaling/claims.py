@@ -2,8 +2,9 @@
 
 Claim n of a run is the file `NAME.n`, created with O_EXCL, so only one process succeeds. The
 highest number is valid. Its owner touches the file while it lives. A claim that hasn't been touched
-for `lease` seconds has expired, and the first process to create NAME.n+1 takes over. Files are
-never renamed or removed, so two processes can't both win. Times are those of the file system.
+for `lease` seconds has expired, and the first process to create NAME.n+1 takes over. The claim of a
+process of this machine that has ended expires at once. Files are never renamed or removed, so two
+processes can't both win. Times are those of the file system.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ class Claim:
     age: float  # seconds since the last heartbeat
     released: bool  # given back after saving
     owner: str  # host:pid
+    kernel: str  # tells where the pid is known, see `_kernel`
     progress: str  # step of the run when this owner claimed it
 
 
@@ -65,13 +67,13 @@ class Claims:
         path = self._path(name, number + 1)
         try:
             with path.open("x") as file:
-                file.write(f"{socket.gethostname()}:{os.getpid()} {progress}")
+                file.write(f"{socket.gethostname()}:{os.getpid()}@{_kernel()} {progress}")
         except FileExistsError:
             return None
         return Held(self, name, path)
 
     def _is_alive(self, claim: Claim) -> bool:
-        return not claim.released and claim.age < self.lease
+        return not claim.released and claim.age < self.lease and not _has_ended(claim)
 
     def _last(self, name: str) -> int:
         return max((int(p.suffix[1:]) for p in self.folder.glob(f"{name}.[0-9]*")), default=0)
@@ -79,8 +81,9 @@ class Claims:
     def _read(self, name: str, number: int) -> Claim:
         path = self._path(name, number)
         touched = path.stat().st_mtime
-        owner, _, progress = path.read_text().partition(" ")
-        return Claim(number, self._now() - touched, touched == 0, owner or "?", progress)
+        process, _, progress = path.read_text().partition(" ")
+        owner, _, kernel = process.partition("@")
+        return Claim(number, self._now() - touched, touched == 0, owner or "?", kernel, progress)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.{number}"
@@ -89,6 +92,28 @@ class Claims:
         """Returns the file system's time, which all machines share."""
         self._clock.touch()
         return self._clock.stat().st_mtime
+
+
+def _kernel() -> str:
+    """Identifies this boot of this machine and the namespace of its pids; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _has_ended(claim: Claim) -> bool:
+    """Whether the owner is known to be gone: only this machine's pids tell."""
+    if not claim.kernel or claim.kernel != _kernel():
+        return False
+    try:
+        os.kill(int(claim.owner.rpartition(":")[2]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is another user's
+        return False
+    return False
 
 
 class Held:

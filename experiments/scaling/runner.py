@@ -29,7 +29,7 @@ from experiments.scaling.study import (
 from vit_jax.config import covered
 from vit_jax.parallel.files import read_json
 
-DEATHS = 3  # a run that killed this many processes is recorded as failed
+DEATHS = 3  # a run over which this many processes died is tried after all others
 Train = Callable[[Run, dict, Path], dict[str, Any]]
 
 
@@ -227,6 +227,7 @@ def work(
             raise ValueError(f"no run {only!r} in study {study.name}: `expand` lists them")
         ready = [s.run for s in found if s.state in ("missing", "interrupted")]
         ready = [run for run in ready if only in (None, run.name)]
+        ready.sort(key=lambda run: store.claims.deaths(run.name) >= DEATHS)
         if time.monotonic() - began > seconds:
             say(f"{seconds / 60:g} minutes are over")
             return found
@@ -278,12 +279,8 @@ def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]
 
 def _make(run: Run, store: Store, train: Train, free: Mapping[str, Any], say) -> None:
     workdir = store.workdir(run.name)
-    died = store.claims.deaths(run.name)
-    if died >= DEATHS:
-        error = f"{died} processes died in this run (out of memory?); see the log of the last one"
-        store.record(run, {"status": "failed", "error": error})
-        say(f"failed: {run.key}: {error}")
-        return
+    if (died := store.claims.deaths(run.name)) >= DEATHS:
+        say(f"{died} processes died in {run.key} (out of memory? preempted?): it comes last")
     say(f"\n== {run.key}  ({run.name})")
     began = time.time()
     try:
