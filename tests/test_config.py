@@ -48,6 +48,7 @@ def test_nested_mappings():
             {"name": "x", "inner": {"rate": "high"}},
             "config.inner.rate = 'high': expected float, found str",
         ),
+        ({"name": "x", "inner": {"rate": float("inf")}}, "rate = inf: expected a finite number"),
         ({"name": "x", "steps": 1.5}, "config.steps = 1.5: expected int, found float"),
         ({"name": "x", "flag": 1}, "config.flag = 1: expected bool, found int"),
         ({"name": "x", "pair": [1, 2, 3]}, "expected 2 items"),

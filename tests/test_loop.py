@@ -380,6 +380,8 @@ def test_config_errors():
         ({"epochs": 1.0}, "set exactly one"),
         ({"steps": None}, "set exactly one"),
         ({"log_every": 0}, "log_every = 0"),
+        ({"seed": 2**32}, "seed = 4294967296: expected 0 to 4294967295"),
+        ({"data": {"dataset": "digits", "num_threads": -1}}, "data.num_threads = -1"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"checkpoint": {"every": 0}}, "checkpoint.every = 0"),
         ({"profile_steps": "7"}, "profile_steps = '7': expected the first and the last step"),

@@ -59,6 +59,9 @@ def make_config(variant="ViT-nano/8", **fields):
         ("tpu7x:2x2x1", 1, 4, 8, 1),
         ("h100:8", 1, 8, 8, 1),
         ("h100:32x8", 1, 256, 256, 32),
+        ("v5litepod-16", 1, 16, 16, 1),
+        ("v4-32", 1, 16, 16, 1),  # of TensorCores
+        ("v3-8", 1, 4, 8, 1),
     ],
 )
 def test_topologies(text, slices, chips, devices, islands):
@@ -77,6 +80,7 @@ def test_topologies(text, slices, chips, devices, islands):
         ("v5e:16x32", 1, r"for more chips use several slices \(--num_slices\)"),
         ("v5e:3x4", 1, "first two sides are even: the nearest is v5e:4x4"),
         ("v5e:4x4", 0, "num_slices = 0: expected at least 1"),
+        ("v4-24", 1, "12 chips, expected a power of 2, or .* such as v4:4x4x4"),
         ("h100:8", 2, "h100:8 or h100:32x8, without slices"),
     ],
 )

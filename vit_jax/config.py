@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import types
@@ -162,7 +163,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             _convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if hint is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{path} = {value}: expected a finite number")
     if isinstance(hint, type) and type(value) is not hint:
         raise ValueError(
             f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}"

@@ -62,9 +62,10 @@ class Topology:
 def parse_topology(text: str, num_slices: int = 1) -> Topology:
     """Reads `v5e:16x16`, `v4:8x8x16`, or for GPUs `h100:8` and `h100:32x8` (nodes x GPUs).
 
-    Raises ValueError for an unknown chip or an impossible shape or number of slices.
+    Google's accelerator types are read too: `v5litepod-16`, `v6e-256`. Raises ValueError for an
+    unknown chip or an impossible shape or number of slices.
     """
-    name, _, sides = text.partition(":")
+    name, _, sides = _of_accelerator_type(text).partition(":")
     if name not in CHIPS:
         raise unknown("chip", name, CHIPS)
     chip = CHIPS[name]
@@ -97,6 +98,28 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
             f"the nearest is {name}:{'x'.join(map(str, even))}"
         )
     return Topology(chip, shape, num_slices)
+
+
+def _of_accelerator_type(text: str) -> str:
+    """Returns the usual topology of an accelerator type of Google's, and other texts as they are.
+
+    Up to v5p the types count TensorCores, two a chip; later ones count chips.
+    """
+    match = re.fullmatch(r"(v2|v3|v4|v5p|v5litepod|v5e|v6e)-(\d+)", text)
+    if not match:
+        return text
+    name, number = match[1].replace("v5litepod", "v5e"), int(match[2])
+    chips = number if name in ("v5e", "v6e") else number // 2
+    power = max(chips, 1).bit_length() - 1
+    if chips != 2**power:
+        raise ValueError(
+            f"topology {text!r}: {chips} chips, expected a power of 2, or chips along each side, "
+            f"such as {name}:{'x'.join('4' * len(CHIPS[name].pod))}"
+        )
+    sides = [2 ** ((power + i) // len(CHIPS[name].pod)) for i in range(len(CHIPS[name].pod))]
+    if sides == [1, 2, 2]:  # a host
+        sides = [2, 2, 1]
+    return f"{name}:{'x'.join(map(str, sides))}"
 
 
 def open_topology(topology: Topology) -> list[jax.Device]:

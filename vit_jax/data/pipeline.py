@@ -68,8 +68,9 @@ class DataConfig:
                 f"dataset = {self.dataset!r} and mixture of {list(self.mixture)}: "
                 "set exactly one of them"
             )
-        if self.cache_gib < 0 or self.skip_broken < 0:
-            raise ValueError(f"expected {self.cache_gib=} and {self.skip_broken=} to be at least 0")
+        for name in ("num_threads", "num_workers", "prefetch", "cache_gib", "skip_broken"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} = {getattr(self, name)}: expected at least 0")
 
 
 def open_data(data: DataConfig) -> Source:

@@ -140,6 +140,8 @@ class TrainConfig:
         for name in (*at_least_1, "early_stopping", "stop"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.seed < 2**32:  # jax.random.key takes the lower 32 bits
+            raise ValueError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
         if self.early_stopping and not self.eval_every:
             raise ValueError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
