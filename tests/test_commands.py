@@ -6,25 +6,33 @@ import signal
 import time
 
 import numpy as np
+import pytest
 from processes import checkpoint_arrays, command, commands, pretrain, records, start
 
 from vit_jax.training.metrics import read_metrics
 
 
-def test_pretrain_transfer_evaluate(tmp_path):
-    """The main job: the checkpoint walks through all three commands."""
-    code, _, err = command(*pretrain(tmp_path / "up", 12))
+@pytest.fixture(scope="module")
+def up(tmp_path_factory):
+    """The workdir of a pretraining of 12 steps."""
+    workdir = tmp_path_factory.mktemp("up")
+    code, _, err = command(*pretrain(workdir, 12))
     assert code == 0, err
     assert "step 12/12" in err and "img/s" in err and "ETA" in err  # plain lines off a terminal
-    last = read_metrics(tmp_path / "up")[-1]
+    return workdir
+
+
+def test_pretrain_transfer_evaluate(up, tmp_path):
+    """The main job: the checkpoint walks through all three commands."""
+    last = read_metrics(up)[-1]
     assert last["step"] == 12 and last["validation/examples"] == 20
-    resolved = json.loads((tmp_path / "up" / "config.json").read_text())
+    resolved = json.loads((up / "config.json").read_text())
     assert resolved["model"]["depth"] == 1 and resolved["optimizer"]["eps"] == 1e-8
 
     code, out, err = command(
         "transfer",
         "--config=configs/transfer/digits.py:steps=10",
-        f"--config.init={tmp_path / 'up'}",
+        f"--config.init={up}",
         f"--workdir={tmp_path / 'down'}",
         "--config.model.depth=1",
         "--config.batch_size=16",
@@ -33,26 +41,25 @@ def test_pretrain_transfer_evaluate(tmp_path):
     assert "initialised 2: head/bias, head/kernel" in out
     accuracy = read_metrics(tmp_path / "down")[-1]["test/accuracy"]
 
+    cases = [
+        (f"--output={tmp_path / 'result.json'}",),
+        ("--protocol=fewshot", "--shots=1,5", "--seeds=2"),
+        ("--protocol=fewshot", "--shots=1,5", "--seeds=2", "--random_weights"),
+        ("--protocol=linear", "--l2=1e-3,1e-1"),
+        ("--protocol=knn", "--neighbours=1,5"),
+        ("--protocol=classification", "--dev_split=train[:200]"),
+    ]
     evaluate = ("evaluate", f"--checkpoint={tmp_path / 'down'}", "--dataset=digits")
-    code, out, err = command(*evaluate, f"--output={tmp_path / 'result.json'}")
-    assert code == 0, err
-    result = json.loads(out)
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    assert result["accuracy"] == accuracy and result["examples"] == 599
-
-    fewshot = (*evaluate, "--protocol=fewshot", "--shots=1,5", "--seeds=2")
-    results = [json.loads(command(*fewshot, *extra)[1]) for extra in ((), ("--random_weights",))]
-    assert {"1shot", "5shot", "5shot_std"} == results[0].keys() - {"1shot_std"}
-    assert results[0] != results[1]
-
-    for protocol, options, name in (
-        ("linear", ["--l2=1e-3,1e-1"], "dev_accuracy"),
-        ("knn", ["--neighbours=1,5"], "5nn"),
-        ("classification", ["--dev_split=train[:200]"], "temperature"),
-    ):
-        code, out, err = command(*evaluate, f"--protocol={protocol}", *options)
-        assert code == 0, err
-        assert json.loads(out)[name] > 0 and json.loads(out)["examples"] == 599
+    ended = commands(tmp_path, [(*evaluate, *options) for options in cases])
+    assert all(code == 0 for code, _, _ in ended), ended
+    found = [json.loads(out) for _, out, _ in ended]
+    assert found[0] == json.loads((tmp_path / "result.json").read_text())
+    assert found[0]["accuracy"] == accuracy
+    assert {"1shot", "5shot", "5shot_std"} == found[1].keys() - {"1shot_std"}
+    assert found[1] != found[2]
+    names = ("accuracy", "dev_accuracy", "5nn", "temperature")
+    for result, name in zip((found[0], *found[3:]), names, strict=True):
+        assert result[name] > 0 and result["examples"] == 599
 
 
 def test_killed_at_any_moment_resumes_exactly(tmp_path):
@@ -99,16 +106,15 @@ def test_killed_at_any_moment_resumes_exactly(tmp_path):
     assert records(workdir) == records(tmp_path / "whole")
 
 
-def test_another_config_is_refused(tmp_path):
-    assert command(*pretrain(tmp_path, 4))[0] == 0
-    before = (tmp_path / "config.json").read_text()
-    code, _, err = command(*pretrain(tmp_path, 4, "--config.optimizer.b1=0.8"))
-    assert code == 1
-    assert "optimizer.b1: 0.9 there, 0.8 here" in err and "Traceback" not in err
-    assert (tmp_path / "config.json").read_text() == before
-    code, _, err = command(*pretrain(tmp_path, 4, "--config.log_every=2"))  # may change
-    assert code == 0, err
-    assert "is finished: 4 steps" in err
+def test_another_config_is_refused(up, tmp_path):
+    before = (up / "config.json").read_text()
+    changes = ("--config.optimizer.b1=0.8", "--config.log_every=2")
+    refused, finished = commands(tmp_path, [pretrain(up, 12, change) for change in changes])
+    assert refused[0] == 1
+    assert "optimizer.b1: 0.9 there, 0.8 here" in refused[2] and "Traceback" not in refused[2]
+    assert (up / "config.json").read_text() == before.replace('"log_every": 1', '"log_every": 2')
+    assert finished[0] == 0, finished
+    assert "is finished: 12 steps" in finished[2]
 
 
 BAD = {
@@ -143,13 +149,11 @@ def test_bad_input_is_explained_at_once(tmp_path):
         assert not list(run.glob("*")), bad
 
 
-def test_a_checkpoint_of_another_architecture(tmp_path):
-    assert command(*pretrain(tmp_path / "up", 4))[0] == 0
+def test_a_checkpoint_of_another_architecture(up, tmp_path):
     transfer = ("transfer", "--config=configs/transfer/digits.py", f"--workdir={tmp_path / 'down'}")
-    code, _, err = command(*transfer, f"--config.init={tmp_path / 'up'}")  # depth 4 against 1
-    assert code == 1
-    assert "encoderblock_3/LayerNorm_0/bias: (96,) in the model, not in the checkpoint" in err
-    assert "Traceback" not in err
-    code, _, err = command(*transfer, f"--config.init={tmp_path / 'nothing'}")
-    assert code == 1
-    assert "no checkpoint at" in err
+    cases = [(*transfer, f"--config.init={init}") for init in (up, tmp_path / "nothing")]
+    deeper, missing = commands(tmp_path, cases)  # depth 4 against 1
+    assert deeper[0] == missing[0] == 1
+    assert "encoderblock_3/LayerNorm_0/bias: (96,) in the model, not in the check" in deeper[2]
+    assert "Traceback" not in deeper[2]
+    assert "no checkpoint at" in missing[2]

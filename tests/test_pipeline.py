@@ -1,3 +1,4 @@
+import errno
 import gc
 import io
 import itertools
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vit_jax.data.mixture import Mixture
 from vit_jax.data.pipeline import DataConfig, eval_batches, global_indices, train_batches
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import Source, open_source
 
 BILLIONS = 3_000_000_000
 
@@ -498,3 +499,23 @@ def test_jpeg_bytes_run_in_many_threads():
     source = Source([{"image": file.getvalue(), "label": i % 10} for i in range(40)], 10)
     options = {"preprocess": "inception_crop|flip", "image_size": (16, 16)}
     assert_same(train(source, 10, num_threads=8, **options), train(source, 10, **options))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.EMFILE, "x"), OSError(errno.EIO, "x"), PermissionError(13, "x"), MemoryError()],
+    ids=repr,
+)
+def test_a_fault_of_the_machine_is_never_skipped(tmp_path, monkeypatch, fault):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    source = open_source(str(tmp_path), "train")
+
+    def fail(path, *_, **__):
+        raise fault
+
+    batches = evaluate(source, batch_size=1, skip_broken=5, num_threads=0)
+    monkeypatch.setattr("vit_jax.data.files.open", fail, raising=False)
+    with pytest.raises((OSError, MemoryError)):
+        list(batches)

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -314,6 +315,16 @@ def test_malformed_metadata(data_dir, tmp_path, file, content, message):
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path), "train")
+
+
+def test_a_pipe_for_a_file_is_refused(data_dir, tmp_path):
+    """Reading it would wait for ever."""
+    for name in ("pets-train.array_record-00000-of-00001", "features.json"):
+        shutil.copytree(f"{data_dir}/pets/1.0.0", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(ValueError, match="is a named pipe: expected a file"):
+            open_source(str(tmp_path / name), "train")
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import log_softmax
 
 from vit_jax.costs.compiled import Program
-from vit_jax.losses.masked_patches import MaskedPatchConfig
+from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.stacking import unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
@@ -20,23 +20,18 @@ from vit_jax.parallel.mesh import (
     path_name,
     put_batch,
     put_tree,
-    replicated,
-    state_shardings,
     use_mesh,
 )
 from vit_jax.training.augmentation import AugmentationConfig
 from vit_jax.training.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
-    make_optimizer,
-    make_schedule,
-    match_rules,
 )
+from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.step import (
     LossConfig,
     example_losses,
     make_targets,
-    make_train_step,
     share_targets,
     start_state,
 )
@@ -55,9 +50,10 @@ RANDOM = {"dropout": 0.2, "attention_dropout": 0.1, "stochastic_depth": 0.1}
 
 
 @lru_cache
-def initial_params(config):
+def initial_params(config, num_classes):
     """Computed once for each model: a step's laws are not those of its initial state."""
-    return jax.device_get(jax.jit(build_model(config, 5, (16, 16)).init)(jax.random.key(0)))
+    model = build_model(config, num_classes, (16, 16))
+    return jax.device_get(jax.jit(model.init)(jax.random.key(0)))
 
 
 def run(
@@ -78,42 +74,40 @@ def run(
 
     `each` sees every state, the first one before any step.
     """
-    options = ModelConfig(**{**SMALL, **RANDOM, "dtype": "float32", **model_options})
-    model = build_model(options, 5, (16, 16))
-    schedule_config = ScheduleConfig(peak=1e-3, warmup=2)
-    schedule = make_schedule(schedule_config, STEPS)
-    params = initial_params(dataclasses.replace(options, remat="none"))
-    optimizer_config = optimizer
-    optimizer = make_optimizer(optimizer_config, schedule, schedule_config.peak, params)
     mesh_config = dataclasses.replace(mesh, min_size=2**8)
-    mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    state = start_state(params, optimizer, use_ema=ema_decay is not None)
-    shardings = state_shardings(mesh, mesh_config, state)
-    step = make_train_step(
-        model,
-        optimizer,
-        schedule,
-        loss,
-        augmentation=augmentation,
-        masked=MaskedPatchConfig(),
+    config = TrainConfig(
+        model=ModelConfig(**{**SMALL, **RANDOM, "dtype": "float32", **model_options}),
+        data=DataConfig("digits"),
+        image_size=16,
+        batch_size=32,
+        schedule=ScheduleConfig(peak=1e-3, warmup=2),
+        steps=STEPS,
         seed=3,
-        trainable=jax.tree.map(bool, match_rules(optimizer_config.lr_multipliers, params)),
-        accumulation=accumulation,
+        loss=loss,
+        augmentation=augmentation,
+        optimizer=optimizer,
         ema_decay=ema_decay,
         ema_warmup=ema_warmup,
+        accumulation=accumulation,
+        mesh=mesh_config,
     )
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    training = build_training(config, mesh, num_classes=5, num_examples=32)
+    without_remat = dataclasses.replace(training.model.config, remat="none")
+    params = initial_params(without_remat, training.model.num_classes)
+    state = start_state(params, training.optimizer, use_ema=ema_decay is not None)
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype(np.uint8)
     labels = np.arange(32, dtype=np.int32) % 5 if labels is None else labels
     batch = {"image": images, "label": labels}
+    peak = np.float32(config.schedule.peak)
     history = []
     with use_mesh(mesh):
-        state = put_tree(jax.device_get(state), shardings)
-        step = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
-        step = step.lower(state, put_batch(mesh, batch)).compile()
+        state = put_tree(jax.device_get(state), training.shardings)
+        step = training.lower(state, put_batch(mesh, batch)).compile()
         for _ in range(steps):
             if each:
                 each(jax.device_get(state))
-            state, metrics = step(state, put_batch(mesh, batch))
+            state, metrics = step(state, put_batch(mesh, batch), peak)
             history.append(jax.device_get(metrics))
     return state, history, step.as_text()
 
@@ -219,7 +213,8 @@ def test_augmentation_is_the_same_on_every_mesh_and_with_accumulation(plain):
 
 
 def test_masked_patches_are_the_same_on_every_mesh_and_with_accumulation():
-    options = {"loss": LossConfig("masked_patches"), "patch_outputs": 512, "depth": 1, "steps": 3}
+    options = {"loss": LossConfig("masked_patches"), "augmentation": AugmentationConfig()}
+    options |= {"depth": 1, "steps": 3}
     whole = run(pool="gap", **options)
     assert whole[1][0]["loss"] == pytest.approx(np.log(512), abs=1e-5)
     assert whole[1][-1]["loss"] < whole[1][0]["loss"] - 0.01

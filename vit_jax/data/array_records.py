@@ -14,7 +14,7 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from vit_jax.config import unknown
-from vit_jax.data.files import open_files_limit, system_error
+from vit_jax.data.files import check_regular, open_files_limit, system_error
 from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
 
@@ -94,6 +94,8 @@ class ArrayRecords(Sequence):
         def count(path: str) -> int | str | None:
             if not epath.Path(path).exists():
                 return None
+            if os.path.exists(path):  # it may be in a bucket
+                check_regular(path)
             try:
                 reader = ArrayRecordReader(path)
                 found = reader.num_records()

@@ -43,7 +43,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before[name], now[name]
         if old == new:
             continue
-        if name == "class_names" and old and new:
+        if name == "class_names" and not (old and new):
+            found.append("classes had names, and have none" if old else "classes had no names")
+        elif name == "class_names":
             gone, added = (sorted({*a} - {*b}) for a, b in ((old, new), (new, old)))
             shown = [
                 f"{kind}: {', '.join(names[:10])}"

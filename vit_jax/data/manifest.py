@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vit_jax.data.files import check_regular
 from vit_jax.parallel.files import read_json
 
 MANIFEST = "manifest.json"
@@ -62,6 +63,7 @@ def file_list(
 
 
 def file_sha256(path: Path) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -5,10 +5,13 @@ and a path for each shard that the files promise.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
+from vit_jax.data.files import check_regular
 
 METADATA = "features.json"  # is in every folder that holds such a dataset
 INFO = "dataset_info.json"
@@ -52,6 +55,8 @@ def check_metadata(folder: epath.Path) -> None:
 
 
 def _read(file: epath.Path) -> Any:
+    if os.path.exists(file):  # it may be in a bucket
+        check_regular(file)
     if (size := file.stat().length) > MAX_BYTES:
         raise ValueError(f"{file} has {size:,} bytes: expected up to {MAX_BYTES:,}")
     try:

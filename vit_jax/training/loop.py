@@ -137,6 +137,11 @@ def prepare(
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
+    if source.num_classes < 2 and not (source.labels_per_example or config.loss.masks_patches):
+        name = "".join(source.class_names or ())
+        raise ValueError(
+            f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
+        )
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
     evaluators = {
