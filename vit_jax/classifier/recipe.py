@@ -108,19 +108,17 @@ def load_init(path: str) -> TrainedModel:
 def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
     """The recipe's fields, with what it leaves open taken from its own `defaults` for the device.
 
-    `defaults` are {device: {dotted field: value}}: of "cpu" or "accelerator"; those of
-    "cpu_scratch" come first on a CPU without a checkpoint or a model. `device` is a name of
-    `jax.default_backend()`; None: what there is.
+    `defaults` are {device: [(dotted field, value)]}: "accelerator", "cpu", and "cpu_scratch" for a
+    CPU without a checkpoint or a model. `device` is a name of `jax.default_backend()`; None: what
+    there is.
     """
     values = {**values}
     if not (defaults := values.pop("defaults", None)):
         return values
     kind = "cpu" if (device or jax.default_backend()) == "cpu" else "accelerator"
-    chosen = dict(defaults[kind])
-    scratch = not values.get("init") and "variant" not in values.get("model", {})
-    if scratch and kind == "cpu":
-        chosen |= defaults["cpu_scratch"]
-    for name, value in chosen.items():
+    if kind == "cpu" and not values.get("init") and "variant" not in values.get("model", {}):
+        kind = "cpu_scratch"
+    for name, value in defaults[kind]:
         *groups, field = name.split(".")
         inner = values
         for group in groups:
