@@ -22,7 +22,7 @@ from vit_jax.classifier.splits import Splits
 from vit_jax.classifier.start import prepare
 from vit_jax.classifier.sweep import SweepConfig, run_trials, trial_name
 from vit_jax.classifier.workflow import run_workflow, trial_recipe
-from vit_jax.config import build, recipe
+from vit_jax.config import WORKFLOW, build, recipe
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.listing import find_images
@@ -154,7 +154,7 @@ def test_report(finished, tmp_path):
     """Complete, without an address that is fetched, and rendered without a complaint."""
     page = (finished / "report.html").read_text()
     card = (finished / "MODEL_CARD.md").read_text()
-    for text in (COMMAND, "broken.png", "bright", "24 test images", "schedule.peak=0.003"):
+    for text in (COMMAND, "broken.png", "bright", "24 test images", "learning rate 0.003"):
         assert text in page, text
     assert page.count("<figure>") >= 12  # six images, and where the model looks in each
     assert "<script" not in page and "://" not in page
@@ -409,7 +409,7 @@ def test_command_explains_bad_input(folder, tmp_path):
 def test_the_workflow_by_its_earlier_names(config):
     """Its fields were outside the group; a `sweep` began it, and without one they did nothing."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    old = {**values, **values["workflow"]}
+    old = {**values, **{name: values["workflow"][name] for name in WORKFLOW}}
     del old["workflow"]
     assert build(TransferConfig, old) == config
     assert build(TransferConfig, recipe(**old)) == config

@@ -150,6 +150,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path} = {value!r}: expected the fields of {hint.__name__}")
         return build(hint, value, path)
     if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path} = {value!r}: expected names with values")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Iterable):

@@ -8,11 +8,17 @@ the name of another dataset. Fine-tunes as in arXiv 2010.11929 (Table 4 and appe
 with momentum 0.9, batch 512, cosine decay, gradient clipping at 1, a zero-initialised head. The
 learning rate is chosen on the dev split, and the final run trains on train and dev. Model and image
 size are the checkpoint's; `size=384` is the paper's. The accuracy depends on the images; the report
-gives a confidence interval.
+gives a confidence interval, and what simpler classifiers reach: hand-made features and, with a
+checkpoint, a linear probe, which is kept where fine-tuning is no better on dev.
+
+On a CPU (`DEVICES`) steps, batch and trials are few; `--config.workflow.minutes=10` keeps to a
+time, anywhere. Without a checkpoint a CPU trains a small ResNet from random weights.
 
 Options for small datasets, from other papers:
 
     adamw               AdamW, with the learning rate multiplied by 0.75 per block towards the input
+    scratch             AdamW for random weights; on a CPU without a checkpoint the default
+    vertical=True       flips top and bottom, too: for images without an up
     head=probe          starts with a head fitted to frozen features (arXiv 2202.10054)
     train=attention     trains only attention and head (arXiv 2203.09795); train=head: only the head
     augment=light       RandAugment(2, 10) and mixup 0.2; medium: (2, 15) and 0.5; strong: (2, 20)
@@ -21,14 +27,45 @@ Options for small datasets, from other papers:
                         ends at the step that was best in its trial
 """
 
+from types import SimpleNamespace
+from typing import Any
+
 import ml_collections
 
 from vit_jax.config import parse_arg, recipe
 from vit_jax.models import names
 
+# Learning rates to try, for batches of 512 and on a CPU for 32; the optimizer.
 OPTIMIZERS = {
-    "paper": ((1e-3, 3e-3, 1e-2, 3e-2), {"name": "sgd", "momentum_dtype": "bfloat16"}),
-    "adamw": ((1e-4, 3e-4, 1e-3, 3e-3), {"weight_decay": 0.05, "layer_decay": 0.75}),
+    "paper": (
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        (1e-3, 3e-3),
+        {"name": "sgd", "momentum_dtype": "bfloat16"},
+    ),
+    "adamw": (
+        (1e-4, 3e-4, 1e-3, 3e-3),
+        (1e-4, 3e-4),
+        {"name": "adamw", "weight_decay": 0.05, "layer_decay": 0.75},
+    ),
+    "scratch": ((3e-3,), (3e-3,), {"name": "adamw", "weight_decay": 0.05}),
+}
+# By device: which of the rates, what else. "cpu_scratch": without a checkpoint or a model.
+DEVICES = {
+    "accelerator": (0, "paper", {"batch_size": 512, "steps": 500}),
+    "cpu": (1, "paper", {"batch_size": 32, "steps": 100, "model.dtype": "float32"}),
+    "cpu_scratch": (
+        1,
+        "scratch",
+        {
+            "batch_size": 32,
+            "steps": 600,
+            "image_size": 64,
+            "model.variant": "R26x1",
+            "model.stages": (1, 1, 1, 1),
+            "model.stem_width": 32,
+            "model.dtype": "float32",
+        },
+    ),
 }
 TRAINED = {
     "all": ((".*", 1.0),),
@@ -44,46 +81,68 @@ AUGMENT = {  # RandAugment's magnitude, mixup's alpha
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: [paper|adamw][,steps=500][,batch=512][,size=SIDE][,flip=False] and those above."""
+    """`arg`: [paper|adamw|scratch][,steps=N][,batch=N][,size=SIDE][,flip=False] and those above.
+
+    The device says what isn't given.
+    """
     arg = parse_arg(
         arg,
-        preset="paper",
-        steps=500,
-        batch=512,
+        preset="",
+        steps=0,
+        batch=0,
         size=None,
         flip=True,
+        vertical=False,
         head="zero",
         train="all",
         augment="none",
         patience=None,
     )
-    for name, known in (("preset", OPTIMIZERS), ("train", TRAINED), ("augment", AUGMENT)):
+    presets = {"": None, **OPTIMIZERS}
+    for name, known in (("preset", presets), ("train", TRAINED), ("augment", AUGMENT)):
         if getattr(arg, name) not in known:
-            raise ValueError(f"{name}={getattr(arg, name)}: expected one of {', '.join(known)}")
-    learning_rates, optimizer = OPTIMIZERS[arg.preset]
+            shown = ", ".join(filter(None, known))
+            raise ValueError(f"{name}={getattr(arg, name)}: expected one of {shown}")
     magnitude, mixup = AUGMENT[arg.augment]
-    preprocess = "random_crop(0.857)" + "|flip" * arg.flip
+    preprocess = "random_crop(0.857)" + "|flip" * arg.flip + "|flip(vertical=True)" * arg.vertical
     if magnitude is not None:
         preprocess += f"|randaugment(2, {magnitude})"
     return recipe(
+        defaults={device: by_device(device, arg) for device in DEVICES},
         init="",
         head=arg.head,
         **({} if arg.size is None else {"image_size": arg.size}),
         data={"dataset": "", "preprocess": preprocess},
         eval_preprocess="resize",
         augmentation={"mixup": mixup},
-        batch_size=arg.batch,
-        steps=arg.steps,
-        schedule={"peak": learning_rates[0], "warmup": arg.steps // 5, "decay": "cosine"},
-        optimizer={**optimizer, "lr_multipliers": TRAINED[arg.train]},
+        schedule={"decay": "cosine"},
+        optimizer={"lr_multipliers": TRAINED[arg.train]},
         workflow={
             "split": {"dev_share": 0.1, "test_share": 0.2},
-            "sweep": {"learning_rates": learning_rates},
             "fit_memory": True,
             "export": ("npz", "timm", "hugging_face", "onnx"),
+            "probe": True,
         },
         early_stopping=arg.patience,
         log_every=20,
-        eval_every=max(arg.steps // 10, 1),
         checkpoint={"every": 100},
     )
+
+
+def by_device(device: str, arg: SimpleNamespace) -> list[tuple[str, Any]]:
+    """(dotted field, value) of what is filled in on a device; see `classifier.recipe`."""
+    column, preset, fields = DEVICES[device]
+    *rates, optimizer = OPTIMIZERS[arg.preset or preset]
+    steps = arg.steps or fields["steps"]
+    return [
+        *{
+            **fields,
+            "batch_size": arg.batch or fields["batch_size"],
+            "steps": steps,
+            "eval_every": max(steps // 10, 1),
+            "schedule.warmup": steps // 5,
+            "schedule.peak": rates[column][0],
+            "workflow.sweep.learning_rates": rates[column],
+            **{f"optimizer.{name}": value for name, value in optimizer.items()},
+        }.items()
+    ]

@@ -3,7 +3,7 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source
+from vit_jax.evaluation.by_class import measure_predictions
 from vit_jax.evaluation.calibration import bin_predictions, calibration_error
 from vit_jax.evaluation.features import make_batches, make_extractor
 from vit_jax.evaluation.intervals import accuracy_interval
@@ -25,45 +26,60 @@ from vit_jax.pictures.attention import attention_maps
 from vit_jax.pictures.figures import overlay
 
 
-def keep_logits(
+def keep_outputs(
     file: Path,
     model: Model,
-    params: dict,
+    params: Callable[[], dict],
     mesh: Mesh,
     source: Source,
     data: DataConfig,
     batch_size: int,
+    output: str = "logits",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(logits [N, C], labels [N]) of a split, computed once: then they are read from `file`."""
+    """(logits [N, C], labels [N]) of a split, computed once: then they are read from `file`.
+
+    `output` "features": the head's inputs [N, D] in their place. `params` returns the parameters,
+    on the mesh.
+    """
     if not all_agree(file.exists()):
         batches = make_batches(source, data, model, mesh, batch_size)
-        logits, labels = make_extractor(model, mesh, "logits")(params, batches)
-        if is_main():
-            partial = file.with_suffix(".partial.npz")
-            np.savez(partial, logits=logits, labels=labels)
-            os.replace(partial, file)
+        write_outputs(file, *make_extractor(model, mesh, output)(params(), batches), output)
         barrier(file.name)
-    return read_logits(file, "remove it: it is computed again")
+    return read_outputs(file, "remove it: it is computed again", output)
 
 
-def read_logits(file: Path, remedy: str) -> tuple[np.ndarray, np.ndarray]:
-    """(logits [N, C], labels [N]) that `keep_logits` kept; ValueError if the file is damaged."""
+def write_outputs(
+    file: Path, outputs: np.ndarray, labels: np.ndarray, output: str = "logits"
+) -> None:
+    """Writes what `read_outputs` reads, as a whole or not at all."""
+    if is_main():
+        partial = file.with_suffix(".partial.npz")
+        np.savez(partial, **{output: outputs}, labels=labels)
+        os.replace(partial, file)
+
+
+def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.ndarray, np.ndarray]:
+    """(outputs, labels) that `keep_outputs` kept; ValueError if the file is damaged."""
     try:
         with np.load(file) as arrays:
-            return arrays["logits"], arrays["labels"]
+            return arrays[output], arrays["labels"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
 
 
-def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
-    """Accuracy with its interval, loss and calibration, the last two at the temperature too."""
-    right = int((logits.argmax(axis=1) == labels).sum())
-    scores = {
-        "accuracy": right / len(labels),
+def score_labels(labels: np.ndarray, predicted: np.ndarray) -> dict:
+    """Accuracy with its 95% interval, balanced accuracy, macro F1, the number of examples."""
+    right = int((predicted == labels).sum())
+    return {
+        **measure_predictions(labels, predicted),
         "accuracy_interval": accuracy_interval(right, len(labels)),
         "examples": len(labels),
-        "temperature": temperature,
     }
+
+
+def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
+    """`score_labels`; loss and calibration, these also at the temperature."""
+    scores = {**score_labels(labels, logits.argmax(axis=1)), "temperature": temperature}
     for name, divisor in (("", 1.0), ("_at_temperature", temperature)):
         scaled = logits.astype(np.float64) / divisor
         losses = -log_softmax(scaled, axis=1)[np.arange(len(labels)), labels]

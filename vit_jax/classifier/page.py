@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import html
 import io
+import urllib.parse
 from collections.abc import Iterable, Sequence
 
 import matplotlib as mpl
@@ -57,6 +58,8 @@ class Report:
     probabilities: np.ndarray  # [N, C]
     labels: np.ndarray  # [N]
     scores: dict[str, float]  # accuracy, accuracy_interval, loss, ece, temperature, ...
+    baselines: Sequence[dict]  # "name", accuracy, accuracy_interval, balanced_accuracy, macro_f1
+    remarks: Sequence[str]  # on baselines that the model doesn't beat
     data: str  # the audit's table, a line each
     findings: Sequence[str]  # of the audit
     trials: str  # the sweep's table
@@ -86,6 +89,9 @@ def render(report: Report) -> str:
         f'<p><span class="big">{scores["accuracy"]:.1%}</span> of {len(report.labels):,} test '
         f"images right, {low:.1%} to {high:.1%} with 95% confidence (Wilson)</p>",
         _table([], [[name, value] for name, value in report.facts.items()]),
+        "<h2>Is it worth using?</h2>",
+        _list(report.remarks) if report.remarks else "<p>It beats every baseline.</p>",
+        _baselines(report),
         "<h2>The data</h2>",
         f"<pre>{_text(report.data)}</pre>",
         _list(report.findings) if report.findings else "<p>Nothing to complain about.</p>",
@@ -112,7 +118,7 @@ def render(report: Report) -> str:
         ]
     sections += [
         "<h2>Files</h2>",
-        _table([], [[name, what] for name, what in report.files.items()]),
+        _table([], [[_link(name, what), what] for name, what in report.files.items()]),
         "<h2>The command</h2>",
         f"<pre>{_text(report.command)}</pre>",
     ]
@@ -125,6 +131,23 @@ def render(report: Report) -> str:
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
+
+
+def _baselines(report: Report) -> str:
+    """The table of test scores: of the baselines and of the model, which comes last."""
+    rows = []
+    for entry in (*report.baselines, {"name": "this model", **report.scores}):
+        low, high = entry["accuracy_interval"]
+        metrics = (entry[name] for name in ("accuracy", "balanced_accuracy", "macro_f1"))
+        accuracy, *others = (f"{value:.1%}" for value in metrics)
+        rows.append([entry["name"], accuracy, f"{low:.1%} to {high:.1%}", *others])
+    return _table(["on test", "accuracy", "95% interval", "balanced accuracy", "macro F1"], rows)
+
+
+def _link(name: str, what: str) -> str:
+    if what.startswith("not written"):
+        return name
+    return _Html(f'<a href="{html.escape(urllib.parse.quote(name))}">{_text(name)}</a>')
 
 
 def model_card(report: Report) -> str:
@@ -152,7 +175,11 @@ def model_card(report: Report) -> str:
         "",
         f"Accuracy {report.scores['accuracy']:.1%} on {len(report.labels):,} held-out images "
         f"({low:.1%} to {high:.1%}, 95% Wilson interval); expected calibration error "
-        f"{report.scores['ece']:.3f}.",
+        f"{report.scores['ece']:.3f}; balanced accuracy "
+        f"{report.scores['balanced_accuracy']:.1%}, macro F1 {report.scores['macro_f1']:.1%}.",
+        "",
+        *(f"- baseline: {b['name']}, {b['accuracy']:.1%}" for b in report.baselines),
+        *(f"- {remark}" for remark in report.remarks),
         "",
         "The lowest recalls:",
         "",

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import jax
+
 from vit_jax import config as configuration
 from vit_jax.classifier.splits import SplitConfig
 from vit_jax.classifier.sweep import SweepConfig
+from vit_jax.evaluation.by_class import METRICS
 from vit_jax.models.variants import ModelConfig
 from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights import formats
@@ -25,6 +28,9 @@ class WorkflowConfig:
       fit_memory: chooses microbatches and remat that fit the devices.
       memory_gib: what a step may take on a device, GiB; None: what the device says it has.
       export: names of `weights.formats.FORMATS` to write the model in.
+      probe: whether a linear probe is among the trials, if there is a checkpoint to start from.
+      metric: what dev chooses by: "accuracy", "balanced_accuracy" or "macro_f1".
+      minutes: at most so long, by a step that is measured first; None: as long as it takes.
     """
 
     split: SplitConfig = SplitConfig()
@@ -32,8 +38,15 @@ class WorkflowConfig:
     fit_memory: bool = False
     memory_gib: float | None = None
     export: tuple[str, ...] = ()
+    probe: bool = False
+    metric: str = "accuracy"
+    minutes: float | None = None
 
     def __post_init__(self):
+        if self.metric not in METRICS:
+            raise configuration.unknown("metric", self.metric, METRICS)
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise ValueError(f"workflow.minutes = {self.minutes}: expected more than 0")
         for name in self.export:
             if name not in formats.FORMATS:
                 raise configuration.unknown("export format", name, formats.FORMATS)
@@ -68,7 +81,7 @@ class TransferConfig(TrainConfig):
     @classmethod
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Accepts the workflow's fields outside their group; without a `sweep` they did nothing."""
-        values = configuration.with_workflow(super().upgrade(values))
+        values = configuration.with_workflow(super().upgrade(with_defaults(values)))
         if old := [name for name in configuration.WORKFLOW if name in values]:
             if "sweep" not in old:
                 raise ValueError(
@@ -92,8 +105,31 @@ def load_init(path: str) -> TrainedModel:
     return load(path)
 
 
-def complete(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's fields, with what it leaves open taken from the checkpoint it starts from."""
+def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
+    """The recipe's fields, with what it leaves open taken from its own `defaults` for the device.
+
+    `defaults` are {device: [(dotted field, value)]}: "accelerator", "cpu", and "cpu_scratch" for a
+    CPU without a checkpoint or a model. `device` is a name of `jax.default_backend()`; None: what
+    there is.
+    """
+    values = {**values}
+    if not (defaults := values.pop("defaults", None)):
+        return values
+    kind = "cpu" if (device or jax.default_backend()) == "cpu" else "accelerator"
+    if kind == "cpu" and not values.get("init") and "variant" not in values.get("model", {}):
+        kind = "cpu_scratch"
+    for name, value in defaults[kind]:
+        *groups, field = name.split(".")
+        inner = values
+        for group in groups:
+            inner[group] = inner = dict(inner.get(group) or {})
+        inner.setdefault(field, value)
+    return values
+
+
+def complete(values: dict[str, Any], device: str | None = None) -> dict[str, Any]:
+    """The recipe's fields, with what it leaves open: see `with_defaults`, then the checkpoint's."""
+    values = with_defaults(values, device)
     if not (values["data"].get("dataset") or values["data"].get("mixture")):
         raise ValueError("no images: say which, --config.data=FOLDER or the name of a dataset")
     model = dict(values.get("model", {}))

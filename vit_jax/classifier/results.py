@@ -13,19 +13,23 @@ import numpy as np
 from scipy.special import softmax
 
 from vit_jax.classifier.audit import Audit
-from vit_jax.classifier.examine import keep_logits, score, where_it_looks, worst_mistakes
+from vit_jax.classifier.baselines import compare, measure_baselines
+from vit_jax.classifier.examine import keep_outputs, score, where_it_looks, worst_mistakes
 from vit_jax.classifier.page import MISTAKES, Report, model_card, render
+from vit_jax.classifier.probe import Probe
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.splits import Splits
-from vit_jax.classifier.sweep import Trial, best_trial, show_trials, trial_name
+from vit_jax.classifier.sweep import Trial, best_trial, show_trials, shown, trial_name
 from vit_jax.data.pipeline import DataConfig
-from vit_jax.data.sources import open_source
+from vit_jax.data.sources import Source, open_source
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.workdir import compiled_kept
 from vit_jax.weights.trained import TrainedModel, load
+
+PARTS = ("train", "dev", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,17 @@ class Finished:
     audit: Audit
     trials: list[Trial]
     temperature: float  # fitted on dev to the logits of the best trial
+    probe: Probe | None  # the linear probe, if there is one
+
+    @property
+    def chosen(self) -> Trial:
+        """The trial that the final run repeats on train and dev."""
+        return best_trial(self.trials, self.config.workflow.metric)
+
+    def open(self, part: str) -> Source:
+        """The images of "train", "dev" or "test"."""
+        split = getattr(self.splits, part)
+        return open_source(self.splits.dataset, split, self.config.data.data_dir)
 
     @property
     def workdir(self) -> Path:
@@ -53,12 +68,14 @@ class Finished:
 
 def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tuple:
     """(logits, labels) of a split by the run's last checkpoint: what others will load."""
-    params = load(folder).params
+
+    def params() -> dict:
+        loaded = load(folder).params
+        return put_tree(loaded, state_shardings(run.mesh, run.config.mesh, loaded))
+
     source = open_source(data.dataset, data.split, data.data_dir)
     with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
-        shardings = state_shardings(run.mesh, run.config.mesh, params)
-        placed = put_tree(params, shardings)
-        return keep_logits(file, run.model, placed, run.mesh, source, data, run.config.batch_size)
+        return keep_outputs(file, run.model, params, run.mesh, source, data, run.config.batch_size)
 
 
 def report(done: Finished, command: str, started: float) -> dict[str, Any]:
@@ -68,7 +85,8 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
     """
     logits, labels = logits_of(done.run, done.workdir, done.test_data, done.workdir / "test.npz")
     model = load(done.workdir)  # orbax reads on all processes at once
-    chosen, scores = best_trial(done.trials), score(logits, labels, done.temperature)
+    probed = done.probe.test_logits()[0].argmax(axis=1) if done.probe else None
+    chosen, scores = done.chosen, score(logits, labels, done.temperature)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     results = {
         **scores,
@@ -80,16 +98,22 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
     }
     if not multihost.is_main():
         return results
+    metric, sources = done.config.workflow.metric, {p: done.open(p) for p in PARTS}
+    baselines = measure_baselines(sources, done.audit.counts, labels, probed, metric)
+    remarks = compare(scores, baselines, metric)
+    results |= {"baselines": baselines, "remarks": remarks}
     files = export(done.config.workflow.export, done.workdir, model)
     (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     probabilities = softmax(logits.astype(np.float64), axis=1)
-    page = _page(done, model, command, scores, probabilities, labels, files)
+    page = _page(done, model, command, results, probabilities, labels, files)
     (done.workdir / "report.html").write_text(render(page), "utf-8", "backslashreplace")
     (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8", "backslashreplace")
     low, high = scores["accuracy_interval"]
     print(
-        f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images\n"
-        f"{done.workdir / 'report.html'}",
+        f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images",
+        *remarks,
+        done.workdir / "report.html",
+        sep="\n",
         flush=True,
     )
     return results
@@ -99,17 +123,16 @@ def _page(
     done: Finished,
     model: TrainedModel,
     command: str,
-    scores: Mapping[str, Any],
+    results: Mapping[str, Any],
     probabilities: np.ndarray,
     labels: np.ndarray,
     files: dict[str, str],
 ) -> Report:
     config, run, names = done.config, done.run, done.audit.class_names
-    chosen, data = best_trial(done.trials), done.test_data
-    source = open_source(data.dataset, data.split, data.data_dir)
+    chosen, source, metric = done.chosen, done.open("test"), config.workflow.metric
     curves = {
-        name: read_metrics(done.workdir / "trials" / name)
-        for name in (trial_name(trial.values) for trial in done.trials)
+        shown(trial.values): read_metrics(done.workdir / "trials" / trial_name(trial.values))
+        for trial in done.trials
     }
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return Report(
@@ -118,17 +141,22 @@ def _page(
         facts={
             "model": f"{run.config.model.variant}, {run.model.image_size[0]} px",
             "init": config.init or "random weights",
-            "chosen on dev": f"{trial_name(chosen.values)} ({chosen.accuracy:.1%} there)",
-            "trained": f"{run.steps:,} steps of {run.config.batch_size} images",
+            "chosen on dev": f"{shown(chosen.values)} ({metric.replace('_', ' ')} "
+            f"{chosen.merit(metric)[0]:.1%} there)",
+            "trained": f"{run.steps:,} steps of {run.config.batch_size} images"
+            if run.steps
+            else "the head alone, on frozen features",
             "software": f"jax {jax.__version__}, {devices}",
         },
         class_names=names,
         probabilities=probabilities,
         labels=labels,
-        scores=scores,
+        scores=results,
+        baselines=results["baselines"],
+        remarks=results["remarks"],
         data=str(dataclasses.replace(done.audit, findings=[])),
         findings=done.audit.findings,
-        trials=show_trials(done.trials),
+        trials=show_trials(done.trials, metric),
         curves={**curves, "final": read_metrics(done.workdir)},
         mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
         attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),

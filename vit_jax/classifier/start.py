@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,11 +26,13 @@ def prepare(
     clock: Clock | None = None,
     lane: Lane = ALONE,
     temperature: float | None = None,
+    head: Callable[[], dict] | None = None,
 ) -> loop.Run:
     """As `loop.prepare`, with the parameters of `config.init`.
 
     The checkpoints say the preprocessing of images to be labelled and, if one is given, the
-    temperature that divides the logits.
+    temperature that divides the logits. `head` returns the parameters of a head that is fitted
+    already, for a run that begins.
     """
     extra = {"preprocess": config.eval_preprocess}
     if temperature is not None:
@@ -38,25 +41,9 @@ def prepare(
         return loop.prepare(config, workdir, None, clock, extra, lane)
 
     def load(model: Model, shapes: dict) -> dict:
-        with _LOADING:
-            source = load_init(config.init)
-        # What no tensor's name or shape would betray.
-        for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
-            there, here = getattr(source.config, name), getattr(model.config, name)
-            if there != here:
-                raise ValueError(
-                    f"{config.init} was trained with {name} = {there!r}, the recipe's model has "
-                    f"{here!r}: set --config.model.{name}={there}"
-                )
-        adapted, report = adapt(
-            source.params,
-            shapes,
-            grid=model.grid,
-            source_grid=source.architecture.grid,
-            reinitialize=config.reinitialize,
-            drop=config.drop,
-        )
-        print(f"{config.init}:\n{report}")
+        adapted = load_adapted(config, model, shapes)
+        if head is not None:
+            return {**adapted, "head": head()}
         if config.head == "probe":
             adapted = with_probed_head(config, model, adapted, make_mesh(config.mesh, lane.devices))
         return adapted
@@ -64,17 +51,52 @@ def prepare(
     return loop.prepare(config, workdir, load, clock, extra, lane)
 
 
-def with_probed_head(config: TransferConfig, model: Model, params: dict, mesh: Mesh) -> dict:
-    """The parameters with a head that was fitted to their features of the training images."""
+def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
+    """The parameters of `config.init`, adapted to the model: arrays, shapes for fresh ones.
+
+    Raises ValueError if the model computes otherwise than the checkpoint's.
+    """
+    with _LOADING:
+        source = load_init(config.init)
+    # What no tensor's name or shape would betray.
+    for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
+        there, here = getattr(source.config, name), getattr(model.config, name)
+        if there != here:
+            raise ValueError(
+                f"{config.init} was trained with {name} = {there!r}, the recipe's model has "
+                f"{here!r}: set --config.model.{name}={there}"
+            )
+    adapted, report = adapt(
+        source.params,
+        shapes,
+        grid=model.grid,
+        source_grid=source.architecture.grid,
+        reinitialize=config.reinitialize,
+        drop=config.drop,
+    )
+    print(f"{config.init}:\n{report}")
+    return adapted
+
+
+def place_frozen(config: TransferConfig, params: dict, mesh: Mesh) -> dict:
+    """The parameters on the mesh with a head of zeros, to compute features.
+
+    ValueError if others than the head's are fresh: their features mean nothing.
+    """
     fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
     if other := sorted(fresh - {"head/kernel", "head/bias"}):
         raise ValueError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
+    zeros = {k: np.zeros(v.shape, v.dtype) for k, v in params["head"].items()}
+    params = {**params, "head": zeros}
+    return put_tree(params, state_shardings(mesh, config.mesh, params))
+
+
+def with_probed_head(config: TransferConfig, model: Model, params: dict, mesh: Mesh) -> dict:
+    """The parameters with a head that was fitted to their features of the training images."""
     data = dataclasses.replace(config.data, preprocess=config.eval_preprocess)
     batches = make_batches(open_single_label(data), data, model, mesh, config.batch_size)
-    shapes = params["head"]
-    params = {**params, "head": {k: np.zeros(v.shape, v.dtype) for k, v in shapes.items()}}
     with use_mesh(mesh):
-        placed = put_tree(params, state_shardings(mesh, config.mesh, params))
+        placed = place_frozen(config, params, mesh)
         features, labels = make_extractor(model, mesh)(placed, batches)
     kernel, bias, l2 = probe_head(features, labels, model.num_classes, L2, config.seed)
     print(f"head: logistic regression on {len(labels)} images, l2 {l2:g}")

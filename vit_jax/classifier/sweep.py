@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,51 @@ class SweepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A trial that has ended. `step` is that of its best dev accuracy where it may stop early."""
+    """A trial that has ended, measured on dev. Trials of earlier versions lack the last two.
+
+    `step` is that of its best evaluation where it may stop early.
+    """
 
     values: Values
     accuracy: float
     loss: float
     examples: int
     step: int
+    balanced_accuracy: float | None = None
+    macro_f1: float | None = None
 
     def __str__(self) -> str:
         low, high = accuracy_interval(round(self.accuracy * self.examples), self.examples)
         return (
-            f"{trial_name(self.values):40} {self.accuracy:7.2%}  [{low:.2%}, {high:.2%}]  "
+            f"{shown(self.values):40} {self.accuracy:7.2%}  [{low:.2%}, {high:.2%}]  "
             f"loss {self.loss:.4f}  step {self.step}"
         )
+
+    def merit(self, metric: str) -> tuple[float, float]:
+        """What the best trial has most of: the metric, then the least loss."""
+        if (value := getattr(self, metric)) is None:
+            raise ValueError(
+                f"trial {trial_name(self.values)} was made without {metric}: choose by accuracy, "
+                "or train anew in another --workdir"
+            )
+        return value, -self.loss
+
+
+def make_trial(values: Values, scores: Mapping[str, float], step: int) -> Trial:
+    """A trial from what was measured: `scores` has the fields' names."""
+    names = ("accuracy", "loss", "examples", "balanced_accuracy", "macro_f1")
+    return Trial(values, step=step, **{name: scores[name] for name in names if name in scores})
+
+
+NAMES = {"schedule.peak": "learning rate"}  # of fields, for people
+
+
+def shown(values: Values) -> str:
+    """A trial for people: "learning rate 0.01, weight_decay 0.05"."""
+    if values.get("stop") == 0:
+        return "linear probe"
+    words = (f"{NAMES.get(k, k.rpartition('.')[2])} {v}" for k, v in values.items())
+    return ", ".join(words) or "the recipe"
 
 
 def trial_name(values: Values) -> str:
@@ -158,7 +189,7 @@ def run_trials(
         folder = workdir / "trials" / trial_name(values)
         of = f"trial {number} of {len(trials)}: {trial_name(values)}"
         if (folder / RESULT).exists():
-            _result(folder)  # which is whole, before anything is removed
+            read_result(folder)  # which is whole, before anything is removed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         else:
             jobs[trial_name(values)] = partial(_run_trial, config, values, folder, run, of)
@@ -168,14 +199,16 @@ def run_trials(
             barrier(name)
     else:
         side_by_side(jobs, lanes)
-    return [_result(workdir / "trials" / trial_name(values)) for values in trials]
+    return [read_result(workdir / "trials" / trial_name(values)) for values in trials]
 
 
-def _result(folder: Path) -> Trial:
-    keys = tuple(field.name for field in dataclasses.fields(Trial))
+def read_result(folder: Path) -> Trial:
+    """A trial that has ended; ValueError if its file is damaged."""
+    fields = dataclasses.fields(Trial)
+    needed = tuple(field.name for field in fields if field.default is dataclasses.MISSING)
     remedy = f"remove {folder}: the trial is made again"
-    found = read_json(folder / RESULT, remedy, keys=keys)
-    return Trial(**{key: found[key] for key in keys})
+    found = read_json(folder / RESULT, remedy, keys=needed)
+    return Trial(**{field.name: found[field.name] for field in fields if field.name in found})
 
 
 def _run_trial(
@@ -190,41 +223,38 @@ def _run_trial(
         print(of, flush=True)
     run(with_values(config, values), folder, lane)
     if is_main():
-        trial = _score(values, folder, config.early_stopping is not None)
+        trial = _score(values, folder, config.watched)
         write_whole(folder / RESULT, json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _score(values: Values, folder: Path, best: bool) -> Trial:
-    """The last dev evaluation, or the best (of equal ones the first)."""
+def _score(values: Values, folder: Path, watched: str) -> Trial:
+    """The last dev evaluation, or the best of the metric that is watched (of equals the first)."""
     records = [r for r in read_metrics(folder) if "dev/accuracy" in r]
-    record = max(records, key=_merit) if best else records[-1]
-    return Trial(
-        values=values,
-        accuracy=record["dev/accuracy"],
-        loss=record["dev/loss"],
-        examples=int(record["dev/examples"]),
-        step=int(record["step"]),
-    )
+    record = records[-1]
+    if watched:
+        record = max(records, key=lambda r: (r[watched], -r["dev/loss"]))
+    scores = {name.removeprefix("dev/"): value for name, value in record.items()}
+    return make_trial(values, {**scores, "examples": int(scores["examples"])}, int(record["step"]))
 
 
-def _merit(record: dict[str, float]) -> tuple[float, float]:
-    return record["dev/accuracy"], -record["dev/loss"]
+def best_trial(trials: list[Trial], metric: str = "accuracy") -> Trial:
+    """The best on dev by a metric; of equal ones that with the least loss."""
+    return max(trials, key=lambda trial: trial.merit(metric))
 
 
-def best_trial(trials: list[Trial]) -> Trial:
-    """The most accurate on dev; of equally accurate ones that with the least loss."""
-    return max(trials, key=lambda trial: (trial.accuracy, -trial.loss))
-
-
-def show_trials(trials: list[Trial]) -> str:
+def show_trials(trials: list[Trial], metric: str = "accuracy") -> str:
     """The table of results, the best first; notes where the best lies at the edge of the grid."""
-    best = best_trial(trials)
-    ranked = sorted(trials, key=lambda trial: (-trial.accuracy, trial.loss))
-    lines = [f"{'trial':40} dev accuracy, 95% interval", *map(str, ranked)]
-    for field, value in best.values.items():
-        tried = sorted({trial.values[field] for trial in trials})
+    ranked = sorted(trials, key=lambda trial: trial.merit(metric), reverse=True)
+    chosen_by = "" if metric == "accuracy" else f"; chosen by {metric}"
+    lines = [f"{'trial':40} dev accuracy, 95% interval{chosen_by}"]
+    for trial in ranked:
+        value = "" if metric == "accuracy" else f"  {metric} {trial.merit(metric)[0]:.2%}"
+        lines.append(f"{trial}{value}")
+    for field, value in ranked[0].values.items():
+        tried = sorted({trial.values[field] for trial in trials if field in trial.values})
         if len(tried) > 1 and value in (tried[0], tried[-1]):
             end = "smallest" if value == tried[0] else "largest"
-            lines.append(f"note: the best {field}, {value}, is the {end} tried: widen the sweep")
+            name = NAMES.get(field, field)
+            lines.append(f"note: the best {name}, {value}, is the {end} tried: widen the sweep")
     return "\n".join(lines)

@@ -1,27 +1,35 @@
 """From a dataset to a tested, exported classifier: splits, trials, final run, report."""
 
 import dataclasses
+import math
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from vit_jax.classifier.examine import read_logits
+from vit_jax.classifier import budget
+from vit_jax.classifier.audit import Audit
+from vit_jax.classifier.examine import read_outputs
+from vit_jax.classifier.probe import VALUES, Probe
 from vit_jax.classifier.recipe import TransferConfig, complete
 from vit_jax.classifier.results import Finished, logits_of, report
 from vit_jax.classifier.splits import Splits, settle_splits
 from vit_jax.classifier.start import prepare
 from vit_jax.classifier.sweep import (
+    Values,
     best_trial,
     check_dev,
     devices_of_a_trial,
     run_trials,
     show_trials,
+    shown,
     trial_name,
     with_values,
 )
@@ -75,7 +83,7 @@ def transfer(
     if init is not None:
         given["init"] = init
     values = merge(values, given)
-    config = build(TransferConfig, complete(values))
+    config = build(TransferConfig, complete(values, _first_device(Path(workdir))))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
@@ -105,32 +113,83 @@ def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Tr
     return trained
 
 
+def _first_device(workdir: Path) -> str | None:
+    """The device whose defaults a workflow began with; None for one that begins."""
+    if (workdir / budget.FILE).exists():
+        return budget.read(workdir).device
+    return "accelerator" if _is_earlier(workdir) else None
+
+
+def _is_earlier(workdir: Path) -> bool:
+    """Whether an earlier version began the workflow: all devices had the same defaults."""
+    return (workdir / "sweep.json").exists() and not (workdir / budget.FILE).exists()
+
+
 def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
-    started = time.perf_counter()
+    started, metric = time.perf_counter(), config.workflow.metric
+    earlier = multihost.all_agree(_is_earlier(workdir))
     splits, audit = _settle_splits(config, workdir)
+    loss = config.loss.weigh(audit.class_names, np.array(audit.counts["train"]))
+    config = dataclasses.replace(config, loss=loss)
     trials = config.workflow.sweep.trials()
     check_dev(sum(audit.counts["dev"]), trials)
+    budget.check_sweep(config)
+    for values in trials:
+        with_values(config, values)  # what can't be is known before the first trial
     whole = fitted(config, splits)
     for_trials, lanes = spread(config, whole, splits, len(trials))
     on_train, on_both = trial_recipe(for_trials, splits), final_recipe(whole, splits)
+    probe, results = None, []
+    if config.workflow.probe and config.init and not earlier:
+        probe = Probe(whole, splits, workdir, metric)
+        results.append(probe.trial())
+    if not earlier:
+        images = sum(audit.counts["train"])
+        scheduled = config.steps or math.ceil(config.epochs * images / config.batch_size)
+        settled = budget.settle(
+            config,
+            workdir,
+            trials,
+            scheduled,
+            partial(_measure, on_train, trials[0], workdir, audit, scheduled, lanes[0]),
+            lanes=len(lanes),
+            started=started,
+            probed=probe is not None,
+        )
+        if config.workflow.minutes is not None:
+            trials, steps = settled.trials, settled.steps or scheduled
+            on_train, on_both = (
+                budget.with_steps(c, steps, scheduled) for c in (on_train, on_both)
+            )
     keep_same(workdir / "sweep.json", on_both)
-    for values in trials:
-        with_values(on_both, values)  # what can't be is known before the first trial
-
-    results = run_trials(on_train, trials, workdir, train_trial, lanes)
-    best = best_trial(results)
+    results += run_trials(on_train, trials, workdir, train_trial, lanes)
+    best = best_trial(results, metric)
     if multihost.is_main():
-        print(show_trials(results) + f"\nchosen: {trial_name(best.values)}", flush=True)
+        print(f"{show_trials(results, metric)}\nchosen: {shown(best.values)}", flush=True)
     final = with_values(on_both, best.values)
-    if config.early_stopping:
+    if config.early_stopping and final.stop is None:
         final = dataclasses.replace(final, stop=best.step)
     folder = workdir / "trials" / trial_name(best.values)
-    of_dev = read_logits(folder / "dev.npz", f"remove {folder}: the trial is made again")
+    of_dev = read_outputs(folder / "dev.npz", f"remove {folder}: the trial is made again")
     temperature = fit_temperature(*of_dev)
-    run = prepare(final, str(workdir), temperature=temperature)
+    head = probe.head if best.values == VALUES else None
+    run = prepare(final, str(workdir), temperature=temperature, head=head)
     loop.train(run)
-    done = Finished(whole, run, splits, audit, results, temperature)
+    done = Finished(whole, run, splits, audit, results, temperature, probe)
     return loop.Trained(workdir, report(done, command, started))
+
+
+def _measure(
+    config: TransferConfig, values: Values, workdir: Path, audit: Audit, scheduled: int, lane: Lane
+) -> budget.Cost:
+    """What the first trial's steps cost, and what is looked at besides."""
+    run = prepare(
+        with_values(config, values), str(workdir / "trials" / trial_name(values)), lane=lane
+    )
+    step, compilation = loop.measure_step(run)
+    dev, test = (sum(audit.counts[part]) / config.batch_size for part in ("dev", "test"))
+    evaluations = 2 + scheduled // (config.eval_every or scheduled)
+    return budget.Cost.of(step, compilation, evaluations * dev, 2 * test)
 
 
 def _settle_splits(config: TransferConfig, workdir: Path) -> tuple:
@@ -190,12 +249,13 @@ def trial_recipe(config: TransferConfig, splits: Splits) -> TransferConfig:
     """Trained on train, evaluated on dev."""
     data = dataclasses.replace(config.data, dataset=splits.dataset, split=splits.train)
     dev = dataclasses.replace(data, split=splits.dev, preprocess=config.eval_preprocess)
+    metric = config.workflow.metric
     return dataclasses.replace(
         config,
         data=data,
         workflow=None,
-        evaluators={"dev": ClassificationConfig(dev, config.batch_size)},
-        watch="dev",
+        evaluators={"dev": ClassificationConfig(dev, config.batch_size, by_class=True)},
+        watch="dev" if metric == "accuracy" else f"dev/{metric}",
     )
 
 

@@ -51,6 +51,11 @@ class Source:
         record = self.records[index]
         return {"image": record["image"], "label": record["label"]}
 
+    def class_counts(self) -> np.ndarray:
+        """The number of examples with each label, int [C]; reads every example."""
+        labels = [np.atleast_1d(self[i]["label"]) for i in range(len(self))]
+        return np.bincount(np.concatenate(labels).astype(int), minlength=self.num_classes)
+
     def describe(self, index: int) -> str:
         """What messages call an example: `example 3 (cat/a.jpg)`."""
         name = record_name(self.records, index)

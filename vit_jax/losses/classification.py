@@ -1,9 +1,11 @@
 """Classification losses. Letters in shapes: B images, C classes, K labels per image at most."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.config import unknown
@@ -17,10 +19,15 @@ class LossConfig:
       name: `softmax`: cross-entropy. `sigmoid`: the sum over classes of binary cross-entropies.
         `masked_patches`: see `losses.masked_patches`; it uses no labels.
       label_smoothing: share of each target that is spread over all classes, in [0, 1).
+      class_weights: multiply the losses of the images of a class: "balanced", which is N / (C n)
+        for a class with n of the N training images of C classes; weights by the classes' names,
+        others have 1: {"cat": 2.0}, or as a text "cat=2,dog=0.5"; or a number for each class, in
+        their order. An image with several labels, or a mixture of images, has the weights' mean.
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
+    class_weights: str | tuple[float, ...] | dict[str, float] = ()
 
     def __post_init__(self):
         if self.name not in (known := ("softmax", "sigmoid", "masked_patches")):
@@ -29,11 +36,57 @@ class LossConfig:
             raise ValueError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
         if self.label_smoothing and self.masks_patches:
             raise ValueError("label_smoothing: masked_patches has no labels to smooth")
+        if self.class_weights and self.masks_patches:
+            raise ValueError("class_weights: masked_patches has no labels to weigh")
+        given = self._by_name() if self.class_weights != "balanced" else {}
+        if wrong := [f"{k}: {v:g}" for k, v in given.items() if not 0 < v < float("inf")]:
+            raise ValueError(f"class_weights {', '.join(wrong)}: expected more than 0")
 
     @property
     def masks_patches(self) -> bool:
         """Whether the objective is masked patch prediction."""
         return self.name == "masked_patches"
+
+    def _by_name(self) -> dict:
+        """The weights by class: names, or numbers where they are listed in order."""
+        weights = self.class_weights
+        if not isinstance(weights, str):
+            return dict(weights if isinstance(weights, dict) else enumerate(weights))
+        try:
+            pairs = [item.rsplit("=", 1) for item in weights.split(",") if item]
+            return {name.strip(): float(weight) for name, weight in pairs}
+        except ValueError as error:
+            raise ValueError(
+                f'class_weights = {weights!r}: expected "balanced", or names with numbers: '
+                '"cat=2,dog=0.5"'
+            ) from error
+
+    def weigh(self, names: Sequence[str], counts: np.ndarray) -> "LossConfig":
+        """Returns the config with a weight for each class, given their names and training images.
+
+        ValueError for a class that there isn't, or for "balanced" where one has no image.
+        """
+        if not self.class_weights:
+            return self
+        if self.class_weights == "balanced":
+            if not counts.all():
+                absent = ", ".join(names[i] for i in np.flatnonzero(counts == 0)[:10])
+                raise ValueError(f"class_weights = 'balanced': there is no image of {absent}")
+            weights = counts.sum() / (len(counts) * counts)
+        else:
+            given = self._by_name()
+            if isinstance(self.class_weights, tuple):
+                if len(given) != len(names):
+                    raise ValueError(
+                        f"class_weights has {len(given)} numbers: expected one for each of the "
+                        f"{len(names)} classes"
+                    )
+                given = dict(zip(names, given.values(), strict=True))
+            for name in given:
+                if name not in names:
+                    raise unknown("class in loss.class_weights", name, names)
+            weights = [given.get(name, 1.0) for name in names]
+        return dataclasses.replace(self, class_weights=tuple(map(float, weights)))
 
 
 def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -56,7 +109,22 @@ def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) ->
     """
     num_classes = logits.shape[-1]
     targets = share_targets(config, targets)
+    weights = _image_weights(config, targets) if config.class_weights else None
     targets = targets * (1.0 - config.label_smoothing) + config.label_smoothing / num_classes
     if config.name == "softmax":
-        return optax.softmax_cross_entropy(logits, targets)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+        losses = optax.softmax_cross_entropy(logits, targets)
+    else:
+        losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+    return losses if weights is None else weights * losses
+
+
+def _image_weights(config: LossConfig, targets: jax.Array) -> jax.Array:
+    """Each image's weight, [B] for targets [B, C]; without labels it is 1."""
+    if not isinstance(config.class_weights, tuple):
+        raise ValueError(
+            f"class_weights = {config.class_weights!r}: a run looks up classes and counts in its "
+            "data; here there is none, give a number for each class"
+        )
+    total = targets.sum(axis=-1)
+    weighted = targets @ jnp.array(config.class_weights, targets.dtype)
+    return jnp.where(total > 0, weighted / jnp.maximum(total, 1e-12), 1.0)

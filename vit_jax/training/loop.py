@@ -13,8 +13,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from itertools import chain
+from contextlib import ExitStack, closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,10 @@ def prepare(
         raise ValueError(
             f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
         )
+    if config.loss.class_weights:
+        names = source.class_names or tuple(map(str, range(source.num_classes)))
+        counts = source.class_counts() if config.loss.class_weights == "balanced" else ()
+        config = dataclasses.replace(config, loss=config.loss.weigh(names, counts))
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
     evaluators = {
@@ -252,8 +256,7 @@ def train(run: Run) -> dict[str, float]:
         if start:
             metrics.say(f"resuming {run.resumes} from step {start} of {run.steps}")
         if start >= run.steps or (start and has_waited(*patience)):
-            metrics.say(f"{run.workdir} is finished: {start} steps")
-            return metrics.last()
+            return _finish(run, state, metrics)
 
         starts = Starts(run.workdir, clock, start, num_chips(run.mesh.size))
         starts.keep(start)
@@ -305,6 +308,34 @@ def _check_finished(
     if end < run.steps and not has_waited(*patience):
         metrics.say(f"told to end after step {end}: start again to go on from there")
         raise SystemExit(PREEMPTED)
+
+
+def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
+    """Ends a run without a step to take; with `stop = 0` its initial state is saved."""
+    if run.resumes is None:
+        with Checkpoints(run.workdir, run.config.checkpoint, metrics.saved) as checkpoints:
+            checkpoints.save(state, run.description)
+    metrics.say(f"{run.workdir} is finished: {int(state.step)} steps")
+    return metrics.last()
+
+
+def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
+    """Takes a few steps, of which nothing is kept: (seconds of one, seconds of its compilation).
+
+    Reading and preparing the images is included.
+    """
+    with use_mesh(run.mesh), compiled_kept(run.workdir, run.config.compilation_cache):
+        state, _ = first_state(run, run.loaded, None, run.workdir)
+        with closing(run.batches(0)) as local:
+            batches = (put_batch(run.mesh, batch) for batch in local)
+            batch, began = next(batches), time.perf_counter()
+            step = _compile(run, state, batch)
+            compilation = time.perf_counter() - began
+            state, _ = jax.block_until_ready(step(state, batch))  # the first is slower
+            began = time.perf_counter()
+            for batch in islice(batches, steps):
+                state, _ = jax.block_until_ready(step(state, batch))
+            return (time.perf_counter() - began) / steps, compilation
 
 
 def _take_steps(

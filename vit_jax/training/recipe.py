@@ -61,9 +61,11 @@ class TrainConfig:
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
       evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
-      early_stopping: ends the run after so many evaluations without a better accuracy.
-      watch: the evaluator that early stopping watches; may be omitted where there is only one.
-      stop: a step to end at, before the schedule does.
+      early_stopping: ends the run after so many evaluations without a better accuracy, or what
+        `watch` says.
+      watch: the evaluator that early stopping watches, "dev", or one of its metrics,
+        "dev/macro_f1"; may be omitted where there is only one.
+      stop: a step to end at, before the schedule does; 0 saves the initial state.
     """
 
     model: ModelConfig
@@ -127,9 +129,11 @@ class TrainConfig:
                 "early_stopping needs an evaluator to watch: set watch to one of "
                 f"{', '.join(self.evaluators) or 'the evaluators (there are none)'}"
             )
-        if self.watch and self.watch not in self.evaluators:
-            raise unknown("evaluator to watch", self.watch, self.evaluators)
-        return f"{self.watch or next(iter(self.evaluators))}/accuracy"
+        evaluator, _, metric = self.watch.partition("/")
+        if evaluator and evaluator not in self.evaluators:
+            raise unknown("evaluator to watch", evaluator, self.evaluators)
+        name = self.watch or next(iter(self.evaluators))
+        return name if metric else f"{name}/accuracy"
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -137,9 +141,10 @@ class TrainConfig:
                 f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
             )
         at_least_1 = ("accumulation", "log_every", "eval_every", "steps", "image_size")
-        for name in (*at_least_1, "early_stopping", "stop"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        least = dict.fromkeys((*at_least_1, "early_stopping"), 1) | {"stop": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
         if not 0 <= self.seed < 2**32:  # jax.random.key takes the lower 32 bits
             raise ValueError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
         if self.early_stopping and not self.eval_every:
@@ -247,7 +252,7 @@ def build_training(
         config=config,
         mesh=mesh,
         model=model,
-        steps=min(config.stop or scheduled, scheduled),
+        steps=scheduled if config.stop is None else min(config.stop, scheduled),
         scheduled=scheduled,
         optimizer=optimizer,
         shapes=shapes,

@@ -28,6 +28,8 @@ _STAYS = (
     "data",
     "trials",
     "sweep.json",
+    "budget.json",
+    "probe",
     _STARTED_OVER,
 )  # isn't the run's state
 
@@ -114,13 +116,14 @@ def _move_state(path: Path) -> Path:
 
 def _check_state(path: Path, config: Any) -> list[str]:
     """ValueError if the folder holds a state that isn't this config's, or one that is lost."""
-    step = max(saved_steps(path), default=0)
-    if step and not (path / CONFIG).exists():
+    steps = saved_steps(path)
+    step = max(steps, default=0)
+    if steps and not (path / CONFIG).exists():
         raise ValueError(
             f"{path} holds a run at step {step}, and no {CONFIG}, which says with which recipe: "
             "copy it back"
         )
-    if step:
+    if steps:
         _check_same(path / CONFIG, config, f", at step {step}")
         return []
     if (path / "unreadable").is_dir() and any((path / "unreadable").iterdir()):

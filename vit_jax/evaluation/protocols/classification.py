@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import open_data
 from vit_jax.data.sources import Source
+from vit_jax.evaluation.by_class import class_metrics
 from vit_jax.evaluation.calibration import bin_confidences, calibration_error
 from vit_jax.evaluation.features import make_batches
 from vit_jax.evaluation.registry import EvaluatorConfig
@@ -29,11 +30,13 @@ class Config(EvaluatorConfig):
       only_present: predicts only classes that occur in the split, as for ImageNet-A and ImageNet-R,
         which have 200 of the 1,000 classes.
       temperature: divides the logits; see `calibration.fit_temperature`.
+      by_class: adds "balanced_accuracy" and "macro_f1", for images with one label.
     """
 
     protocol: str = "classification"
     only_present: bool = False
     temperature: float = 1.0
+    by_class: bool = False
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -49,9 +52,14 @@ def make(
     Opens the dataset at once, so that a missing one is an error before training.
     """
     source = open_data(config.data)
+    loss = dataclasses.replace(loss, class_weights=())  # every image counts once
     if source.num_classes != model.num_classes:
         raise ValueError(
             f"{config.data.dataset} has {source.num_classes} classes, the model {model.num_classes}"
+        )
+    if config.by_class and source.labels_per_example is not None:
+        raise ValueError(
+            f"{config.data.dataset} has several labels an image: by_class needs one, leave it out"
         )
     batches = make_batches(source, config.data, model, mesh, config.batch_size)
     classes = present_classes(source) if config.only_present else np.arange(model.num_classes)
@@ -66,7 +74,16 @@ def make(
         hits = jnp.take_along_axis(targets, top, axis=1) > 0
         correct = jnp.take_along_axis(targets, logits.argmax(-1)[:, None], axis=1)[:, 0] > 0
         probabilities = jax.nn.sigmoid if loss.name == "sigmoid" else jax.nn.softmax
+        counts = {}
+        if config.by_class:
+            predicted = jax.nn.one_hot(logits.argmax(-1), len(classes)) * mask[:, None]
+            counts = {
+                "labelled": (targets * mask[:, None]).sum(axis=0),
+                "predicted": predicted.sum(axis=0),
+                "right": (targets * predicted).sum(axis=0),
+            }
         return {
+            **counts,
             "correct": jnp.sum(correct & mask),
             "top5": jnp.sum(hits.any(axis=1) & mask),
             "loss": jnp.where(mask, example_losses(loss, logits, targets), 0.0).sum(),
@@ -90,6 +107,8 @@ def make(
         }
         if best == 5:
             result["top5"] = float(totals["top5"]) / examples
+        if config.by_class:
+            result |= class_metrics(*(totals[k] for k in ("labelled", "predicted", "right")))
         if totals["excluded"]:
             result["excluded"] = int(totals["excluded"])
         return result
@@ -114,5 +133,4 @@ def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
 
 def present_classes(source: Source) -> np.ndarray:
     """Returns the classes that occur in the dataset, ascending."""
-    labels = (np.atleast_1d(source[i]["label"]) for i in range(len(source)))
-    return np.unique(np.concatenate(list(labels)))
+    return np.flatnonzero(source.class_counts())

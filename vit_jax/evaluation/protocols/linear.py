@@ -94,6 +94,27 @@ def linear_probe(
     Returns:
       The labels [M], the chosen l2, and its accuracy on dev.
     """
+    chosen, best, kept = choose_l2(train, dev, l2)
+    both = [np.concatenate([a, b]) for a, b in zip(train, dev, strict=True)]
+    _, predict = _fitter(*both, np.unique(both[1]))(chosen, kept)
+    return predict(test_features), chosen, best
+
+
+def accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """The share of predictions that are the labels: [N], [N] -> in [0, 1]."""
+    return float(np.mean(predicted == labels))
+
+
+def choose_l2(
+    train: tuple[np.ndarray, np.ndarray],
+    dev: tuple[np.ndarray, np.ndarray],
+    l2: tuple[float, ...],
+    metric: Callable[[np.ndarray, np.ndarray], float] = accuracy,
+) -> tuple[float, float, np.ndarray]:
+    """Returns the best penalty on dev, its `metric`(labels, predicted) there, and W [D + 1, C].
+
+    Tries and ties are those of `linear_probe`. ValueError for a penalty that isn't positive.
+    """
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2 = {l2}: expected numbers greater than 0")
     classes = np.unique(np.concatenate([train[1], dev[1]]))
@@ -102,12 +123,9 @@ def linear_probe(
     fit = _fitter(*train, classes)
     for penalty in sorted(l2, reverse=True):
         w, predict = fit(penalty, w)
-        accuracy = float(np.mean(predict(dev[0]) == dev[1]))
-        if accuracy > best:
-            best, chosen, kept = accuracy, penalty, w
-    both = (np.concatenate([a, b]) for a, b in zip(train, dev, strict=True))
-    _, predict = _fitter(*both, classes)(chosen, kept)
-    return predict(test_features), chosen, best
+        if (found := metric(dev[1], predict(dev[0]))) > best:
+            best, chosen, kept = found, penalty, w
+    return chosen, best, kept
 
 
 def _fitter(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Callable:
@@ -132,12 +150,19 @@ def probe_head(
     """
     parts = stratified_split(labels, {"train": 0.9, "dev": 0.1}, seed)
     train, dev = ((features[parts[n]], labels[parts[n]]) for n in ("train", "dev"))
-    _, chosen, _ = linear_probe(train, dev, features[:1], l2)
+    chosen, _, _ = choose_l2(train, dev, l2)
+    return *fit_head(features, labels, num_classes, chosen), chosen
+
+
+def fit_head(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits a head for features as they are, not standardised: kernel [D, C] and bias [C]."""
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-5
     start = np.zeros((features.shape[1] + 1, num_classes))
-    w = fit_logistic((features - mean) / std, labels, chosen, start)
+    w = fit_logistic((features - mean) / std, labels, l2, start)
     kernel = w[:-1] / std[:, None]
-    return kernel.astype(np.float32), (w[-1] - mean @ kernel).astype(np.float32), chosen
+    return kernel.astype(np.float32), (w[-1] - mean @ kernel).astype(np.float32)
 
 
 def make(
