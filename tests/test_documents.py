@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("vit_jax", "configs", "experiments")
 DOCUMENTS = [
     path
-    for pattern in ("*.md", "experiments/**/*.md", *(f"{at}/**/*.py" for at in FOLDERS))
+    for pattern in ("*.md", *(f"{at}/**/*.{kind}" for kind in ("md", "py") for at in FOLDERS))
     for path in sorted(ROOT.glob(pattern))
     if path.name != "CHANGELOG.md" and ".egg-info" not in str(path)
 ]  # fmt: skip
