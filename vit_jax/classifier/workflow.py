@@ -75,6 +75,9 @@ def transfer(
     if init is not None:
         given["init"] = init
     values = merge(values, given)
+    dataset = values["data"].get("dataset", "")
+    if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
+        raise FileNotFoundError(f"there is no {dataset}")
     config = build(TransferConfig, complete(values))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
