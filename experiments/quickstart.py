@@ -62,8 +62,7 @@ def run_command(module: str, *arguments: str) -> None:
         code = process.wait()
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
+        sys.exit(process.wait())  # it says where it stopped
     if code:
         sys.exit(f"error: vit_jax {module} failed, see above; a second call continues from there")
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,11 +118,12 @@ def test_interrupts_end_at_a_step_and_the_second_at_once():
 
 
 def test_an_interrupted_command_has_one_line(tmp_path):
-    fifo = tmp_path / "recipe.py"  # loading it waits
-    os.mkfifo(fifo)
-    command = [sys.executable, "-m", "vit_jax", "recipes", fifo]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import time\nprint('waits', flush=True)\ntime.sleep(60)")
+    command = [sys.executable, "-m", "vit_jax", "plan", f"--config={recipe}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "waits\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1].strip() == "stopped"
     assert process.returncode == 130

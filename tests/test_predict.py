@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 from processes import command
 
-from vit_jax import predict
+from vit_jax.classifier import labels
 from vit_jax.config import printable
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import TrainedModel
@@ -79,16 +78,15 @@ def test_command(model, params, folder, tmp_path):
     assert rows[str(folder / "broken.jpg")]["error"] and len(rows) == 8
 
 
-def test_names_are_text(tmp_path, monkeypatch):
+def test_names_are_text(tmp_path):
     """Of files and classes: neither formulas nor escape codes, and none is lost."""
     files = ["caf\udce9.png", "b\x1b[1m.png", "c\u202ed.png", "-d.png"]
     rows = [{"file": file, "labels": [["=1+1", 0.5], ["\x1b[31mred", 0.2]]} for file in files]
     rows.append({"file": "@e", "error": "broken"})
 
     written = {}
-    for kind, writer in predict.WRITERS.items():
-        monkeypatch.setattr(predict, "OUTPUT", SimpleNamespace(value=tmp_path / kind / "labels"))
-        with predict.opened_output() as write:
+    for kind, writer in labels.WRITERS.items():
+        with labels.opened_output(tmp_path / kind / "labels") as write:
             for text in writer(iter(rows), [Path(row["file"]) for row in rows], 2):
                 write(text)
                 assert not set(printable(text)) & {"\x1b", "\u202e", "\udce9"}

@@ -165,13 +165,17 @@ def parse_flags(argv: list[str]) -> list[str]:
     except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
         raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+        logging.set_verbosity(logging.WARNING)
+        handler = logging.get_absl_handler()
+        handler.addFilter(_is_ours)  # orbax tells every step of every save
+        handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
         for library in CHATTY:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
     skip_absent_tpu()
     return arguments
 
 
+<<<<<<< HEAD
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:
     """Sets a field to "none", which `config.build` takes for None where a field is optional."""
     *groups, field = name.split(".")
@@ -179,6 +183,12 @@ def _unset(config: ml_collections.ConfigDict, name: str) -> None:
         config = config[group]
     with config.ignore_type():
         config[field] = "none"
+=======
+def _is_ours(record: standard_logging.LogRecord) -> bool:
+    """Whether a log record is this package's, or an error."""
+    ours = record.pathname.startswith(os.path.dirname(__file__))
+    return ours or record.levelno >= standard_logging.ERROR
+>>>>>>> door
 
 
 def skip_absent_tpu() -> None:

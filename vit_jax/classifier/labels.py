@@ -1,0 +1,121 @@
+"""Labels of image files, written as a table, CSV or JSON while they are computed."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_jax.config import printable, unknown
+from vit_jax.weights.trained import TrainedModel
+
+Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
+
+
+def as_table(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
+    """Columns for people."""
+    width = max(len(printable(str(file))) for file in files)
+    for row in rows:
+        if "labels" in row:
+            labels = "  ".join(f"{name} {p:6.1%}" for name, p in row["labels"])
+            yield printable(f"{printable(row['file']):{width}}  {labels}") + "\n"
+
+
+def as_csv(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
+    """file, label, probability, label_2, ..., error; of unreadable files the error alone."""
+
+    def line(cells: list) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def name(text: str) -> str:
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+    suffixes = ["", *(f"_{i}" for i in range(2, top + 1))]
+    columns = [f"{column}{suffix}" for suffix in suffixes for column in ("label", "probability")]
+    yield line(["file", *columns, "error"])
+    for row in rows:
+        cells = [cell for label, p in row.get("labels", ()) for cell in (name(label), p)]
+        cells += [""] * (len(columns) - len(cells))
+        yield line([name(row["file"]), *cells, row.get("error", "")])
+
+
+def as_json(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
+    """{"images": [{"file", "labels"}, ...], "unreadable": [{"file", "error"}, ...]}."""
+
+    def text(row: Row) -> str:
+        plain = json.dumps(row, ensure_ascii=False)
+        return plain if plain.isprintable() else json.dumps(row)
+
+    unreadable, separator = [], "\n    "
+    yield '{\n  "images": ['
+    for row in rows:
+        if "labels" in row:
+            yield separator + text(row)
+            separator = ",\n    "
+        else:
+            unreadable.append("\n    " + text(row))
+    yield f'\n  ],\n  "unreadable": [{",".join(unreadable)}\n  ]\n}}\n'
+
+
+WRITERS = {"table": as_table, "csv": as_csv, "json": as_json}
+
+
+def write_labels(
+    model: TrainedModel,
+    files: Sequence[Path],
+    format: str = "table",
+    output: str | os.PathLike | None = None,
+    *,
+    top: int = 3,
+    batch_size: int = 32,
+) -> list[Row]:
+    """Labels files and writes the labels as they come; returns the rows that have an error.
+
+    Args:
+      model: has a head.
+      files: of images; those that can't be read don't stop the others.
+      format: a name in `WRITERS`. In CSV a name that a spreadsheet would take for a formula has a
+        ' in front.
+      output: a file, whose folder is made; None: the terminal.
+      top: labels an image, the most probable first.
+      batch_size: images at a time.
+
+    Raises ValueError for an unknown format and for numbers below 1.
+    """
+    if format not in WRITERS:
+        raise unknown("format of labels", format, WRITERS)
+    if top < 1 or batch_size < 1:
+        raise ValueError(f"top = {top}, batch_size = {batch_size}: expected at least 1")
+    unreadable = []
+
+    def label() -> Iterator[Row]:
+        for found in model.iterate_predictions(files, batch_size):
+            if found.error:
+                unreadable.append({"file": found.image, "error": found.error})
+                yield unreadable[-1]
+            else:
+                labels = [[name, round(p, 6)] for name, p in found.top(top)]
+                yield {"file": found.image, "labels": labels}
+
+    with opened_output(output) as write:
+        for text in WRITERS[format](label(), files, min(top, model.num_classes)):
+            write(text)
+    return unreadable
+
+
+@contextlib.contextmanager
+def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], Any]]:
+    """A function that writes to a file, whose folder is made, or to the terminal."""
+    if not output:
+        yield lambda text: print(printable(text), end="", flush=True)
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Bytes of file names that are no UTF-8 stay as they are.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield file.write
