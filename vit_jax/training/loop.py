@@ -293,7 +293,7 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("save"):
             checkpoints.wait()
         starts.keep(end)
-        metrics.say(starts.summary())
+        metrics.say(starts.summary(jax.default_backend() != "cpu"))
         if end < run.steps and not has_waited(*patience):
             metrics.say(f"told to end after step {end}: start again to go on from there")
             raise SystemExit(PREEMPTED)
