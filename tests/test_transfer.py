@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from processes import checkpoint_arrays, cluster, command, equal_runs, finish, records, start
 
+from vit_jax.classifier import budget, workflow
 from vit_jax.classifier import recipe as transfer_recipe
-from vit_jax.classifier import workflow
+from vit_jax.classifier.probe import VALUES
 from vit_jax.classifier.recipe import TransferConfig, WorkflowConfig, complete
 from vit_jax.classifier.splits import Splits
 from vit_jax.classifier.start import prepare
@@ -31,6 +32,7 @@ from vit_jax.data.sources import open_source
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.multihost import PREEMPTED
+from vit_jax.recipes import recipe as named_recipe
 from vit_jax.training import loop
 from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
 from vit_jax.weights.trained import TrainedModel, load
@@ -373,6 +375,109 @@ def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
     assert np.mean(logits.argmax(1) == np.array(labels)) > 0.9
     with pytest.raises(ValueError, match="head = 'probe' fits the features of a checkpoint"):
         dataclasses.replace(config, init="")
+
+
+@pytest.fixture(scope="module")
+def probed(config, finished, tmp_path_factory):
+    """The workdir of a run from a checkpoint, whose fine-tuning learns nothing."""
+    sweep = WorkflowConfig(sweep=SweepConfig((1e-9,)), probe=True, minutes=5.0)
+    config = dataclasses.replace(config, init=str(finished), workflow=sweep, steps=2)
+    workdir = tmp_path_factory.mktemp("probed")
+    run_workflow(config, workdir, COMMAND)
+    return config, workdir
+
+
+def test_the_probe_is_kept_where_fine_tuning_is_no_better(probed, finished):
+    """It is a trial, and the final model is the checkpoint with a head of train and dev."""
+    _, workdir = probed
+    results = json.loads((workdir / "results.json").read_text())
+    assert [trial["values"] for trial in results["trials"]] == [VALUES, {"schedule.peak": 1e-9}]
+    assert results["chosen"] == VALUES
+    probe, tuned = results["trials"]
+    assert probe["accuracy"] >= tuned["accuracy"] and probe["loss"] < tuned["loss"]
+    model, start = load(workdir), load(finished)
+    assert model.description["temperature"] == results["temperature"] != 1.0
+    np.testing.assert_array_equal(
+        model.params["embedding"]["kernel"], start.params["embedding"]["kernel"]
+    )
+    with np.load(workdir / "probe/test.npz") as file:
+        logits = file["features"] @ model.params["head"]["kernel"] + model.params["head"]["bias"]
+    with np.load(workdir / "test.npz") as file:
+        np.testing.assert_allclose(logits, file["logits"], atol=1e-4)
+    rows = {row["name"]: row for row in results["baselines"]}
+    assert rows["linear probe"]["accuracy"] == results["accuracy"]
+    assert not any("linear probe" in remark for remark in results["remarks"])
+
+
+def test_what_was_settled_stays(probed, monkeypatch):
+    """A restart measures nothing, trains nothing, and refuses other minutes."""
+    config, workdir = probed
+    before = (workdir / "budget.json").read_text(), checkpoint_arrays(workdir)
+    monkeypatch.setattr(loop, "measure_step", None)
+    monkeypatch.setattr(loop, "_take_steps", None)
+    run_workflow(config, workdir, COMMAND)
+    assert (workdir / "budget.json").read_text() == before[0]
+    for name, array in checkpoint_arrays(workdir).items():
+        np.testing.assert_array_equal(array, before[1][name])
+    other = dataclasses.replace(config.workflow, minutes=6.0)
+    with pytest.raises(ValueError, match=r"settled for workflow.minutes = 5.0, found 6.0"):
+        run_workflow(dataclasses.replace(config, workflow=other), workdir, COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("left", "lanes", "probe", "trials", "steps"),
+    [
+        (1000, 1, False, 3, 100),  # all of it
+        (400, 1, False, 3, 95),
+        (200, 1, False, 2, 61),
+        (100, 1, False, 1, 45),  # not half of the steps, and one trial nevertheless
+        (200, 3, False, 3, 95),  # two rounds
+        (25, 1, True, 0, 0),  # the probe alone
+    ],
+)
+def test_what_fits_the_time(left, lanes, probe, trials, steps):
+    """A step takes a second, a run five more."""
+    values = [{"schedule.peak": peak} for peak in (1.0, 2.0, 3.0)]
+    cost, whole = budget.Cost(1.0, 5.0, 10.0), budget.Budget(values, 100, 0.0, 1.0, "cpu")
+    found = budget.fit(whole, cost, left, lanes, probe)
+    assert (len(found.trials), found.steps) == (trials, steps)
+    assert found.seconds <= left + cost.report
+    if trials == 1:
+        assert found.trials == values[1:2]
+    with pytest.raises(ValueError, match=r"workflow.minutes = 1 are too few: a step takes 1.0 s"):
+        budget.fit(whole, cost, 25, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("workflow", "message"),
+    [
+        ({"metric": "acuracy"}, "did you mean 'accuracy'"),
+        ({"minutes": 0}, "minutes = 0.0: expected more than 0"),
+    ],
+)
+def test_workflows_that_cannot_be(workflow, message):
+    with pytest.raises(ValueError, match=message):
+        build(WorkflowConfig, workflow)
+
+
+def test_steps_in_a_grid_leave_no_time_to_keep(config):
+    sweep = SweepConfig(grid=(("batch_size", (8, 16)),))
+    workflow = WorkflowConfig(sweep=sweep, minutes=1.0)
+    with pytest.raises(ValueError, match=r"leave batch_size out of workflow.sweep.grid"):
+        budget.check_sweep(dataclasses.replace(config, workflow=workflow))
+
+
+def test_the_device_says_what_a_recipe_leaves_open():
+    """And only that; a run goes on with what it began with, see `_first_device`."""
+    values = named_recipe("transfer/folder", **{"data.dataset": "x", "steps": 7}).to_dict()
+    scratch = build(TransferConfig, complete(values, "cpu"))
+    assert (scratch.model.variant, scratch.steps, scratch.batch_size) == ("R26x1", 7, 32)
+    given = {**values, "model": {"variant": "ViT-mu/8"}, "image_size": 16}
+    cpu, gpu = (build(TransferConfig, complete(given, device)) for device in ("cpu", "gpu"))
+    assert (cpu.steps, cpu.batch_size, gpu.steps, gpu.batch_size) == (7, 32, 7, 512)
+    assert len(gpu.workflow.sweep.learning_rates) == 4 and gpu.optimizer.name == "sgd"
+    with pytest.raises(ValueError, match="no init, and the recipe names no model"):
+        complete(values, "gpu")
 
 
 @pytest.mark.parametrize(

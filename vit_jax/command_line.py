@@ -175,7 +175,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     return arguments
 
 
-<<<<<<< HEAD
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:
     """Sets a field to "none", which `config.build` takes for None where a field is optional."""
     *groups, field = name.split(".")
@@ -183,12 +182,12 @@ def _unset(config: ml_collections.ConfigDict, name: str) -> None:
         config = config[group]
     with config.ignore_type():
         config[field] = "none"
-=======
+
+
 def _is_ours(record: standard_logging.LogRecord) -> bool:
     """Whether a log record is this package's, or an error."""
     ours = record.pathname.startswith(os.path.dirname(__file__))
     return ours or record.levelno >= standard_logging.ERROR
->>>>>>> door
 
 
 def skip_absent_tpu() -> None:

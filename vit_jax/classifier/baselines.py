@@ -28,6 +28,7 @@ SIDE, CELL, BINS = (
     9,
 )  # pixels of the grey image and of a cell; orientations over 180 degrees
 COMPONENTS = 100
+PROBE = "linear probe"
 # C and gamma of the support vector machine, chosen on dev; gamma in units of 1 / (D variance).
 GRID = tuple(itertools.product((3.0, 10.0, 30.0), (1.0, 3.0)))
 MOST = 5000  # images that it is fitted to; of more, evenly spaced
@@ -131,7 +132,7 @@ def measure_baselines(
         "histograms of oriented gradients": predict_by_gradients(sources, metric),
     }
     if probed is not None:
-        predictions["linear probe"] = probed
+        predictions[PROBE] = probed
     return [{"name": name, **score_labels(labels, p)} for name, p in predictions.items()]
 
 

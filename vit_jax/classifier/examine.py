@@ -23,7 +23,7 @@ from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.models.variants import Model
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
 from vit_jax.pictures.attention import attention_maps
-from vit_jax.pictures.figures import overlay
+from vit_jax.pictures.figures import heat
 
 
 def keep_outputs(
@@ -120,7 +120,9 @@ def where_it_looks(
         [prepare(decode_image(source[int(i)]["image"]), np.random.default_rng(0)) for i in indices]
     )
     maps = np.asarray(jax.jit(attention_maps, static_argnums=0)(model, params, images))
+    factor = max(1, 192 // max(model.image_size))  # small images: the map is finer than pixels
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     return [
-        (Picture(image, Path(source.name(int(i))).name), Picture(overlay(image, seen), "attention"))
+        (Picture(image, Path(source.name(int(i))).name), Picture(heat(image, seen), "attention"))
         for i, image, seen in zip(indices, images, maps, strict=True)
     ]

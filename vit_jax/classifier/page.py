@@ -28,7 +28,7 @@ h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.2rem;margin-top:2.2rem;border
 padding-top:.8rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.15rem .7rem .15rem 0;text-align:left;vertical-align:top}th{color:#555}
 img{max-width:100%}figure{display:inline-block;margin:.4rem;
-vertical-align:top;text-align:center;font-size:.8rem;max-width:11rem}figcaption{overflow-wrap:
+vertical-align:top;text-align:center;font-size:.8rem;max-width:15rem}figcaption{overflow-wrap:
 anywhere}pre{background:#f5f5f5;padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 .big{font-size:2rem;font-weight:600}.sub{color:#555}.pair{display:inline-block}.bar{background:#0072B2;height:.7rem;
 display:inline-block}ul{padding-left:1.2rem}
@@ -109,11 +109,11 @@ def render(report: Report) -> str:
         "".join(map(_figure, report.mistakes)) or "<p>There is no mistake.</p>",
     ]
     if report.attention:
-        pairs = (_figure(image) + _figure(seen) for image, seen in report.attention)
+        pairs = (_figure(image, 224) + _figure(seen, 224) for image, seen in report.attention)
         sections += [
             "<h2>Where it looks</h2>",
             '<p class="sub">Attention rollout: from which patches the output is made, all layers '
-            "together.</p>",
+            "together; bright where it is most.</p>",
             "".join(f'<span class="pair">{pair}</span>' for pair in pairs),
         ]
     sections += [
@@ -312,10 +312,10 @@ def _list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: Picture, side: int = 160) -> str:
     image = Image.fromarray(picture.pixels)
-    if max(image.size) > 160:
-        image.thumbnail((160, 160))
+    if max(image.size) > side:
+        image.thumbnail((side, side))
     else:
         factor = max(1, 128 // max(image.size))
         image = image.resize(

@@ -13,10 +13,10 @@ import numpy as np
 from scipy.special import softmax
 
 from vit_jax.classifier.audit import Audit
-from vit_jax.classifier.baselines import compare, measure_baselines
+from vit_jax.classifier.baselines import PROBE, compare, measure_baselines
 from vit_jax.classifier.examine import keep_outputs, score, where_it_looks, worst_mistakes
 from vit_jax.classifier.page import MISTAKES, Report, model_card, render
-from vit_jax.classifier.probe import Probe
+from vit_jax.classifier.probe import VALUES, Probe
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.splits import Splits
 from vit_jax.classifier.sweep import Trial, best_trial, show_trials, shown, trial_name
@@ -100,7 +100,8 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
         return results
     metric, sources = done.config.workflow.metric, {p: done.open(p) for p in PARTS}
     baselines = measure_baselines(sources, done.audit.counts, labels, probed, metric)
-    remarks = compare(scores, baselines, metric)
+    others = [b for b in baselines if b["name"] != PROBE or chosen.values != VALUES]
+    remarks = compare(scores, others, metric)
     results |= {"baselines": baselines, "remarks": remarks}
     files = export(done.config.workflow.export, done.workdir, model)
     (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")

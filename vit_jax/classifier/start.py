@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from jax.sharding import Mesh
@@ -74,8 +75,14 @@ def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
         reinitialize=config.reinitialize,
         drop=config.drop,
     )
-    print(f"{config.init}:\n{report}")
+    _say_once(f"{config.init}:\n{report}")
     return adapted
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Prints what each trial would say again."""
+    print(text)
 
 
 def place_frozen(config: TransferConfig, params: dict, mesh: Mesh) -> dict:

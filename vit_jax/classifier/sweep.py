@@ -187,7 +187,7 @@ def run_trials(
     jobs = {}
     for number, values in enumerate(trials, 1):
         folder = workdir / "trials" / trial_name(values)
-        of = f"trial {number} of {len(trials)}: {trial_name(values)}"
+        of = f"trial {number} of {len(trials)}: {shown(values)}"
         if (folder / RESULT).exists():
             read_result(folder)  # which is whole, before anything is removed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -83,14 +83,10 @@ def transfer(
     if init is not None:
         given["init"] = init
     values = merge(values, given)
-<<<<<<< HEAD
-    config = build(TransferConfig, complete(values, _first_device(Path(workdir))))
-=======
     dataset = values["data"].get("dataset", "")
     if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
         raise FileNotFoundError(f"there is no {dataset}")
-    config = build(TransferConfig, complete(values))
->>>>>>> door
+    config = build(TransferConfig, complete(values, _first_device(Path(workdir))))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))

@@ -1,5 +1,6 @@
 """Draws Figures 6, 7, 10, 11 and 14 of arXiv 2010.11929 with matplotlib."""
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
@@ -11,7 +12,21 @@ def overlay(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
     As in Figures 6 and 14 (google-research/vision_transformer, issue 27): enlarges the map
     (Lanczos), blurs it by one patch, scales it to [0, 1] and multiplies.
     """
-    height, width = image.shape[:2]
+    return np.uint8(np.round(image * _enlarge(seen, *image.shape[:2])[..., None]))
+
+
+def heat(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Colours a greyed image uint8 [H, W, 3] by the attention map `seen` [rows, columns].
+
+    Unlike `overlay`, it stays visible where the image is dark or the attention low.
+    """
+    colours = mpl.colormaps["inferno"](_enlarge(seen, *image.shape[:2]))[..., :3]
+    grey = image.mean(axis=-1, keepdims=True) / 255
+    return np.uint8(np.round(255 * (0.45 * grey + 0.55 * colours)))
+
+
+def _enlarge(seen: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map of this size with values in [0, 1]."""
     mask = Image.fromarray((seen / seen.max()).astype(np.float32))
     mask = mask.resize((width, height), Image.Resampling.LANCZOS)
     # Pillow blurs only 8-bit images.
@@ -19,8 +34,7 @@ def overlay(image: np.ndarray, seen: np.ndarray) -> np.ndarray:
     mask = mask.filter(ImageFilter.GaussianBlur(height / seen.shape[0]))
     mask = np.asarray(mask, np.float32)
     low, high = mask.min(), mask.max()
-    mask = (mask - low) / (high - low) if high > low else np.ones_like(mask)
-    return np.uint8(np.round(image * mask[..., None]))
+    return (mask - low) / (high - low) if high > low else np.ones_like(mask)
 
 
 def draw_rollout(images: np.ndarray, maps: np.ndarray, columns: int = 4) -> Figure:

@@ -137,12 +137,12 @@ class Starts:
         """Of all starts, as of the last `keep`."""
         return sum(s["chips"] * sum(s["seconds"].values()) for s in self._all) / 3600
 
-    def summary(self) -> str:
-        """For people: the whole run's time, as of the last `keep`."""
+    def summary(self, on_chips: bool = True) -> str:
+        """For people: the whole run's time, as of the last `keep`; chip-hours if `on_chips`."""
         whole = datetime.timedelta(seconds=round(sum(self.seconds().values())))
         starts = f", {self.count} starts" * (self.count > 1)
-        hours = f"{self.chip_hours():,.2f} chip-hours"
-        return f"took {whole}{starts}, {hours}: goodput {self.goodput()}"
+        hours = f", {self.chip_hours():,.2f} chip-hours" * on_chips
+        return f"took {whole}{starts}{hours}: goodput {self.goodput()}"
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,10 @@ end is: records flushed, evaluation, checkpoint. So everything up to a checkpoin
 recorded when it exists, and a run restarted from it repeats nothing and loses nothing.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -49,6 +47,7 @@ from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
+from vit_jax.training.memory import return_freed_memory
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
@@ -294,20 +293,13 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("save"):
             checkpoints.wait()
         starts.keep(end)
-        metrics.say(starts.summary())
+        metrics.say(starts.summary(jax.default_backend() != "cpu"))
         if preemption.interrupted:
             raise KeyboardInterrupt(f"stopped at step {end}; the same command goes on")
-        _check_finished(run, end, metrics, patience)
+        if end < run.steps and not has_waited(*patience):
+            metrics.say(f"told to end after step {end}: start again to go on from there")
+            raise SystemExit(PREEMPTED)
         return metrics.last()
-
-
-def _check_finished(
-    run: Run, end: int, metrics: Metrics, patience: tuple[Path, str, int | None]
-) -> None:
-    """SystemExit with `PREEMPTED` for a run that was told to end before its last step."""
-    if end < run.steps and not has_waited(*patience):
-        metrics.say(f"told to end after step {end}: start again to go on from there")
-        raise SystemExit(PREEMPTED)
 
 
 def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
@@ -389,12 +381,6 @@ def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
     return_freed_memory()
     peak = put_tree(np.float32(run.config.schedule.peak), replicated(run.mesh))
     return lambda state, batch: step(state, batch, peak)
-
-
-def return_freed_memory() -> None:
-    """Gives the system what compilation freed and glibc keeps: a quarter of a GiB for a ViT."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:

@@ -3,8 +3,10 @@
 Neither changes the global batch, and so neither changes what is learned.
 """
 
+import ctypes
 import dataclasses
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,9 @@ def _next_accumulation(
         if divides and need.arguments + activations <= capacity:
             return accumulation
     return None
+
+
+def return_freed_memory() -> None:
+    """Gives the system what compilation freed and glibc keeps: a quarter of a GiB for a ViT."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

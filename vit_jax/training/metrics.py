@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from vit_jax.costs.chips import PEAK_FLOPS
@@ -78,7 +79,8 @@ class Metrics:
     def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
         """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
 
-        `values` are a record's; `goodput` tells more of it.
+        `values` are a record's, with the mean loss of the steps since the one before; `goodput`
+        tells more of it.
         """
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['img_per_sec']:,.0f}"}
         if self._bar is None:
@@ -94,7 +96,8 @@ class Metrics:
             return
         shown["goodput"] = goodput or shown["goodput"]
         shown["ETA"] = tqdm.format_interval(values["eta"])
-        shown["chip-hours"] = f"{values['chip_hours']:,.2f}"
+        if "chip_hours" in values:
+            shown["chip-hours"] = f"{values['chip_hours']:,.2f}"
         line = "  ".join(f"{k} {v}" for k, v in shown.items())
         if input_bound:
             where = f" (process {values['input_wait_process']})" * (jax.process_count() > 1)
@@ -162,6 +165,7 @@ class Recorder:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._checked = self._recorded = self._start = start
         self._skipped = 0  # broken examples since the last record
+        self._losses: list[jax.Array] = []  # of the steps since the last record
         self._batch_size, self._flops = batch_size, flops_per_image * batch_size
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * devices
@@ -205,6 +209,7 @@ class Recorder:
         due = step % self._log_every == 0 or step == self.metrics.steps
         if "skipped" in values:
             self._skipped += int(values.pop("skipped"))
+        self._losses.append(values["loss"])
         if not (due or must_check):
             return
         fetched = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -221,7 +226,12 @@ class Recorder:
                 fetched["skipped"], self._skipped = self._skipped, 0
             fetched |= self._speed(step)
             self.metrics.write(step, fetched)
-            self.metrics.progress(step, fetched, self._starts.goodput())
+            mean = float(np.mean(jax.device_get(self._losses)))
+            self._losses.clear()
+            shown = {**fetched, "loss": mean}
+            if jax.default_backend() == "cpu":
+                del shown["chip_hours"]  # nobody pays for a laptop's
+            self.metrics.progress(step, shown, self._starts.goodput())
 
     def _speed(self, step: int) -> dict[str, float]:
         """What the clock says: of the steps since the last record, and of the run."""
