@@ -5,6 +5,7 @@ import dataclasses
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from experiments.scaling import figures
@@ -108,6 +109,26 @@ def test_a_point_of_table_6_stands_where_it_should():
     at = np.array([c.get_offsets()[0] for c in axes.collections])
     assert len(at) == 18 and [4262.0, 88.08] in at.tolist()
     plt.close("all")
+
+
+def test_no_label_of_figure_5_covers_another_or_a_point():
+    """At the figure's own size, as it is saved."""
+    figure, panels = new_figure(2, 5.2, 4.4)
+    figures.figure_5_panel(panels[0], "avg5_computed", "average of 5 tasks", (88, 97))
+    figures.figure_5_panel(panels[1], "ImageNet", "ImageNet top-1", (75, 90))
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    for axes in panels:
+        labels = [t for t in axes.texts if isinstance(t, Annotation)]
+        boxes = [Text.get_window_extent(label, renderer) for label in labels]
+        points = np.array([c.get_offsets()[0] for c in axes.collections])
+        assert len(boxes) == len(points) == 18
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i]), labels[i].get_text()
+            assert not box.overlaps(axes.get_legend().get_window_extent(renderer))
+            for x, y in axes.transData.transform(points):
+                assert not box.contains(x, y), labels[i].get_text()
+    plt.close(figure)
 
 
 def test_colours_tell_families_apart_and_belong_to_models():

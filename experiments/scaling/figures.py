@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.scaling.style import (
-    HALO,
     HUES,
     MARKERS,
     ORDER,
@@ -20,6 +19,7 @@ from experiments.scaling.style import (
     Looks,
     family_legend,
     label_ends,
+    label_points,
     new_figure,
     save,
 )
@@ -27,12 +27,6 @@ from experiments.scaling.table import read_csv
 
 PAPER = Path(__file__).parent / "paper"
 SETS = ("ImageNet", "ImageNet-21k", "JFT-300M")
-# Figure 5: label offsets of crowded points.
-CROWDED = {
-    "ViT-L/32": ((-8, -9), "right"),
-    "ViT-L/16*": ((4, -16), "left"),
-    "R50+ViT-B/16": ((7, -4), "left"),
-}
 VTAB = {"VTAB": 19, "Natural": 7, "Specialized": 4, "Structured": 8}
 SCALED = ("All", "Depth", "Patch size", "Width MLP", "Width")
 IMAGES = {"9M": 9e6, "30M": 30e6, "90M": 90e6, "300M": 300e6}
@@ -137,20 +131,8 @@ def figure_5_panel(axes: Axes, column: str, title: str, limits: tuple[float, flo
     axes.set_xscale("log")
     axes.set(xlabel="pretraining compute (exaFLOPs)", ylabel=f"{title} (%)", ylim=limits)
     axes.set_xlim(35, 9000)
-    for name, *at in zip(names, x, y, strict=True):
-        usual = ((-5, 6), "right") if "+" in name else ((5, -11), "left")
-        shift, align = CROWDED.get(name, usual)
-        axes.annotate(
-            name,
-            at,
-            shift,
-            textcoords="offset points",
-            ha=align,
-            fontsize=7,
-            color="0.3",
-            path_effects=HALO,
-        )
     family_legend(axes, HUES, loc="lower right", title="* 14 epochs, others 7", title_fontsize=7)
+    label_points(axes, names, x, y)
 
 
 def figure_8_panel(axes: Axes, metric: str, title: str, base: float) -> None:

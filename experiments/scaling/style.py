@@ -4,7 +4,7 @@ The family determines the hue (Okabe & Ito's blue, vermilion and green) and the 
 within the family determines shade and marker area. Figures are also readable in grey.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,7 +17,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 HUES = {"ViT": "#0072B2", "ResNet": "#D55E00", "hybrid": "#009E73"}
 HALO = [withStroke(linewidth=2, foreground="white")]  # for text that may cross a line
@@ -119,6 +121,44 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
             color=np.array(colour) * 0.85, annotation_clip=False,
             path_effects=HALO,
         )  # fmt: skip
+
+
+def label_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
+    """Labels scattered points where no label, point or legend is covered.
+
+    Call it last: a label that is moved away from its point by more than a line gets a leader.
+    """
+    axes.figure.canvas.draw()  # lays the panels out
+    renderer = axes.figure.canvas.get_renderer()
+    pixel = axes.figure.dpi / 72
+    points = axes.transData.transform(np.column_stack([x, y]))
+    taken = [Bbox.from_extents(*(point - 5 * pixel), *(point + 5 * pixel)) for point in points]
+    if legend := axes.get_legend():
+        taken.append(legend.get_window_extent(renderer))
+    panel = axes.get_window_extent(renderer)
+    angles = np.deg2rad([-35, 145, 35, -145, 0, 180, 90, -90, 65, -65, 115, -115])
+    offsets = [
+        (distance * np.cos(angle), distance * np.sin(angle))
+        for distance in (9, 14, 20, 27, 35)
+        for angle in angles
+    ]
+    for name, *at in zip(names, x, y, strict=True):
+        for offset in offsets:
+            away = np.hypot(*offset) > 14
+            label = axes.annotate(
+                name, at, offset, textcoords="offset points", va="center", fontsize=7, color="0.3",
+                ha="left" if offset[0] > 3 else "right" if offset[0] < -3 else "center",
+                path_effects=HALO, arrowprops={"arrowstyle": "-", "lw": 0.5} if away else None,
+            )  # fmt: skip
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)
+            inside = panel.x0 < box.x0 and box.x1 < panel.x1 and panel.y0 < box.y0
+            if inside and box.y1 < panel.y1 and not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            raise ValueError(f"no room for the label {name}: enlarge the figure")
+        taken.append(box)
 
 
 def log_axis(axes: Axes) -> None:
