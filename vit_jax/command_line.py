@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vit_jax.config import WORKFLOW, explained_errors, printable
+from vit_jax.config import WORKFLOW, InputError, explained_errors, printable
 from vit_jax.recipes import find_recipe, list_recipes
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
@@ -75,11 +75,11 @@ def run(
                 _settle_config(argv, recipe)
             arguments = _fill(positional, parse_flags(argv)[1:])
             if has_config and flags.FLAGS["config"].value is None:
-                raise ValueError(_NO_RECIPE)
+                raise InputError(_NO_RECIPE)
             if missing := [name for name in needs if flags.FLAGS[name].value is None]:
-                raise ValueError(f"--{missing[0]} is missing\n{usage}")
+                raise InputError(f"--{missing[0]} is missing\n{usage}")
             if arguments and not rest:
-                raise ValueError(f"unexpected {' '.join(arguments)}\n{usage}")
+                raise InputError(f"unexpected {' '.join(arguments)}\n{usage}")
         return [typed, *arguments]
 
     with stoppable():
@@ -111,7 +111,7 @@ def _settle_config(argv: list[str], recipe: str) -> None:
     if recipe:
         argv.insert(1, f"--config={_with_file(recipe)}")
     elif any(re.match(r"--?config\.", text) for text in argv):
-        raise ValueError(_NO_RECIPE)
+        raise InputError(_NO_RECIPE)
 
 
 def _with_file(recipe: str) -> str:
@@ -161,9 +161,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         for name in unset:
             _unset(flags.FLAGS["config"].value, name)
     except flags.Error as error:
-        raise ValueError(f"{error}; {_program()} --help lists the flags") from error
+        raise InputError(f"{error}; {_program()} --help lists the flags") from error
     except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
-        raise ValueError(f"unknown group in --config.group.field: {error.args[0]}") from error
+        raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         handler = logging.get_absl_handler()
@@ -210,7 +210,7 @@ def numbers(name: str, value: Any, kind: type) -> Any:
     try:
         return tuple(map(kind, value))
     except ValueError as error:
-        raise ValueError(f"--{name}={','.join(value)}: expected numbers, {error}") from error
+        raise InputError(f"--{name}={','.join(value)}: expected numbers, {error}") from error
 
 
 def _program() -> str:

@@ -19,13 +19,20 @@ from typing import Any
 import ml_collections
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+class InputError(ValueError):
+    """A mistake in what the user gave: the message says what was found, expected, and to do.
+
+    Commands print it without a traceback; any other ValueError is a fault of the program.
+    """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that isn't there: says what was found and the nearest known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     shown = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
-    return ValueError(f"unknown {kind} {name!r}: {hint}Known: {shown}")
+    return InputError(f"unknown {kind} {name!r}: {hint}Known: {shown}")
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
@@ -40,7 +47,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
         name, equals, text = item.partition("=")
         if not equals:
             if position:
-                raise ValueError(f"config argument {item!r} of {arg!r}: expected name=value")
+                raise InputError(f"config argument {item!r} of {arg!r}: expected name=value")
             name, text = next(iter(defaults)), item
         if name not in defaults:
             raise unknown("config argument", name, defaults)
@@ -58,7 +65,7 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):
-        raise ValueError(
+        raise InputError(
             f"config argument {name}={text}: expected {type(default).__name__}, "
             f"such as {name}={default}"
         )
@@ -129,7 +136,7 @@ def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: set it in the recipe")
+        raise InputError(f"{path} lacks {', '.join(missing)}: set it in the recipe")
     return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
 
 
@@ -147,29 +154,29 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert(options[-1], value, path)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{path} = {value!r}: expected the fields of {hint.__name__}")
+            raise InputError(f"{path} = {value!r}: expected the fields of {hint.__name__}")
         return build(hint, value, path)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{path} = {value!r}: expected names with values")
+            raise InputError(f"{path} = {value!r}: expected names with values")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise ValueError(f"{path} = {value!r}: expected a list")
+            raise InputError(f"{path} = {value!r}: expected a list")
         value = tuple(value)
         if args[-1] is Ellipsis:
             args = (args[0],) * len(value)
         if len(args) != len(value):
-            raise ValueError(f"{path} = {value!r}: expected {len(args)} items")
+            raise InputError(f"{path} = {value!r}: expected {len(args)} items")
         return tuple(
             _convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if hint is float and type(value) is int:
         value = float(value)
     if hint is float and type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{path} = {value}: expected a finite number")
+        raise InputError(f"{path} = {value}: expected a finite number")
     if isinstance(hint, type) and type(value) is not hint:
-        raise ValueError(
+        raise InputError(
             f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}"
         )
     return value
@@ -242,7 +249,7 @@ def explained_errors() -> Iterator[None]:
     except BrokenPipeError:  # of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
 
 

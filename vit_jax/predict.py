@@ -15,7 +15,7 @@ from absl import flags
 
 from vit_jax.classifier.labels import WRITERS, write_labels
 from vit_jax.command_line import run
-from vit_jax.config import explained_errors, printable
+from vit_jax.config import InputError, explained_errors, printable
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import load
 
@@ -37,10 +37,10 @@ def main(arguments: list[str]) -> None:
     args = flags.FLAGS
     with explained_errors():
         if args.temperature is not None and args.temperature <= 0:
-            raise ValueError(f"--temperature={args.temperature}: expected a number above 0")
+            raise InputError(f"--temperature={args.temperature}: expected a number above 0")
         files = find_images(arguments[1:])
         if not files:
-            raise ValueError("no images: name files, or folders that hold some")
+            raise InputError("no images: name files, or folders that hold some")
         model = load(args.model)
         model = dataclasses.replace(
             model,

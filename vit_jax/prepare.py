@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from vit_jax.command_line import run
-from vit_jax.config import explained_errors
+from vit_jax.config import InputError, explained_errors
 from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
 from vit_jax.data.sources import is_path, open_path
@@ -46,9 +46,9 @@ def main(_) -> None:
         if args.verify:
             _verify(Path(args.verify))
         elif not args.input or not args.output:
-            raise ValueError("say what to read with --input and where to write with --output")
+            raise InputError("say what to read with --input and where to write with --output")
         elif "://" in args.output:
-            raise ValueError(f"--output={args.output}: write to a disk and copy the folder then")
+            raise InputError(f"--output={args.output}: write to a disk and copy the folder then")
         elif is_path(args.input):
             _write(Path(args.input).expanduser().resolve(), Path(args.output).expanduser())
         else:
@@ -60,7 +60,7 @@ def _write(source: Path, output: Path) -> None:
     stem = source.stem if source.is_file() else source.name
     name = args.name or re.sub(r"[^a-z0-9]+", "_", stem.lower())
     if (source / METADATA).exists():
-        raise ValueError(
+        raise InputError(
             f"{source} is a dataset of TFDS already. If it isn't in ArrayRecord format: tfds "
             f"convert_format --dataset_version_dir={source} --out_file_format=array_record"
         )

@@ -20,7 +20,7 @@ from absl import flags
 
 from vit_jax.classifier.workflow import default_workdir, transfer
 from vit_jax.command_line import define_config_flag, run
-from vit_jax.config import explained_errors
+from vit_jax.config import InputError, explained_errors
 from vit_jax.parallel import multihost
 from vit_jax.training.clock import Clock, process_age
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     clock = Clock(process_age())
     with explained_errors():
         if len(data) > 1:
-            raise ValueError(f"{len(data)} datasets, {', '.join(data)}: expected one")
+            raise InputError(f"{len(data)} datasets, {', '.join(data)}: expected one")
         multihost.initialize(DISTRIBUTED.value)
         dataset, workdir, init = "".join(data), WORKDIR.value, None
         if workdir is None:

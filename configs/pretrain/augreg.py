@@ -25,7 +25,7 @@ B/16 on ImageNet 1.7 of 15.75 GiB, 18 ms per step, MFU 49 %, 116 chip-hours in t
 
 import ml_collections
 
-from vit_jax.config import parse_arg, pretraining_data, recipe, unknown
+from vit_jax.config import InputError, parse_arg, pretraining_data, recipe, unknown
 
 # Layers and magnitude of RandAugment, and alpha of mixup (the paper's section 3).
 AUGMENTATIONS = {
@@ -64,10 +64,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         epochs=300.0,
     )
     if arg.dataset not in DATASETS:
-        raise ValueError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
+        raise InputError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
     if not arg.augmentation:
         if arg.variant not in DEFAULTS:
-            raise ValueError(
+            raise InputError(
                 f"{arg.variant} has no default augmentation: add augmentation=NAME, one of "
                 + ", ".join(AUGMENTATIONS)
             )

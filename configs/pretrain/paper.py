@@ -23,7 +23,7 @@ B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms per step, MFU 45 %, 125 chip-hours in t
 
 import ml_collections
 
-from vit_jax.config import parse_arg, pretraining_data, recipe
+from vit_jax.config import InputError, parse_arg, pretraining_data, recipe
 
 DATASETS = {
     "imagenet2012": {
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: [variant][,dataset=imagenet2012|imagenet21k][,epochs=N]."""
     arg = parse_arg(arg, variant="ViT-B/16", dataset="imagenet2012", epochs=0.0)
     if arg.dataset not in DATASETS:
-        raise ValueError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
+        raise InputError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
     values = DATASETS[arg.dataset]
     return recipe(
         model={

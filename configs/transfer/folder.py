@@ -32,7 +32,7 @@ from typing import Any
 
 import ml_collections
 
-from vit_jax.config import parse_arg, recipe
+from vit_jax.config import InputError, parse_arg, recipe
 from vit_jax.models import names
 
 # Learning rates to try, for batches of 512 and on a CPU for 32; the optimizer.
@@ -102,7 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     for name, known in (("preset", presets), ("train", TRAINED), ("augment", AUGMENT)):
         if getattr(arg, name) not in known:
             shown = ", ".join(filter(None, known))
-            raise ValueError(f"{name}={getattr(arg, name)}: expected one of {shown}")
+            raise InputError(f"{name}={getattr(arg, name)}: expected one of {shown}")
     magnitude, mixup = AUGMENT[arg.augment]
     preprocess = "random_crop(0.857)" + "|flip" * arg.flip + "|flip(vertical=True)" * arg.vertical
     if magnitude is not None:

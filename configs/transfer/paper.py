@@ -18,7 +18,7 @@ CIFAR-10 98.95, CIFAR-100 91.67, ImageNet 83.97, Flowers 99.38, Pets 94.43 %.
 
 import ml_collections
 
-from vit_jax.config import parse_arg, recipe
+from vit_jax.config import InputError, parse_arg, recipe
 
 # Training split without the dev part, dev part, test split, steps, warm-up. Flowers' own validation
 # split is as large as its training split: its dev part is a tenth of both.
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         arg, dataset="cifar10", variant="ViT-B/16", lr=0.03, size=384, ema=None, sweep=False
     )
     if arg.dataset not in DATASETS:
-        raise ValueError(f"dataset={arg.dataset}: this recipe is for {', '.join(DATASETS)}")
+        raise InputError(f"dataset={arg.dataset}: this recipe is for {', '.join(DATASETS)}")
     train, dev, test, steps, warmup = DATASETS[arg.dataset]
     rates = (3e-3, 1e-2, 3e-2, 6e-2) if arg.dataset == "imagenet2012" else LEARNING_RATES
     workflow = {

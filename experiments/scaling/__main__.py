@@ -24,7 +24,7 @@ from pathlib import Path
 from experiments.scaling.runner import Store, commands, statuses, train, work
 from experiments.scaling.study import Study, expand, load_study
 from vit_jax.command_line import stoppable
-from vit_jax.config import explained_errors
+from vit_jax.config import InputError, explained_errors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -148,7 +148,7 @@ def parse_field(text: str) -> tuple[str, object]:
     """Parses `mesh.fsdp=8`; a value that isn't a Python literal is a string."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--set={text}: expected FIELD=VALUE")
+        raise InputError(f"--set={text}: expected FIELD=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -12,6 +12,7 @@ from experiments.scaling.runner import Store
 from experiments.scaling.study import Study
 from experiments.scaling.style import HUES, OTHERS, new_figure, save
 from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points
+from vit_jax.config import InputError
 
 
 def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
@@ -22,7 +23,7 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
     found = points(study, store.records()) if study else paper_points()
     found = [point for point in found if point.examples]  # laws need pretraining
     if not found:
-        raise ValueError(f"study {study.name} has no finished run: `run` makes them")
+        raise InputError(f"study {study.name} has no finished run: `run` makes them")
     results: dict[str, dict] = {"laws": {}, "crossings": {}}
     drawn, failed = [], {}
     for task, of_task in _tasks(found).items():

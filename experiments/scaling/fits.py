@@ -12,6 +12,8 @@ from scipy.optimize import least_squares
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 
+from vit_jax.config import InputError
+
 LEVEL = 0.95  # confidence level of all intervals
 NAMES = ("a", "b", "c", "d")
 B_MIN, B_MAX = 0.01, 5.0  # bounds of the exponent; a fit at a bound isn't meaningful
@@ -73,12 +75,12 @@ def fit_law(
     parameters = 4 if shift else 3
     distinct = len(np.unique(x))
     if distinct <= parameters:
-        raise ValueError(
+        raise InputError(
             f"{distinct} distinct value(s) of x: a law of {parameters} parameters needs at least "
             f"{parameters + 1}. Add budgets or sizes to the study"
         )
     if not (np.all(x > 0) and np.all((error > 0) & (error < 1))):
-        raise ValueError("expected x > 0 and errors in (0, 1)")
+        raise InputError("expected x > 0 and errors in (0, 1)")
     scale = np.exp(np.log(x).mean())
     scaled = x / scale
     best = _solve(scaled, error, shift, starts=_starts(error))
@@ -219,7 +221,7 @@ def compute_ratio(
     low = max(error[0] for error, _ in curves)
     high = min(error[-1] for error, _ in curves)
     if low >= high:
-        raise ValueError("no error that both reached, so there is nothing to compare")
+        raise InputError("no error that both reached, so there is nothing to compare")
     at = np.linspace(low, high, 50)
     ratio = np.exp(np.interp(at, *curves[1]) - np.interp(at, *curves[0]))
     return float(ratio.min()), float(np.median(ratio)), float(ratio.max())
@@ -275,9 +277,9 @@ def crossing(
     """
     x = np.asarray(x, float)
     if len(x) < 2:
-        raise ValueError(f"{len(x)} value(s) of x: a crossing needs at least 2")
+        raise InputError(f"{len(x)} value(s) of x: a crossing needs at least 2")
     if noise == 0 and any(len(v) < 2 for v in (*first, *second)):
-        raise ValueError("a single seed and no noise: state the measurement's error as `noise`")
+        raise InputError("a single seed and no noise: state the measurement's error as `noise`")
     rng = np.random.default_rng(seed)
 
     def draw(curve):

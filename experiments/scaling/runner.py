@@ -26,7 +26,7 @@ from experiments.scaling.study import (
     machine_fields,
     merge,
 )
-from vit_jax.config import covered
+from vit_jax.config import InputError, covered
 from vit_jax.parallel.files import read_json
 
 DEATHS = 3  # a run over which this many processes died is tried after all others
@@ -125,7 +125,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: expected a run's record in JSON, found {line[:40]!r}. "
                 "Delete the line: the study's folder also has the record, or the run is repeated"
             ) from error
@@ -224,7 +224,7 @@ def work(
     while True:
         found = [_with_data(s, free or {}, opened, say) for s in statuses(study, store)]
         if only is not None and only not in {s.run.name for s in found}:
-            raise ValueError(f"no run {only!r} in study {study.name}: `expand` lists them")
+            raise InputError(f"no run {only!r} in study {study.name}: `expand` lists them")
         ready = [s.run for s in found if s.state in ("missing", "interrupted")]
         ready = [run for run in ready if only in (None, run.name)]
         ready.sort(key=lambda run: store.claims.deaths(run.name) >= DEATHS)
@@ -316,7 +316,7 @@ def check_free(fields: Mapping[str, Any]) -> None:
     """Raises ValueError for fields that would change the run's identity."""
     for name in fields:
         if not covered(name, machine_fields()):
-            raise ValueError(
+            raise InputError(
                 f"{name} is part of a run's identity: set it in the study file. A machine may set "
                 f"{', '.join(machine_fields())}"
             )

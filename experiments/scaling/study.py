@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import covered, fields_where, unknown
+from vit_jax.config import InputError, covered, fields_where, unknown
 from vit_jax.recipes import merge
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +55,7 @@ class Budget:
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"{self}: set exactly one of steps and epochs")
+            raise InputError(f"{self}: set exactly one of steps and epochs")
 
     @property
     def name(self) -> str:
@@ -180,7 +180,7 @@ def expand(study: Study) -> list[Run]:
         for run in _expand_grid(grid):
             known = runs.setdefault(run.key, run)
             if known.hash != run.hash:
-                raise ValueError(
+                raise InputError(
                     f"two runs are called {run.key!r} and differ in\n"
                     + "\n".join(differences(known.identity, run.identity))
                     + "\ngive their models, sets or sweep points other names"
@@ -228,7 +228,7 @@ def _branches(
     trunk = None
     for budget in sorted(budgets, key=lambda b: b.steps or 0):
         if budget.steps is None:
-            raise ValueError(f"{budget.name}: branches need budgets in steps")
+            raise InputError(f"{budget.name}: branches need budgets in steps")
         fall = round(cooldown * budget.steps)
         start = budget.steps - fall
         labelled = {**labels, "budget": budget.name}
@@ -305,5 +305,5 @@ def load_study(name: str) -> Study:
         raise unknown("study", name, [p.stem for p in folder.glob("*.py")])
     found = runpy.run_path(str(path))
     if "get_study" not in found:
-        raise ValueError(f"{path} has no get_study(arg)")
+        raise InputError(f"{path} has no get_study(arg)")
     return found["get_study"](arg or None)

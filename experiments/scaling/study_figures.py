@@ -17,6 +17,7 @@ from experiments.scaling.shapes import pooled_models, scaled_models
 from experiments.scaling.study import FAMILIES, Study
 from experiments.scaling.style import ORDER, Looks, new_figure, save
 from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points, write_csv
+from vit_jax.config import InputError
 
 Panel = Callable[[Axes], None]
 IMAGENET = "ImageNet fine-tuned"
@@ -41,7 +42,7 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
     records = store.collect()
     found = points(study, records)
     if not found:
-        raise ValueError(f"study {study.name} has no finished run: `run` makes them")
+        raise InputError(f"study {study.name} has no finished run: `run` makes them")
     order = list(dict.fromkeys(m.name for grid in study.grids for m in grid.models))
     found.sort(key=lambda p: (order.index(p.model), p.examples, p.images_seen, p.seed, p.task))
     written = [folder / "points.csv"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+from vit_jax.config import InputError
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -157,7 +159,7 @@ def label_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequen
                 break
             label.remove()
         else:
-            raise ValueError(f"no room for the label {name}: enlarge the figure")
+            raise InputError(f"no room for the label {name}: enlarge the figure")
         taken.append(box)
 
 

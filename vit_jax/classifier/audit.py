@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.data.decode import decode_image
 from vit_jax.data.jpeg_markers import orientation
 from vit_jax.data.sources import Source
@@ -56,9 +57,9 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
     first = next(iter(sources.values()))
     names = first.class_names or tuple(str(i) for i in range(first.num_classes))
     if any(source.labels_per_example is not None for source in sources.values()):
-        raise ValueError("the images have several labels each: a classifier with one label is made")
+        raise InputError("the images have several labels each: a classifier with one label is made")
     if len(names) < 2:
-        raise ValueError(
+        raise InputError(
             f"there is one class, {', '.join(names) or 'without a name'}: expected two or more. A "
             "folder of images has one folder a class: class/name.jpg"
         )
@@ -82,7 +83,7 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
                 same[digest].append({**place, "label": label})
     train = next(iter(sources))
     if empty := [name for name, n in zip(names, counts[train], strict=True) if n == 0]:
-        raise ValueError(
+        raise InputError(
             f"{train} has no readable image of {', '.join(empty[:SHOWN])}: add some, or remove the "
             f"class{_error_of(broken)}"
         )

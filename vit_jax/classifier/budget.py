@@ -14,7 +14,7 @@ import jax
 
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.sweep import Values
-from vit_jax.config import covered
+from vit_jax.config import InputError, covered
 from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.multihost import all_agree, barrier, first_of_all, is_main
 
@@ -114,11 +114,11 @@ def settle(
                 print(budget, flush=True)
                 write_whole(file, json.dumps(dataclasses.asdict(budget), indent=2) + "\n")
         if problem := first_of_all(problem):
-            raise ValueError(problem)
+            raise InputError(problem)
         barrier("budget")
     budget = read(workdir)
     if budget.minutes != minutes:
-        raise ValueError(
+        raise InputError(
             f"{file} was settled for workflow.minutes = {budget.minutes}, found {minutes}: set "
             "the same again, or train anew in another --workdir"
         )
@@ -164,7 +164,7 @@ def fit(budget: Budget, cost: Cost, left: float, lanes: int, probed: bool) -> Bu
     if probed:
         return chosen([], 0)
     needed = duration(cost, 1, min(FEWEST, steps), 1) / MARGIN
-    raise ValueError(
+    raise InputError(
         f"workflow.minutes = {budget.minutes:g} are too few: a step takes {cost.step:.1f} s, and "
         f"{min(FEWEST, steps)} steps of a trial and of the final run {_told(needed)}. Allow more, "
         "or take a smaller model, image_size or batch_size"
@@ -177,7 +177,7 @@ def check_sweep(config: TransferConfig) -> None:
         return
     for field, _ in config.workflow.sweep.grid:
         if not covered(field, SAME_TIME) or field in ("schedule.warmup", "schedule.cooldown"):
-            raise ValueError(
+            raise InputError(
                 f"workflow.minutes settles the steps by one measured step: leave {field} out of "
                 "workflow.sweep.grid, or minutes"
             )

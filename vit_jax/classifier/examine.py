@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from scipy.special import log_softmax, softmax
 
 from vit_jax.classifier.page import Picture
+from vit_jax.config import InputError
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import DataConfig
@@ -64,7 +65,7 @@ def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.nd
         with np.load(file) as arrays:
             return arrays[output], arrays["labels"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+        raise InputError(f"{file} is damaged ({error}): {remedy}") from error
 
 
 def score_labels(labels: np.ndarray, predicted: np.ndarray) -> dict:

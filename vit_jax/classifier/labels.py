@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import printable, unknown
+from vit_jax.config import InputError, printable, unknown
 from vit_jax.weights.trained import TrainedModel
 
 Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
@@ -90,7 +90,7 @@ def write_labels(
     if format not in WRITERS:
         raise unknown("format of labels", format, WRITERS)
     if top < 1 or batch_size < 1:
-        raise ValueError(f"top = {top}, batch_size = {batch_size}: expected at least 1")
+        raise InputError(f"top = {top}, batch_size = {batch_size}: expected at least 1")
     unreadable = []
 
     def label() -> Iterator[Row]:

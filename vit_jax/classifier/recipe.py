@@ -10,6 +10,7 @@ import jax
 from vit_jax import config as configuration
 from vit_jax.classifier.splits import SplitConfig
 from vit_jax.classifier.sweep import SweepConfig
+from vit_jax.config import InputError
 from vit_jax.evaluation.by_class import METRICS
 from vit_jax.models.variants import ModelConfig
 from vit_jax.training.recipe import TrainConfig
@@ -46,12 +47,12 @@ class WorkflowConfig:
         if self.metric not in METRICS:
             raise configuration.unknown("metric", self.metric, METRICS)
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise ValueError(f"workflow.minutes = {self.minutes}: expected more than 0")
+            raise InputError(f"workflow.minutes = {self.minutes}: expected more than 0")
         for name in self.export:
             if name not in formats.FORMATS:
                 raise configuration.unknown("export format", name, formats.FORMATS)
         if self.memory_gib is not None and not self.fit_memory:
-            raise ValueError(
+            raise InputError(
                 f"workflow.memory_gib = {self.memory_gib} changes nothing without "
                 "workflow.fit_memory: set fit_memory=True, too, or leave memory_gib out"
             )
@@ -84,7 +85,7 @@ class TransferConfig(TrainConfig):
         values = configuration.with_workflow(super().upgrade(with_defaults(values)))
         if old := [name for name in configuration.WORKFLOW if name in values]:
             if "sweep" not in old:
-                raise ValueError(
+                raise InputError(
                     f"{', '.join(old)}: part of a workflow, which this recipe has not. Set "
                     "workflow={...} with it, or leave it out"
                 )
@@ -96,7 +97,7 @@ class TransferConfig(TrainConfig):
         if self.head not in ("zero", "probe"):
             raise configuration.unknown("head", self.head, ("zero", "probe"))
         if self.head == "probe" and not self.init:
-            raise ValueError("head = 'probe' fits the features of a checkpoint: give one, init")
+            raise InputError("head = 'probe' fits the features of a checkpoint: give one, init")
 
 
 @cache
@@ -131,12 +132,12 @@ def complete(values: dict[str, Any], device: str | None = None) -> dict[str, Any
     """The recipe's fields, with what it leaves open: see `with_defaults`, then the checkpoint's."""
     values = with_defaults(values, device)
     if not (values["data"].get("dataset") or values["data"].get("mixture")):
-        raise ValueError("no images: say which, --config.data=FOLDER or the name of a dataset")
+        raise InputError("no images: say which, --config.data=FOLDER or the name of a dataset")
     model = dict(values.get("model", {}))
     if "variant" in model and "image_size" in values:
         return values
     if not values.get("init"):
-        raise ValueError(
+        raise InputError(
             "no init, and the recipe names no model: give --config.init=CHECKPOINT, or both "
             "--config.model.variant and --config.image_size to start from random weights"
         )
@@ -147,7 +148,7 @@ def complete(values: dict[str, Any], device: str | None = None) -> dict[str, Any
         model = {**{k: v for k, v in fields if k not in of_training}, **model}
     height, width = source.image_size
     if "image_size" not in values and height != width:
-        raise ValueError(
+        raise InputError(
             f"{values['init']} is for images of {height} x {width}: say the side of the square "
             "ones to train on, --config.image_size"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.classifier.audit import Audit, few_left, look_at
+from vit_jax.config import InputError
 from vit_jax.data.listing import ImageFiles, Listing, split_named
 from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
@@ -45,7 +46,7 @@ class SplitConfig:
     def __post_init__(self):
         for name in ("dev_share", "test_share"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected a share in (0, 1)")
+                raise InputError(f"{name} = {getattr(self, name)}: expected a share in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _check_same(dataset: str, before: dict, now: dict, folder: Path) -> None:
             for a, b in ((before, now), (now, before))
         )
         what = [f"  classes gone: {', '.join(lost) or 'none'}; new: {', '.join(new) or 'none'}"]
-    raise ValueError(
+    raise InputError(
         f"{dataset} isn't what {folder} was made from:\n" + "\n".join(what) + "\nPut it back as it "
         "was, or train anew in another --workdir"
     )
@@ -131,7 +132,7 @@ def _cut_by_name(
     train, dev = config.train, config.dev or "validation"
     if not config.dev and dev not in listing.splits:
         if "[" in train or "+" in train:
-            raise ValueError(f"split.train = {train!r}: say which part is for choosing: split.dev")
+            raise InputError(f"split.train = {train!r}: say which part is for choosing: split.dev")
         cut = f"{100 - 100 * config.dev_share:.0f}%"
         train, dev = f"{train}[:{cut}]", f"{train}[{cut}:]"
     splits = Splits(dataset, train, dev, config.test)
@@ -139,7 +140,7 @@ def _cut_by_name(
     sources = {name: open_source(dataset, part, data_dir) for name, part in parts.items()}
     audit = look_at(sources)
     if audit.broken:
-        raise ValueError(
+        raise InputError(
             f"{dataset} has examples that can't be read: {audit.broken[:3]}. Prepare it again"
         )
     return splits, audit
@@ -155,12 +156,12 @@ def _cut_files(
     }
     records = {name: listing.splits[part] for name, part in given.items() if part in listing.splits}
     if unused := listing.splits.keys() - given.values():
-        raise ValueError(
+        raise InputError(
             f"{dataset} has the splits {', '.join(listing.splits)}, and no use for "
             f"{', '.join(sorted(unused))}: name the parts in split.train, split.dev, split.test"
         )
     if "train" not in records:
-        raise ValueError(f"{dataset} has the splits {', '.join(listing.splits)}: expected train")
+        raise InputError(f"{dataset} has the splits {', '.join(listing.splits)}: expected train")
     sources = {
         name: Source(part, listing.num_classes, listing.class_names, listing.labels_per_example)
         for name, part in records.items()
@@ -193,7 +194,7 @@ def _cut_files(
     for _, label, part in rows:
         counts[part][label] += 1
     if empty := [name for name in given if not sum(counts[name])]:
-        raise ValueError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
+        raise InputError(f"{dataset} leaves {', '.join(empty)} without an image: add images")
     splits = Splits(str(table.absolute()), "train", "dev", "test")
     findings = [*audit.findings, *few_left(names, counts["train"], audit.counts["train"])]
     for reason, files in listing.left_out.items():
@@ -210,7 +211,7 @@ def _split_of(listing: Listing, name: str) -> str:
 def _check_enough(audit: Audit, shares: Mapping[str, float]) -> None:
     counts = dict(zip(audit.class_names, audit.counts["train"], strict=True))
     if alone := [name for name, count in counts.items() if count < len(shares)]:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(f'{name} has {counts[name]}' for name in alone[:10])} images: expected at "
             f"least {len(shares)}, one each for {', '.join(shares)}. Add images, join or remove "
             "these classes, or give the missing splits yourself: train/class/name.jpg, "

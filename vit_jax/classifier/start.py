@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.classifier.recipe import TransferConfig, load_init
+from vit_jax.config import InputError
 from vit_jax.evaluation.features import make_batches, make_extractor, open_single_label
 from vit_jax.evaluation.protocols.linear import L2, probe_head
 from vit_jax.models.variants import Model
@@ -63,7 +64,7 @@ def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
     for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
         there, here = getattr(source.config, name), getattr(model.config, name)
         if there != here:
-            raise ValueError(
+            raise InputError(
                 f"{config.init} was trained with {name} = {there!r}, the recipe's model has "
                 f"{here!r}: set --config.model.{name}={there}"
             )
@@ -92,7 +93,7 @@ def place_frozen(config: TransferConfig, params: dict, mesh: Mesh) -> dict:
     """
     fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
     if other := sorted(fresh - {"head/kernel", "head/bias"}):
-        raise ValueError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
+        raise InputError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
     zeros = {k: np.zeros(v.shape, v.dtype) for k, v in params["head"].items()}
     params = {**params, "head": zeros}
     return put_tree(params, state_shardings(mesh, config.mesh, params))

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from vit_jax.config import InputError
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
@@ -48,7 +49,7 @@ class SweepConfig:
 
     def __post_init__(self):
         if self.devices is not None and self.devices < 1:
-            raise ValueError(f"sweep.devices = {self.devices}: expected at least 1")
+            raise InputError(f"sweep.devices = {self.devices}: expected at least 1")
 
     def trials(self) -> list[Values]:
         """The values of each trial."""
@@ -56,7 +57,7 @@ class SweepConfig:
         if self.learning_rates:
             axes = {"schedule.peak": self.learning_rates, **axes}
         if empty := [field for field, values in axes.items() if not values]:
-            raise ValueError(f"sweep: no values for {', '.join(empty)}: list some, or leave it out")
+            raise InputError(f"sweep: no values for {', '.join(empty)}: list some, or leave it out")
         return [
             dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
         ]
@@ -87,7 +88,7 @@ class Trial:
     def merit(self, metric: str) -> tuple[float, float]:
         """What the best trial has most of: the metric, then the least loss."""
         if (value := getattr(self, metric)) is None:
-            raise ValueError(
+            raise InputError(
                 f"trial {trial_name(self.values)} was made without {metric}: choose by accuracy, "
                 "or train anew in another --workdir"
             )
@@ -127,7 +128,7 @@ def with_values(config: Any, values: Values) -> Any:
 def _replace(config: Any, path: list[str], value: Any, field: str) -> Any:
     name, *rest = path
     if not dataclasses.is_dataclass(config) or name not in vars(config):
-        raise ValueError(f"sweep: the recipe has no field {field}: check the name {name!r}")
+        raise InputError(f"sweep: the recipe has no field {field}: check the name {name!r}")
     value = _replace(getattr(config, name), rest, value, field) if rest else value
     return dataclasses.replace(config, **{name: value})
 
@@ -136,7 +137,7 @@ def check_dev(examples: int, trials: list[Values]) -> None:
     """ValueError for a dev split on which that many trials can't be told apart."""
     needed = 4 * len(trials)
     if len(trials) > 1 and examples < needed:
-        raise ValueError(
+        raise InputError(
             f"the dev split has {examples} images, too few to choose among {len(trials)} trials: "
             f"expected at least {needed}. Enlarge it (--config.workflow.split.dev_share), or try "
             "fewer (--config.workflow.sweep.learning_rates)"
@@ -153,14 +154,14 @@ def devices_of_a_trial(config: TrainConfig, sweep: SweepConfig, trials: int) -> 
     available, mesh = jax.device_count(), config.mesh
     if jax.distributed.is_initialized():
         if sweep.devices:
-            raise ValueError(
+            raise InputError(
                 f"sweep.devices = {sweep.devices}: the trials of several processes run one after "
                 "another, each over all devices: leave it out, or start one process"
             )
         return available
     if sweep.devices:
         if sweep.devices > available:
-            raise ValueError(f"sweep.devices = {sweep.devices}: there are {available}")
+            raise InputError(f"sweep.devices = {sweep.devices}: there are {available}")
         return sweep.devices
     if mesh.data != -1 or config.profile_steps:  # jax traces a process, not a trial
         return available

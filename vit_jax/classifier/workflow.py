@@ -33,7 +33,7 @@ from vit_jax.classifier.sweep import (
     trial_name,
     with_values,
 )
-from vit_jax.config import build, printable
+from vit_jax.config import InputError, build, printable
 from vit_jax.data.sources import is_path, open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
@@ -91,7 +91,7 @@ def transfer(
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
     if not workdir:
-        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+        raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
     return run_workflow(config, Path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})")
 
 

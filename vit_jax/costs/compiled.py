@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.costs.chips import Chip
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -193,7 +194,7 @@ class Program:
                     match[2], match[3], match[4], operands, attributes, bool(match[1]), name
                 )
         if not self._entry:
-            raise ValueError("no ENTRY in the program's text: expected the result of as_text()")
+            raise InputError("no ENTRY in the program's text: expected the result of as_text()")
         self._times: dict[str, int] = {}  # computation -> runs per step
         self._run(self._entry, 1)
 
@@ -374,7 +375,7 @@ def _first_group(attributes: str) -> tuple[int, ...]:
         inside = tuple(slice(None) if f"'{axis}'" in match[5] else 0 for axis in axes)
         if ":" not in match[5]:  # a colon marks part of an axis
             return tuple(ids.reshape(*axes.values())[inside].reshape(-1).tolist())
-    raise ValueError(f"cannot read the devices of a collective: {attributes[:200]}")
+    raise InputError(f"cannot read the devices of a collective: {attributes[:200]}")
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:

@@ -9,7 +9,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.costs.chips import CHIPS, GIB, Chip
 
 # The first keeps libtpu from querying the metadata server of TPU VMs. The others allow a second
@@ -72,13 +72,13 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     dims = len(chip.pod) or 2
     example = f"{name}:{'x'.join('8' * dims)}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides):
-        raise ValueError(f"topology {text!r}: expected chips along each side, such as {example}")
+        raise InputError(f"topology {text!r}: expected chips along each side, such as {example}")
     shape = tuple(map(int, sides.split("x")))
     if num_slices < 1:
-        raise ValueError(f"num_slices = {num_slices}: expected at least 1")
+        raise InputError(f"num_slices = {num_slices}: expected at least 1")
     if not chip.is_tpu:
         if len(shape) > dims or num_slices > 1:
-            raise ValueError(
+            raise InputError(
                 f"topology {text!r} with num_slices = {num_slices}: expected GPUs, or nodes "
                 f"x GPUs, such as {name}:8 or {name}:32x8, without slices"
             )
@@ -86,14 +86,14 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     if dims == 3:
         shape += (1,) * (3 - len(shape))
     if len(shape) != dims or any(a > b for a, b in zip(sorted(shape), chip.pod, strict=True)):
-        raise ValueError(
+        raise InputError(
             f"topology {text!r}: {name} has slices of {dims} sides, the largest "
             f"{name}:{'x'.join(map(str, chip.pod))}; for more chips use several slices "
             "(--num_slices)"
         )
     even = tuple(n + n % 2 for n in shape[:2]) + shape[2:]
     if even != shape and math.prod(shape) > 1:
-        raise ValueError(
+        raise InputError(
             f"topology {text!r}: hosts hold 2x2 chips, so the first two sides are even: "
             f"the nearest is {name}:{'x'.join(map(str, even))}"
         )
@@ -112,7 +112,7 @@ def _of_accelerator_type(text: str) -> str:
     chips = number if name in ("v5e", "v6e") else number // 2
     power = max(chips, 1).bit_length() - 1
     if chips != 2**power:
-        raise ValueError(
+        raise InputError(
             f"topology {text!r}: {chips} chips, expected a power of 2, or chips along each side, "
             f"such as {name}:{'x'.join('4' * len(CHIPS[name].pod))}"
         )
@@ -131,7 +131,7 @@ def open_topology(topology: Topology) -> list[jax.Device]:
     if topology.chip.is_tpu:
         kind, module, package = ("TPU", "libtpu", "jax[tpu]")
     if not _installed(module):
-        raise ValueError(
+        raise InputError(
             f"{topology}: the compiler for {kind}s is not installed; it needs no {kind}: "
             f"pip install '{package}'"
         )
@@ -139,7 +139,7 @@ def open_topology(topology: Topology) -> list[jax.Device]:
     try:
         return _open_tpus(topology) if topology.chip.is_tpu else _open_gpus(topology)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"{topology}: the compiler rejects it: {error}") from error
+        raise InputError(f"{topology}: the compiler rejects it: {error}") from error
 
 
 def _installed(module: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.data.files import check_regular, open_files_limit, system_error
 from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
@@ -59,9 +59,9 @@ class ArrayRecords(Sequence):
         except RuntimeError as error:  # of the C++ reader, whose records have checksums
             if fault := system_error(error):
                 raise fault from error
-            raise ValueError(f"cannot read it: {error}") from error
+            raise InputError(f"cannot read it: {error}") from error
         except _MALFORMED as error:
-            raise ValueError(f"cannot read it: {type(error).__name__}: {error}") from error
+            raise InputError(f"cannot read it: {type(error).__name__}: {error}") from error
 
     def _place(self, index: int) -> tuple[int, int]:
         shard = bisect_right(self.starts, index) - 1
@@ -115,9 +115,9 @@ class ArrayRecords(Sequence):
             )
         for i, (path, found) in enumerate(counts.items()):
             if isinstance(found, str):
-                raise ValueError(f"shard {path} is truncated or damaged: {found}")
+                raise InputError(f"shard {path} is truncated or damaged: {found}")
             if found != self.starts[i + 1] - self.starts[i]:
-                raise ValueError(
+                raise InputError(
                     f"shard {path} holds {found} records, its dataset_info.json says "
                     f"{self.starts[i + 1] - self.starts[i]}"
                 )
@@ -164,7 +164,7 @@ def open_array_records(
     if label and "image" in features:
         return Listing("TFDS dataset", _splits(builder, features, label), num_classes)
     if "image" not in features or label_feature is None:
-        raise ValueError(
+        raise InputError(
             f"{name} has the features {', '.join(sorted(features))}: "
             f"expected `image` and one of {', '.join(LABEL_FEATURES)}"
         )
@@ -173,7 +173,7 @@ def open_array_records(
         classes = classes.feature
         labels_per_example = MAX_LABELS
     if not isinstance(classes, tfds.features.ClassLabel):
-        raise ValueError(
+        raise InputError(
             f"{name}'s feature `{label_feature}` is {classes}: expected a ClassLabel or a Sequence "
             "of ClassLabel, which states the number of classes"
         )
@@ -223,10 +223,10 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
         registered = tfds.list_builders(with_community_datasets=False)
         error_with_names = unknown("dataset", name, {*known, *found, *registered})
         if os.path.exists(name):
-            raise ValueError(f"{error_with_names}. For the path, write ./{name}") from error
+            raise InputError(f"{error_with_names}. For the path, write ./{name}") from error
         raise error_with_names from error
     except (AssertionError, ValueError, *_MALFORMED) as error:  # or a version it cannot build
-        raise ValueError(f"cannot open {name}: {error} ({type(error).__name__})") from error
+        raise InputError(f"cannot open {name}: {error} ({type(error).__name__})") from error
     folder = builder.data_dir
     if not builder.info.splits:
         command = f"tfds build {name} --file_format=array_record"
@@ -278,11 +278,11 @@ def build_with_tfds(name: str, data_dir: str) -> str:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"{name}: TFDS knows no such dataset. For a path, write ./{name}"
         ) from error
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not builder.info.splits:
-        raise ValueError(
+        raise InputError(
             f"{name} must be fetched by hand: {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}\nThen, for "
             f"imagenet2012, --input=DIR --name={name}; for others, tfds build {name} "
             f"--file_format=array_record --data_dir={data_dir} --manual_dir=DIR"
@@ -290,5 +290,5 @@ def build_with_tfds(name: str, data_dir: str) -> str:
     try:
         builder.download_and_prepare()
     except ImportError as error:
-        raise ValueError(f"{error}: TFDS needs more packages: {INSTALL}") from error
+        raise InputError(f"{error}: TFDS needs more packages: {INSTALL}") from error
     return str(builder.data_dir)

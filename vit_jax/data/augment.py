@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.data.decode import Jpeg
 from vit_jax.data.randaugment import autoaugment, randaugment, random_erasing
 
@@ -66,7 +66,7 @@ def inception_crop(
     `max_area` of the image and fits inside; the whole image if 100 attempts fail.
     """
     if not 0 < min_area <= max_area <= 1:
-        raise ValueError(f"expected 0 < min_area <= max_area <= 1, found {min_area} and {max_area}")
+        raise InputError(f"expected 0 < min_area <= max_area <= 1, found {min_area} and {max_area}")
     image_height, image_width = image.shape[:2]
     area = image_height * image_width
     for _ in range(100):
@@ -124,7 +124,7 @@ def central_crop(
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
     """A random crop of the image with a black border of `pixels` on each side; for small images."""
     if not (isinstance(pixels, int) and pixels >= 0):
-        raise ValueError(f"expected a whole number of pixels, found {pixels}")
+        raise InputError(f"expected a whole number of pixels, found {pixels}")
     return _crop(np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0))), size, rng)
 
 
@@ -151,7 +151,7 @@ def affine(
       shift: both shifts are uniform in +-shift, as fractions of the image's sides.
     """
     if degrees < 0 or not 0 <= scale < 1 or shift < 0:
-        raise ValueError(f"expected degrees, shift >= 0 and 0 <= scale < 1, found {scale=}")
+        raise InputError(f"expected degrees, shift >= 0 and 0 <= scale < 1, found {scale=}")
     height, width = image.shape[:2]
     angle = math.radians(rng.uniform(-degrees, degrees))
     zoom = rng.uniform(1 - scale, 1 + scale)
@@ -212,7 +212,7 @@ def _parse_op(text: str, size: Size) -> Preprocess:
         args = [ast.literal_eval(value) for value in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read preprocessing op {text!r}: expected a name with literal arguments, "
             "such as central_crop(0.875)"
         ) from error
@@ -225,13 +225,13 @@ def _parse_op(text: str, size: Size) -> Preprocess:
         step(np.zeros((*size, 3), np.uint8), np.random.default_rng(0))  # are the values in range?
     except (TypeError, ValueError) as error:
         shown = ", ".join(map(str, list(signature.parameters.values())[3:]))
-        raise ValueError(f"preprocessing op {text!r}: {error}; expected {name}({shown})") from error
+        raise InputError(f"preprocessing op {text!r}: {error}; expected {name}({shown})") from error
     return step
 
 
 def _enlarge(size: Size, fraction: float) -> Size:
     if not 0 < fraction <= 1:
-        raise ValueError(f"expected 0 < fraction <= 1, found {fraction}")
+        raise InputError(f"expected 0 < fraction <= 1, found {fraction}")
     return (round(size[0] / fraction), round(size[1] / fraction))
 
 
@@ -239,7 +239,7 @@ def _crop(image: np.ndarray, size: Size, rng: np.random.Generator | None = None)
     """A random crop, or without `rng` the central one."""
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
     if spare_height < 0 or spare_width < 0:
-        raise ValueError(
+        raise InputError(
             f"cannot crop {size[0]} x {size[1]} out of {image.shape[0]} x {image.shape[1]} pixels: "
             "add `resize` before the crop"
         )

@@ -22,6 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageChops, UnidentifiedImageError
 
+from vit_jax.config import InputError
 from vit_jax.data import jpeg_markers
 from vit_jax.data.files import system_error
 
@@ -148,7 +149,7 @@ def max_pixels(image_format: str = "") -> int:
     try:
         Image.MAX_IMAGE_PIXELS = int(text)  # Pillow has a limit of its own
     except ValueError as error:
-        raise ValueError(f"{LIMIT}={text}: expected a number of pixels") from error
+        raise InputError(f"{LIMIT}={text}: expected a number of pixels") from error
     return Image.MAX_IMAGE_PIXELS
 
 
@@ -158,7 +159,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             pixels, most = image.width * image.height, max_pixels(image.format)
             if pixels > most:
-                raise ValueError(
+                raise InputError(
                     f"{image.width} x {image.height} pixels, more than {most:,}: make it smaller, "
                     f"or set {LIMIT}={pixels} if there is memory for it"
                 )
@@ -174,7 +175,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             reason = _unknown_kind(data)
         elif isinstance(error, Image.DecompressionBombError):
             reason += f". If there is memory for it, set {LIMIT}"
-        raise ValueError(
+        raise InputError(
             f"cannot decode {len(data)} bytes that begin with {bytes(data[:8])!r}: expected a "
             f"whole image file, such as a JPEG or a PNG ({reason})"
         ) from error
@@ -190,9 +191,9 @@ def _unknown_kind(data: bytes) -> str:
 
 def _check_scans(scans: int, pixels: int) -> None:
     if scans > MAX_SCANS:
-        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans: save it with fewer")
+        raise InputError(f"a JPEG of more than {MAX_SCANS} scans: save it with fewer")
     if scans * pixels > MAX_SCANNED:
-        raise ValueError(
+        raise InputError(
             f"a JPEG of {scans} scans of {pixels:,} pixels each, more than {MAX_SCANNED:,} in all: "
             "save it with fewer"
         )
@@ -256,7 +257,7 @@ def _decode_array(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(
+        raise InputError(
             f"image array is {pixels.dtype} {list(pixels.shape)}: "
             "expected uint8 [H, W], [H, W, 1] or [H, W, 3]"
         )
@@ -269,7 +270,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead
         return _decode_array((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode!r})")
+        raise InputError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode!r})")
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow takes all for Adobe's, which are negatives
     if image.has_transparency_data:

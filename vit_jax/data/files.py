@@ -10,6 +10,8 @@ import resource
 import stat
 from functools import cache
 
+from vit_jax.config import InputError
+
 MAX_BYTES = 2 << 30  # of an encoded image; 200 megapixels with 16 bits a channel are 1.2 GB
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -34,19 +36,19 @@ def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
         check_regular(path)
         with open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
-                raise ValueError(f"{path} has {size:,} bytes: expected up to {most:,}")
+                raise InputError(f"{path} has {size:,} bytes: expected up to {most:,}")
             return file.read()
     except OSError as error:
         if fault := system_error(error):
             raise fault from error
-        raise ValueError(f"cannot read it ({error})") from error
+        raise InputError(f"cannot read it ({error})") from error
 
 
 def check_regular(path: str | os.PathLike) -> None:
     """ValueError for what is there but no regular file: reading it might never end."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
-        raise ValueError(f"{os.fspath(path)} is {_KINDS.get(kind, 'special')}: expected a file")
+        raise InputError(f"{os.fspath(path)} is {_KINDS.get(kind, 'special')}: expected a file")
 
 
 def system_error(error: Exception) -> OSError | MemoryError | None:

@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from vit_jax.config import InputError
+
 CLASS, INSTANCE = 1, 2  # what a stream of random numbers is for
 
 MASK = 2**64 - 1
@@ -44,7 +46,7 @@ class _FormulaSet:
         for field, low in least.items():
             value = getattr(self, field)
             if not isinstance(value, int) or not low <= value < 2**62:
-                raise ValueError(f"{field}={value!r}: expected an int from {low} to 2**62 - 1")
+                raise InputError(f"{field}={value!r}: expected an int from {low} to 2**62 - 1")
 
     def __len__(self) -> int:
         return self.num_examples

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.data.files import read_file
 from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import CLASS_NAMES, class_names_beside
@@ -66,11 +67,11 @@ def read_idx(files: Sequence[Path]) -> Listing:
         stem, rest = _IMAGES.fullmatch(path.name).groups()
         split = split_in(stem.replace("t10k", "test"))
         if split is None or split in splits:
-            raise ValueError(f"{path}: expected one file for train and one for test (or t10k)")
+            raise InputError(f"{path}: expected one file for train and one for test (or t10k)")
         labels = path.with_name(f"{stem}labels{rest.replace('idx3', 'idx1')}")
         pixels, numbers = _idx_array(path, 3), _idx_array(labels, 1)
         if len(pixels) != len(numbers) or not len(pixels):
-            raise ValueError(
+            raise InputError(
                 f"{path} has {len(pixels)} images, {labels} {len(numbers)} labels: "
                 "expected as many, and at least one"
             )
@@ -78,7 +79,7 @@ def read_idx(files: Sequence[Path]) -> Listing:
     names = class_names_beside(files[0])
     num_classes = 1 + max(int(records.labels.max()) for records in splits.values())
     if names and num_classes > len(names):
-        raise ValueError(
+        raise InputError(
             f"{files[0].parent} has the label {num_classes - 1}: expected less than {len(names)}, "
             f"the number of classes in {CLASS_NAMES}"
         )
@@ -91,17 +92,17 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
     data = _unpacked(read_file(path), path)
     header = 4 + 4 * rank
     if data[:4] != bytes([0, 0, 8, rank]) or len(data) < header:
-        raise ValueError(
+        raise InputError(
             f"{path} begins with {data[:4]!r}: expected an IDX file of uint8 with {rank} dimensions"
         )
     shape = struct.unpack_from(f">{rank}I", data, 4)
     if len(data) != header + math.prod(shape):
-        raise ValueError(
+        raise InputError(
             f"{path} has {len(data)} bytes, its header promises {header + math.prod(shape)}: "
             "truncated or damaged"
         )
     if not all(shape[1:]):
-        raise ValueError(f"{path} has images of {shape[1]} x {shape[2]} pixels: expected some")
+        raise InputError(f"{path} has images of {shape[1]} x {shape[2]} pixels: expected some")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -115,7 +116,7 @@ def _unpacked(data: bytes, path: Path) -> bytes:
             rank = min(head[3], 3) if len(head) > 3 else 0
             promised = math.prod(struct.unpack_from(f">{rank}I", head.ljust(16, b"\0"), 4))
             if promised > MAX_BYTES:
-                raise ValueError(f"{path} holds {promised:,} bytes: expected up to {MAX_BYTES:,}")
+                raise InputError(f"{path} holds {promised:,} bytes: expected up to {MAX_BYTES:,}")
             return head + file.read(promised + 1)
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        raise InputError(f"{path} is truncated or damaged: {error}") from error

@@ -3,6 +3,7 @@
 import unicodedata
 from pathlib import Path
 
+from vit_jax.config import InputError
 from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing, split_named
 from vit_jax.data.walk import IMAGE_ENDINGS, Walker, is_image, shown
 
@@ -33,7 +34,7 @@ def read_folder(root: Path) -> Listing:
     names = [split_named(folder.name) for folder in folders]
     if None not in names or any(map(_holds_classes, folders, names)):
         if None in names or len(set(names)) < len(names):
-            raise ValueError(
+            raise InputError(
                 f"{root} holds {', '.join(folder.name for folder in folders)}: expected either "
                 f"classes, or one folder a split ({', '.join(SPLIT_FOLDERS)})"
             )
@@ -46,7 +47,7 @@ def read_folder(root: Path) -> Listing:
     records = {}
     for split in sorted(found, key=("train", "validation", "test").index):
         if strange := sorted(found[split].keys() - label.keys()):
-            raise ValueError(
+            raise InputError(
                 f"{splits[split]} has classes that {splits['train']} hasn't: {', '.join(strange)}. "
                 f"Rename or remove them, or add such images there; known: {', '.join(names[:40])}"
             )
@@ -71,7 +72,7 @@ def _classes(folder: Path, walker: Walker) -> dict[str, list[str]]:
         for file in files:
             walker.leave_out(file)
     if not classes:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no class folders ({sum(map(is_image, files))} images lie in it): "
             "expected class/name.jpg. Images without labels are for predict: move them elsewhere"
         )
@@ -80,17 +81,17 @@ def _classes(folder: Path, walker: Walker) -> dict[str, list[str]]:
         # One spelling of é, whether the folder was packed on a Mac or on Linux.
         name = unicodedata.normalize("NFC", path.name)
         if name in found:
-            raise ValueError(f"{folder} holds two folders named {name!r} in two Unicode spellings")
+            raise InputError(f"{folder} holds two folders named {name!r} in two Unicode spellings")
         images = [str(image.relative_to(walker.root)) for image in walker.images(path)]
         if not images:
-            raise ValueError(
+            raise InputError(
                 f"class folder {path} holds no images: expected {' '.join(IMAGE_ENDINGS)} files. "
                 "Remove it, or add some"
             )
         found[name] = images
     inside, files = Walker(path).entries(path)
     if len(classes) == 1 and inside and not any(map(is_image, files)):
-        raise ValueError(
+        raise InputError(
             f"{folder} holds one folder, {path.name}, and that the folders "
             f"{shown(f.name for f in inside)}: expected two or more classes. Give {path} if these "
             "are the classes or the splits"

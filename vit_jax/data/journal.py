@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_jax.config import InputError
 from vit_jax.data.write_plan import differences
 from vit_jax.parallel.files import lock_file
 
@@ -29,7 +30,7 @@ class Journal:
             self._append(plan)
         begun = self._parse(lines[0], 1) if lines else plan
         if begun != plan:
-            raise ValueError(
+            raise InputError(
                 f"{folder} was begun from another input or with other options "
                 f"({differences(begun, plan)}): remove the folder to begin anew"
             )
@@ -41,9 +42,9 @@ class Journal:
         try:
             found = json.loads(line)
             if not isinstance(found, dict) or any(key not in found for key in keys):
-                raise ValueError("it is no entry")
+                raise InputError("it is no entry")
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{self._file.name}, line {number} is damaged ({error}): remove {self.folder} to "
                 "begin anew"
             ) from error

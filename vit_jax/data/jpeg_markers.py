@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vit_jax.config import InputError
+
 _NAME = b"vit_jax restart\0"
 _HEAD = struct.Struct("<16sHI")  # name; MCUs a segment; bytes between the index and the codes
 _SPACING = (16, 32)  # pixels between two markers, if a row divides so; else as few more as can be
@@ -25,7 +27,7 @@ def jpegtran() -> str:
     """The program's path. Raises ValueError if it isn't installed."""
     if path := shutil.which("jpegtran"):
         return path
-    raise ValueError(
+    raise InputError(
         "restart markers are written by jpegtran, which is not on the PATH: install libjpeg-turbo "
         "(Debian, Ubuntu: libjpeg-turbo-progs; Fedora: libjpeg-turbo-utils; macOS: jpeg-turbo)"
     )
@@ -76,7 +78,7 @@ def orientation(data: bytes) -> int:
                 if tag == _ORIENTATION and kind == 3 and 1 <= value <= 8:
                     return value
         except struct.error as error:
-            raise ValueError(f"its EXIF data are damaged: {error}") from error
+            raise InputError(f"its EXIF data are damaged: {error}") from error
     return 1
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.data.sources import Source, open_source
 
 LABELS = ("shared", "concatenated")
@@ -89,7 +89,7 @@ def open_mixture(parts: Mapping[str, PartConfig], labels: str) -> Mixture:
     names = sorted(parts)
     for name in names:
         if not parts[name].weight > 0:
-            raise ValueError(f"weight {parts[name].weight} of {name}: expected a positive number")
+            raise InputError(f"weight {parts[name].weight} of {name}: expected a positive number")
     sources = tuple(
         open_source(p.dataset, p.split, p.data_dir) for p in (parts[name] for name in names)
     )
@@ -100,7 +100,7 @@ def open_mixture(parts: Mapping[str, PartConfig], labels: str) -> Mixture:
         for name, source in zip(names, sources, strict=True):
             both = (first.class_names, source.class_names)
             if source.num_classes != num_classes or (all(both) and both[0] != both[1]):
-                raise ValueError(
+                raise InputError(
                     f"{names[0]} has {num_classes} classes, {_shown(first)}, and {name} has "
                     f"{source.num_classes}, {_shown(source)}: expected the same, "
                     "or labels='concatenated'"

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from vit_jax.config import setting
+from vit_jax.config import InputError, setting
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import open_image
 from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
@@ -64,13 +64,13 @@ class DataConfig:
 
     def __post_init__(self):
         if bool(self.dataset) == bool(self.mixture):
-            raise ValueError(
+            raise InputError(
                 f"dataset = {self.dataset!r} and mixture of {list(self.mixture)}: "
                 "set exactly one of them"
             )
         for name in ("num_threads", "num_workers", "prefetch", "cache_gib", "skip_broken"):
             if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} = {getattr(self, name)}: expected at least 0")
+                raise InputError(f"data.{name} = {getattr(self, name)}: expected at least 0")
 
 
 def open_data(data: DataConfig) -> Source:
@@ -206,11 +206,11 @@ def eval_batches(
 def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
     """This process's rows of the global batch."""
     if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: expected at least 1")
+        raise InputError(f"batch size {batch_size}: expected at least 1")
     if rows is None:
         return list(range(batch_size))
     if not len(rows) or not 0 <= min(rows) <= max(rows) < batch_size:
-        raise ValueError(f"rows {rows} of a batch of {batch_size}: expected some, each within it")
+        raise InputError(f"rows {rows} of a batch of {batch_size}: expected some, each within it")
     return [int(row) for row in rows]
 
 
@@ -222,9 +222,9 @@ def _batch_reader(
     Without a seed, broken examples are left out, not replaced.
     """
     if not len(source):
-        raise ValueError("the source is empty: expected at least one example")
+        raise InputError("the source is empty: expected at least one example")
     if not 0 <= (seed or 0) < 1 << 64:
-        raise ValueError(f"seed {seed}: expected 0 <= seed < 2**64")
+        raise InputError(f"seed {seed}: expected 0 <= seed < 2**64")
     augment = parse_preprocess(data.preprocess, image_size)
     single_label = source.labels_per_example is None
     records = _Cache(source, data.cache_gib) if data.cache_gib else source
@@ -236,7 +236,7 @@ def _batch_reader(
             image = augment(open_image(record["image"]), rng)
             return image, _valid_labels(record["label"], source)
         except ValueError as error:
-            raise ValueError(f"{source.describe(index)}: {error}") from error
+            raise InputError(f"{source.describe(index)}: {error}") from error
 
     def another(broken: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         """An example that takes the place of a broken one."""
@@ -247,7 +247,7 @@ def _batch_reader(
                 return example(int(index), position)
             except ValueError as error:
                 found = error
-        raise ValueError(f"{_REPLACEMENTS} others in its place are broken as well, such as {found}")
+        raise InputError(f"{_REPLACEMENTS} others in its place are broken as well, such as {found}")
 
     def read(indices: Sequence[int], positions: Sequence[int]) -> dict[str, np.ndarray]:
         image = np.empty((len(indices), *image_size, 3), np.uint8)
@@ -269,7 +269,7 @@ def _batch_reader(
                     continue
                 pixels, labels = another(int(index), int(position))
             if pixels.shape != (*image_size, 3):
-                raise ValueError(
+                raise InputError(
                     f"{source.describe(int(index))}: preprocessing gives an image of "
                     f"{pixels.shape[0]} x {pixels.shape[1]}, expected {image_size[0]} x "
                     f"{image_size[1]}: add `resize` or a crop"
@@ -311,11 +311,11 @@ def _valid_labels(label, source: Source) -> np.ndarray:
         return np.array([label])  # the usual case, seven times as quick
     labels = np.atleast_1d(label)
     if single and len(labels) != 1:
-        raise ValueError(f"it has {len(labels)} labels: expected one")
+        raise InputError(f"it has {len(labels)} labels: expected one")
     if len(labels) > (source.labels_per_example or 1):
-        raise ValueError(f"it has {len(labels)} labels: expected up to {source.labels_per_example}")
+        raise InputError(f"it has {len(labels)} labels: expected up to {source.labels_per_example}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < source.num_classes:
-        raise ValueError(f"label {label}: expected 0 <= label < {source.num_classes}")
+        raise InputError(f"label {label}: expected 0 <= label < {source.num_classes}")
     return labels
 
 
@@ -336,7 +336,7 @@ def _run_ahead(
         for found in batches:
             skipped += int(found["skipped"].sum()) if data.skip_broken else 0
             if skipped > data.skip_broken:
-                raise ValueError(
+                raise InputError(
                     f"{skipped} broken examples, more than skip_broken = {data.skip_broken}: see "
                     "the warnings above, and mend the dataset or raise the limit"
                 )

@@ -25,6 +25,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vit_jax.config import InputError
+
 Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 GREY = (128, 128, 128)
 VALUES = np.arange(256, dtype=np.uint8)
@@ -47,7 +49,7 @@ def randaugment(
     10, 15 or 20.
     """
     if not (isinstance(layers, int) and layers >= 0 and 0 <= magnitude <= 30):
-        raise ValueError(
+        raise InputError(
             f"expected layers >= 0 and 0 <= magnitude <= 30, found {layers} and {magnitude}"
         )
     names = list(OPERATIONS)
@@ -85,7 +87,7 @@ def random_erasing(
     image as it is after 100 attempts.
     """
     if not (0 <= probability <= 1 and 0 < min_area <= max_area < 1 and 0 < min_aspect <= 1):
-        raise ValueError(
+        raise InputError(
             "expected 0 <= probability <= 1, 0 < min_area <= max_area < 1 and 0 < min_aspect <= 1, "
             f"found {probability}, {min_area}, {max_area} and {min_aspect}"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 
 
 def parse_split(
@@ -32,7 +32,7 @@ def parse_split(
         bound = r"(-?\d[\d_]*%?)?"
         match = re.fullmatch(rf"\s*([\w-]+)(?:\[{bound}:{bound}\])?\s*", part)
         if not match:
-            raise ValueError(
+            raise InputError(
                 f"cannot read {part!r} in split {split!r}: expected NAME or NAME[START:STOP] with "
                 "whole numbers or percentages, such as train[:99%], joined by +"
             )
@@ -45,7 +45,7 @@ def parse_split(
         start = _boundary(match[2], size, default=0)
         stop = _boundary(match[3], size, default=size)
         if not 0 <= start < stop or (stop > size and name not in unbounded):
-            raise ValueError(
+            raise InputError(
                 f"split {part!r} of {dataset} means examples {start} to {stop}: "
                 f"expected a range that is not empty, within {name}'s {size} examples"
             )

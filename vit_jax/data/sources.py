@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.data.array_records import ArrayRecords, open_array_records
 from vit_jax.data.formula import Fractals, Strokes
 from vit_jax.data.idx import find_idx, read_idx
@@ -141,7 +142,7 @@ def open_path(path: str) -> Listing:
         return read_table(found)
     if found.suffix.lower() == ".tar":
         return read_tars([found])
-    raise ValueError(
+    raise InputError(
         f"{path} is a file: expected a folder, a table ({', '.join(TABLES)}) or a .tar"
     )
 
@@ -160,13 +161,13 @@ def _digits() -> Listing:
 def _open_formula(name: str, split: str) -> Source:
     match = re.fullmatch(r"(\w+)(?:/([1-9][0-9]*))?", name)
     if not match:
-        raise ValueError(f"dataset {name!r}: expected the number of classes after the slash")
+        raise InputError(f"dataset {name!r}: expected the number of classes after the slash")
     formula, num_classes = FORMULAS[match[1]], int(match[2] or 1000)
     first = {"train": 0, "validation": VALIDATION_FIRST}
 
     def read(part: str, start: int, stop: int) -> Sequence:
         if stop > VALIDATION_FIRST:
-            raise ValueError(f"split {split!r} of {name}: expected to end by {VALIDATION_FIRST}")
+            raise InputError(f"split {split!r} of {name}: expected to end by {VALIDATION_FIRST}")
         return formula(stop - start, num_classes=num_classes, first=first[part] + start)
 
     records = read_split(split, FORMULA_SIZES, name, read, unbounded=["train"])

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vit_jax.config import InputError
+
 
 def stratified_split(
     labels: np.ndarray, fractions: Mapping[str, float], seed: int
@@ -18,7 +20,7 @@ def stratified_split(
     """
     names, shares = list(fractions), np.array(list(fractions.values()))
     if not np.isclose(shares.sum(), 1) or shares.min() <= 0:
-        raise ValueError(f"fractions {dict(fractions)}: expected positive ones that make 1")
+        raise InputError(f"fractions {dict(fractions)}: expected positive ones that make 1")
     parts = {name: [] for name in names}
     for label in np.unique(labels):
         indices = np.flatnonzero(labels == label)

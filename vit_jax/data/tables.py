@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.data.files import read_file
 from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing
 
@@ -41,7 +41,7 @@ def read_table(path: Path) -> Listing:
         columns = [k for k, v in row.items() if v is not None and (v != "" or k == "labels")]
         several = "labels" in row if several is None else several
         if not {"path", "labels" if several else "label"} <= {*columns}:
-            raise ValueError(
+            raise InputError(
                 f"{place} has {', '.join(map(str, columns)) or 'nothing'}: expected values for "
                 "path, label (or, in all lines, labels), and optionally split"
             )
@@ -50,7 +50,7 @@ def read_table(path: Path) -> Listing:
             split = split.lower()
         other_split, other_line = first.setdefault(os.path.normpath(file), (split, line))
         if other_split != split:
-            raise ValueError(
+            raise InputError(
                 f"{place}: {file} is in {split}, and by line {other_line} in {other_split}: "
                 "splits must not overlap"
             )
@@ -60,13 +60,13 @@ def read_table(path: Path) -> Listing:
         if several and isinstance(label, str):
             label = label.split("|") if label else []
         if several != isinstance(label, list):
-            raise ValueError(f"{place}: labels {label!r}: expected a list, and one in each line")
+            raise InputError(f"{place}: labels {label!r}: expected a list, and one in each line")
         files.append(file)
         splits.append(split)
         labels.append(label)
         places.append(place)
     if not files:
-        raise ValueError(f"{path} has no rows: expected at least one image")
+        raise InputError(f"{path} has no rows: expected at least one image")
 
     numbers, classes = number_labels(labels, places, class_names_beside(path))
     records = {}
@@ -87,9 +87,9 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     values = json.loads(row)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {line} is no JSON: {error}") from error
+                    raise InputError(f"{path}, line {line} is no JSON: {error}") from error
                 if not isinstance(values, dict):
-                    raise ValueError(f"{path}, line {line}: expected a JSON object")
+                    raise InputError(f"{path}, line {line}: expected a JSON object")
                 yield line, values
         return
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -99,7 +99,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     line = 1
     try:
         if "path" not in (rows.fieldnames or ()):
-            raise ValueError(
+            raise InputError(
                 f"{path} begins with {rows.fieldnames}: expected a line of column names: "
                 "path, label (or labels), and optionally split"
             )
@@ -113,7 +113,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield rows.line_num, row
             line = rows.line_num + 1
     except csv.Error as error:
-        raise ValueError(
+        raise InputError(
             f'{path}, line {line}: {error}. Is there a stray quote ("), or one missing around a '
             "value with a quote or a separator?"
         ) from error
@@ -141,7 +141,7 @@ def read_text(path: Path) -> str:
     try:
         return read_file(path).decode("utf-8-sig", _UNDECODABLE)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+        raise InputError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
 def write_class_names(folder: Path, names: Iterable[str]) -> None:
@@ -159,7 +159,7 @@ def class_names_beside(path: Path) -> tuple[str, ...] | None:
     lines = read_text(file).removesuffix("\n").split("\n")  # a name may hold other separators
     names = tuple(line.removesuffix("\r") for line in lines)
     if len(set(names)) < len(names) or not all(names):
-        raise ValueError(f"{file}: expected a class a line, none empty and none twice")
+        raise InputError(f"{file}: expected a class a line, none empty and none twice")
     return names
 
 
@@ -187,19 +187,19 @@ def number_labels(
     given = {}  # distinct label -> the first place
     for example, place in zip(labels, places, strict=True):
         if several and not isinstance(example, list):
-            raise ValueError(f"{place}: label {example!r}: expected a list, as others have")
+            raise InputError(f"{place}: label {example!r}: expected a list, as others have")
         for label in example if several else [example]:
             if type(label) not in (str, int) or label == "":
-                raise ValueError(f"{place}: label {label!r}: expected a class's name or number")
+                raise InputError(f"{place}: label {label!r}: expected a class's name or number")
             if "\n" in str(label) or "\r" in str(label):
-                raise ValueError(f"{place}: label {label!r}: expected a name without line breaks")
+                raise InputError(f"{place}: label {label!r}: expected a name without line breaks")
             given.setdefault(label, place)
     numeric = {label for label in given if re.fullmatch(r"-?\d+", str(label))}
     if names is not None and set(map(str, given)) <= set(names):
         numeric = set()  # "7" is the name of a class
     if numeric and len(numeric) < len(given):
         number, name = sorted(numeric, key=str)[0], sorted(given.keys() - numeric)[0]
-        raise ValueError(
+        raise InputError(
             f"{given[number]} has the label {number!r}, {given[name]} {name!r}: expected all of "
             f"them to be numbers or all names (a {CLASS_NAMES} beside makes numbers names)"
         )
@@ -207,7 +207,7 @@ def number_labels(
         index = {k: int(k) if len(str(k)) < 20 else MAX_CLASSES for k in given}
         for label, place in given.items():
             if not 0 <= index[label] < (len(names) if names else MAX_CLASSES):
-                raise ValueError(
+                raise InputError(
                     f"{place}: label {label}: expected 0 <= label < "
                     f"{len(names) if names else MAX_CLASSES}"
                 )
@@ -216,7 +216,7 @@ def number_labels(
         known = {name: i for i, name in enumerate(names)}
         for label, place in given.items():
             if str(label) not in known:
-                raise ValueError(f"{place}: {unknown('class', str(label), names)}")
+                raise InputError(f"{place}: {unknown('class', str(label), names)}")
         index = {label: known[str(label)] for label in given}
     num_classes = len(names) if names else 1 + max(index.values(), default=0)
     if not several:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
+from vit_jax.config import InputError
 from vit_jax.data.files import MAX_BYTES, check_regular
 from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import class_names_beside, number_labels
@@ -55,11 +56,11 @@ class TarImages(Sequence):
     def __getitem__(self, index: int) -> dict[str, Any]:
         label = self.labels[index]
         if self.size[index] > MAX_BYTES:
-            raise ValueError(f"it has {self.size[index]:,} bytes: expected up to {MAX_BYTES:,}")
+            raise InputError(f"it has {self.size[index]:,} bytes: expected up to {MAX_BYTES:,}")
         with open(self.tars[self.tar[index]], "rb") as file:
             data = os.pread(file.fileno(), int(self.size[index]), int(self.offset[index]))
         if len(data) < self.size[index]:
-            raise ValueError(f"{file.name} ends inside it: truncated since its headers were read")
+            raise InputError(f"{file.name} ends inside it: truncated since its headers were read")
         return {"image": data, "label": label if isinstance(label, tuple) else int(label)}
 
     def name(self, index: int) -> str:
@@ -144,7 +145,7 @@ def _imagenet_1k(tars: Sequence[Path]) -> Listing:
 def _validation_synset(tar: Path, name: str, synsets: Sequence[str]) -> str:
     match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
     if not match or not 1 <= int(match[1]) <= len(synsets):
-        raise ValueError(
+        raise InputError(
             f"{tar} holds {name}: expected ILSVRC2012_val_00000001.JPEG to {len(synsets):08d}"
         )
     return synsets[int(match[1]) - 1]
@@ -160,7 +161,7 @@ def _synset(path: Path, name: str, offset: int) -> str:
     match = SYNSET.fullmatch(os.path.basename(name))
     if not match:
         where = f"{path}:{name}" if offset else path
-        raise ValueError(f"{where}: expected one tar a class, such as n01440764.tar")
+        raise InputError(f"{where}: expected one tar a class, such as n01440764.tar")
     return match[1]
 
 
@@ -171,11 +172,11 @@ def _class_tars(tars: Sequence[tuple[Path, str, int]], names: tuple[str, ...]) -
     for tar in sorted(tars, key=lambda tar: _synset(*tar)):
         (path, name, offset), synset = tar, _synset(*tar)
         if synset not in number:
-            raise ValueError(f"{path}:{name}: {synset} is not one of the {len(names)} classes")
+            raise InputError(f"{path}:{name}: {synset} is not one of the {len(names)} classes")
         with open(path, "rb") as file:
             members = _images(_members(file, offset), path)
         if not members:
-            raise ValueError(f"{path}:{name} holds no images")
+            raise InputError(f"{path}:{name} holds no images")
         images.add(path, members, [number[synset]] * len(members))
     return images.records()
 
@@ -189,7 +190,7 @@ def _web_dataset(tars: Sequence[Path]) -> Listing:
     labels, places = [], []
     for tar in tars:
         if splits[tar] is None:
-            raise ValueError(
+            raise InputError(
                 f"{tar}: expected a split in its name, as others have one (train, val or test)"
             )
         members[tar] = []
@@ -198,14 +199,14 @@ def _web_dataset(tars: Sequence[Path]) -> Listing:
                 place = f"{tar}:{key}"
                 found = [ending for ending in sample if f".{ending}" in IMAGE_ENDINGS]
                 if len(found) != 1:
-                    raise ValueError(
+                    raise InputError(
                         f"{place} has {', '.join(sample)}: expected one image. {_RULE}"
                     )
                 members[tar].append((f"{key}.{found[0]}", *sample[found[0]]))
                 labels.append(_sample_labels(file, sample, place))
                 places.append(place)
     if not labels:
-        raise ValueError(f"{', '.join(map(str, tars[:3]))}: no samples inside")
+        raise InputError(f"{', '.join(map(str, tars[:3]))}: no samples inside")
     numbers, classes = number_labels(labels, places, class_names_beside(tars[0]))
     numbers = iter(numbers)
     images: dict[str, _Packed] = {}
@@ -234,7 +235,7 @@ def _samples(
         for name, *place in group:
             ending = name[len(key) + 1 :].lower()
             if ending in sample:
-                raise ValueError(f"{tar}:{key} has two files .{ending}: expected one. {_RULE}")
+                raise InputError(f"{tar}:{key} has two files .{ending}: expected one. {_RULE}")
             sample[ending] = place
         yield key, sample
 
@@ -247,25 +248,25 @@ def _sample_labels(
     def text(ending: str) -> str:
         offset, size = sample[ending]
         if size > MAX_LABEL_BYTES:
-            raise ValueError(f"{place}: its .{ending} has {size:,} bytes: expected a label")
+            raise InputError(f"{place}: its .{ending} has {size:,} bytes: expected a label")
         return os.pread(file.fileno(), size, offset).decode("utf-8-sig").strip()
 
     if "cls" in sample:
         try:
             return text("cls")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: its .cls is not UTF-8 text: {error}") from error
+            raise InputError(f"{place}: its .cls is not UTF-8 text: {error}") from error
     try:
         values = json.loads(text("json")) if "json" in sample else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: its .json is malformed: {error}") from error
+        raise InputError(f"{place}: its .json is malformed: {error}") from error
     if not isinstance(values, dict) or ("label" in values) == ("labels" in values):
-        raise ValueError(
+        raise InputError(
             f"{place} has {', '.join(sample)}: expected a .cls, or a .json with `label` or "
             f"`labels`. {_RULE}"
         )
     if "labels" in values and not isinstance(values["labels"], list):
-        raise ValueError(f"{place}: labels {values['labels']!r}: expected a list")
+        raise InputError(f"{place}: labels {values['labels']!r}: expected a list")
     return values.get("label", values.get("labels"))
 
 
@@ -313,19 +314,19 @@ def _members(file: BinaryIO, start: int = 0) -> Iterator[_Member]:
             for member in tar:
                 if member.isfile():
                     if member.issparse() or member.offset_data + member.size > length:
-                        raise ValueError(f"{file.name} ends inside {member.name}: it is truncated")
+                        raise InputError(f"{file.name} ends inside {member.name}: it is truncated")
                     yield member.name, member.offset_data, member.size
                 elif not member.isdir():
-                    raise ValueError(
+                    raise InputError(
                         f"{file.name} holds the link or device {member.name}: expected files"
                     )
                 tar.members = []  # which it would keep for a look-up by name
             end = tar.offset
     except tarfile.TarError as error:
-        raise ValueError(
+        raise InputError(
             f"{file.name} is no whole tar ({error}): if it is compressed, unpack it to a .tar first"
         ) from error
     if os.pread(file.fileno(), 512, end) != bytes(512):
-        raise ValueError(f"{file.name} lacks the end mark of a tar: it is truncated")
+        raise InputError(f"{file.name} lacks the end mark of a tar: it is truncated")
     if start == 0 and length - end > 1 << 20:  # tars are filled up to 10 KiB
-        raise ValueError(f"{file.name} has {length - end} bytes after its end mark: joined tars?")
+        raise InputError(f"{file.name} has {length - end} bytes after its end mark: joined tars?")

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from vit_jax.config import InputError
 from vit_jax.data.files import check_regular
 
 METADATA = "features.json"  # is in every folder that holds such a dataset
@@ -37,12 +38,12 @@ def check_metadata(folder: epath.Path) -> None:
     file = folder / METADATA
     for key, value in _entries(_read(file), file):
         if key in _CLASS_KEYS and isinstance(value, str) and value not in known:
-            raise ValueError(
+            raise InputError(
                 f"{file} names the class {value!r}, which TFDS would import and run: expected one "
                 f"of its own features, {', '.join(sorted(name.split('.')[-1] for name in known))}"
             )
         if key in _COUNT_KEYS and not 0 <= _number(value, file) <= MAX_CLASSES:
-            raise ValueError(f"{file}: {value} classes: expected up to {MAX_CLASSES:,}")
+            raise InputError(f"{file}: {value} classes: expected up to {MAX_CLASSES:,}")
     file = folder / INFO
     if not file.exists():
         return  # of an old version of TFDS, whose own message says so
@@ -51,18 +52,18 @@ def check_metadata(folder: epath.Path) -> None:
         if key in ("shardLengths", "shard_lengths") and isinstance(value, list):
             shards += len(value)
     if shards > MAX_SHARDS:
-        raise ValueError(f"{file} lists {shards:,} shards: expected up to {MAX_SHARDS:,}")
+        raise InputError(f"{file} lists {shards:,} shards: expected up to {MAX_SHARDS:,}")
 
 
 def _read(file: epath.Path) -> Any:
     if os.path.exists(file):  # it may be in a bucket
         check_regular(file)
     if (size := file.stat().length) > MAX_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes: expected up to {MAX_BYTES:,}")
+        raise InputError(f"{file} has {size:,} bytes: expected up to {MAX_BYTES:,}")
     try:
         return json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON that can be read: {error}") from error
+        raise InputError(f"{file} is no JSON that can be read: {error}") from error
 
 
 def _entries(content: Any, file: epath.Path) -> Iterator[tuple[str, Any]]:
@@ -81,11 +82,11 @@ def _entries(content: Any, file: epath.Path) -> Iterator[tuple[str, Any]]:
             except ValueError:
                 continue  # a description, not JSON
             except RecursionError as error:
-                raise ValueError(f"{file} holds JSON that is too deep: {error}") from error
+                raise InputError(f"{file} holds JSON that is too deep: {error}") from error
 
 
 def _number(value: Any, file: epath.Path) -> int:
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{file}: {value!r} classes: expected a number") from error
+        raise InputError(f"{file}: {value!r} classes: expected a number") from error

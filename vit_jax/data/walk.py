@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-from vit_jax.config import printable
+from vit_jax.config import InputError, printable
 
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
@@ -64,7 +64,7 @@ class Walker:
                     f"{path} is a link to {target}, which isn't there"
                 ) from error
             if "\n" in name or "\r" in name:  # tables and lists of classes have a row a line
-                raise ValueError(f"{str(path)!r} has a line break in its name: rename it")
+                raise InputError(f"{str(path)!r} has a line break in its name: rename it")
             if kind == stat.S_IFDIR:
                 folders.append(path)
             elif kind == stat.S_IFREG:
@@ -89,7 +89,7 @@ class Walker:
                 continue
             status = os.stat(path)
             if (status.st_dev, status.st_ino) in above:
-                raise ValueError(f"{path} is a link to a folder that it lies in")
+                raise InputError(f"{path} is a link to a folder that it lies in")
             above = (*above, (status.st_dev, status.st_ino))
             folders, files = self.entries(path)
             inside = [*((f, above) for f in folders), *((f, None) for f in files)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.data.listing import Listing
 
 SHARD_BYTES = 128 << 20  # about so many by default
@@ -48,7 +49,7 @@ def make_plan(listing: Listing, name: str, num_shards: int | None, shuffle: bool
     ).hexdigest()
     for split, records in listing.splits.items():
         if not re.fullmatch(r"\w+", split):
-            raise ValueError(f"split {split!r}: expected letters, digits and underscores")
+            raise InputError(f"split {split!r}: expected letters, digits and underscores")
         sizes, digest, keys = records.sizes(), hashlib.sha256(), np.empty(len(records), np.uint64)
         for i in range(len(records)):
             key = records.name(i).encode(errors="surrogateescape")

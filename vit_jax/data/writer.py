@@ -25,6 +25,7 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from vit_jax.config import InputError
 from vit_jax.data import jpeg_markers
 from vit_jax.data.array_records import MAX_LABELS
 from vit_jax.data.decode import decode_image
@@ -86,9 +87,9 @@ def write_dataset(
       OSError: too little room, or another process is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name {name!r}: expected lower-case letters, digits and underscores")
+        raise InputError(f"name {name!r}: expected lower-case letters, digits and underscores")
     if version and not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise ValueError(f"version {version!r}: expected three numbers, such as 1.0.0")
+        raise InputError(f"version {version!r}: expected three numbers, such as 1.0.0")
     features = _features(listing)
     version = version or _default_version(name, features)
     plan = make_plan(listing, name, config.shards, config.shuffle)
@@ -100,7 +101,7 @@ def write_dataset(
         made = read_manifest(final)["plan"]
         if made != plan.record:
             difference = differences(made, plan.record)
-            raise ValueError(f"{final} is there already, and differs: {difference}")
+            raise InputError(f"{final} is there already, and differs: {difference}")
         (final / Journal.NAME).unlink(missing_ok=True)  # killed at the very end
         return final
 
@@ -110,7 +111,7 @@ def write_dataset(
         report = _report(listing, plan, journal.done)
         overlap = sum(entry["images"] for entry in report["overlaps"])
         if overlap > config.max_overlap:
-            raise ValueError(
+            raise InputError(
                 f"{overlap} images are in two splits, such as {report['overlaps'][0]['named'][0]}\n"
                 "To keep up to N of them, run this again with --max_overlap=N: it takes seconds, "
                 "all shards are written"
@@ -130,13 +131,13 @@ def _features(listing: Listing):
     import tensorflow_datasets as tfds
 
     if (listing.labels_per_example or 1) > MAX_LABELS:
-        raise ValueError(
+        raise InputError(
             f"an example has {listing.labels_per_example} labels: expected up to {MAX_LABELS}"
         )
     names = listing.class_names
     for label in names or ():
         if not label.isprintable():  # as undecodable bytes and line breaks are not
-            raise ValueError(f"class {label!r}: expected a name that can be printed")
+            raise InputError(f"class {label!r}: expected a name that can be printed")
     classes = tfds.features.ClassLabel(
         names=names, num_classes=None if names else listing.num_classes
     )
@@ -166,7 +167,7 @@ def _default_version(name: str, features) -> str:
         not {"image", label} <= known.features.keys() <= features.keys()
         or known.features[label].num_classes != features[label].num_classes
     ):
-        raise ValueError(
+        raise InputError(
             f"TFDS has a dataset {name} of its own with the features {known.features}: "
             "choose another name"
         )
@@ -265,7 +266,7 @@ def _write_shard(
         if isinstance(example, str):
             broken.append({"split": shard.split, "file": name(position), "reason": example})
             if len(broken) > may_break:
-                raise ValueError(
+                raise InputError(
                     f"broken images in {shard.split}, the last of them "
                     f"{broken[-1]['file']}: {example}\n"
                     "To leave out up to N of them, run this again with --max_broken=N"
@@ -335,7 +336,7 @@ def _report(listing: Listing, plan: Plan, done: Mapping[str, Mapping[str, Any]])
         lost = {entry["file"] for entry in broken if entry["split"] == split}
         kept[split] = [i for i in plan.orders[split] if not lost or records.name(i) not in lost]
         if not kept[split]:
-            raise ValueError(f"no image of {split} can be read: expected at least one")
+            raise InputError(f"no image of {split} can be read: expected at least one")
         own = "".join(done[shard.file]["hashes"] for shard in plan.shards if shard.split == split)
         hashes[split] = np.frombuffer(bytes.fromhex(own), np.uint64)
     overlaps = []

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax.config import InputError
 from vit_jax.data.pipeline import DataConfig, eval_batches, open_data
 from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
@@ -77,7 +78,7 @@ def open_single_label(data: DataConfig) -> Source:
     """Opens a dataset; raises ValueError if its examples have several labels."""
     source = open_data(data)
     if source.labels_per_example is not None:
-        raise ValueError(
+        raise InputError(
             f"{data.dataset} has several labels per image, this protocol needs one: use "
             "--protocol=classification"
         )

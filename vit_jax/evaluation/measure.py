@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.calibration import fit_temperature
@@ -88,7 +88,7 @@ def evaluate(
         if "dev_split" in known:
             fields["dev_split"] = dev_split
         elif dev_split:
-            raise ValueError(f"dev_split = {dev_split!r}: {protocol} doesn't use a dev split")
+            raise InputError(f"dev_split = {dev_split!r}: {protocol} doesn't use a dev split")
     if strange := sorted(options.keys() - known):
         raise unknown(f"option of {protocol}", strange[0], known - {"protocol", "data"})
     config = config_type(**fields)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class LossConfig:
         if self.name not in (known := ("softmax", "sigmoid", "masked_patches")):
             raise unknown("loss", self.name, known)
         if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
+            raise InputError(f"label_smoothing = {self.label_smoothing}: expected [0, 1)")
         if self.label_smoothing and self.masks_patches:
-            raise ValueError("label_smoothing: masked_patches has no labels to smooth")
+            raise InputError("label_smoothing: masked_patches has no labels to smooth")
         if self.class_weights and self.masks_patches:
-            raise ValueError("class_weights: masked_patches has no labels to weigh")
+            raise InputError("class_weights: masked_patches has no labels to weigh")
         given = self._by_name() if self.class_weights != "balanced" else {}
         if wrong := [f"{k}: {v:g}" for k, v in given.items() if not 0 < v < float("inf")]:
-            raise ValueError(f"class_weights {', '.join(wrong)}: expected more than 0")
+            raise InputError(f"class_weights {', '.join(wrong)}: expected more than 0")
 
     @property
     def masks_patches(self) -> bool:
@@ -56,7 +56,7 @@ class LossConfig:
             pairs = [item.rsplit("=", 1) for item in weights.split(",") if item]
             return {name.strip(): float(weight) for name, weight in pairs}
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f'class_weights = {weights!r}: expected "balanced", or names with numbers: '
                 '"cat=2,dog=0.5"'
             ) from error
@@ -71,13 +71,13 @@ class LossConfig:
         if self.class_weights == "balanced":
             if not counts.all():
                 absent = ", ".join(names[i] for i in np.flatnonzero(counts == 0)[:10])
-                raise ValueError(f"class_weights = 'balanced': there is no image of {absent}")
+                raise InputError(f"class_weights = 'balanced': there is no image of {absent}")
             weights = counts.sum() / (len(counts) * counts)
         else:
             given = self._by_name()
             if isinstance(self.class_weights, tuple):
                 if len(given) != len(names):
-                    raise ValueError(
+                    raise InputError(
                         f"class_weights has {len(given)} numbers: expected one for each of the "
                         f"{len(names)} classes"
                     )
@@ -121,7 +121,7 @@ def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) ->
 def _image_weights(config: LossConfig, targets: jax.Array) -> jax.Array:
     """Each image's weight, [B] for targets [B, C]; without labels it is 1."""
     if not isinstance(config.class_weights, tuple):
-        raise ValueError(
+        raise InputError(
             f"class_weights = {config.class_weights!r}: a run looks up classes and counts in its "
             "data; here there is none, give a number for each class"
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models.transformer import fold_keys
 from vit_jax.models.variants import Model, ModelConfig, normalize
 
@@ -43,9 +43,9 @@ class MaskedPatchConfig:
         if self.target not in TARGETS:
             raise unknown("target of masked patches", self.target, TARGETS)
         if not 0.0 < self.corrupted <= 1.0:
-            raise ValueError(f"corrupted = {self.corrupted}: expected a share in (0, 1]")
+            raise InputError(f"corrupted = {self.corrupted}: expected a share in (0, 1]")
         if min(self.masked, self.swapped) < 0.0 or self.masked + self.swapped > 1.0:
-            raise ValueError(
+            raise InputError(
                 f"masked = {self.masked}, swapped = {self.swapped}: expected shares that sum to 1 "
                 "at most"
             )
@@ -112,7 +112,7 @@ def patch_outputs(config: MaskedPatchConfig, patch: tuple[int, int]) -> int:
     Raises ValueError for "colors_4x4" if 4 doesn't divide the patch.
     """
     if config.target == "colors_4x4" and (patch[0] % 4 or patch[1] % 4):
-        raise ValueError(f"colors_4x4 of patches of {patch[0]} x {patch[1]}: 4 must divide both")
+        raise InputError(f"colors_4x4 of patches of {patch[0]} x {patch[1]}: 4 must divide both")
     outputs = {"mean_color": COLORS, "colors_4x4": 16 * COLORS, "pixels": 3 * math.prod(patch)}
     return outputs[config.target]
 
@@ -123,7 +123,7 @@ def predicting(config: MaskedPatchConfig, model: Model) -> ModelConfig:
     Raises ValueError for a model without patches, and if `patch_outputs` does.
     """
     if model.grid is None:
-        raise ValueError(f"masked_patches: {model.config.variant} has no patches; use a ViT")
+        raise InputError(f"masked_patches: {model.config.variant} has no patches; use a ViT")
     patch = tuple(side // n for side, n in zip(model.image_size, model.grid, strict=True))
     return dataclasses.replace(model.config, patch_outputs=patch_outputs(config, patch))
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.config import InputError
 from vit_jax.models.transformer import (
     MlpBlock,
     MultiHeadAttention,
@@ -101,7 +102,7 @@ class Decoder:
             value = getattr(self.config, field.name)
             absent = ("stochastic_depth", "layer_scale", "parallel", "scan", "remat", "attention")
             if field.name in absent and value != field.default:
-                raise ValueError(
+                raise InputError(
                     f"{field.name} = {value!r}: a decoder doesn't support it; leave it at "
                     f"{field.default!r}"
                 )
@@ -120,7 +121,7 @@ class Decoder:
         on. Raises ValueError for more than `max_length` tokens.
         """
         if tokens.shape[1] > self.max_length:
-            raise ValueError(f"{tokens.shape[1]} tokens: expected at most {self.max_length}")
+            raise InputError(f"{tokens.shape[1]} tokens: expected at most {self.max_length}")
         return self._module().apply({"params": params}, tokens, memory, keys)
 
     def start(self, params: dict, memory: jax.Array) -> dict:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.config import InputError
 from vit_jax.models.flash_plan import MAX_TOKENS
 from vit_jax.parallel.mesh import device_kind, platform
 
@@ -40,7 +41,7 @@ def choose_attention(
         return "xla"
     without_kernel = device_kind() in _WITHOUT_KERNEL
     if wanted == "pallas" and without_kernel:
-        raise ValueError(
+        raise InputError(
             f"attention 'pallas' on {device_kind()}: its compiler refuses the kernel's matrix "
             "products; set model.attention to 'auto' or 'xla'"
         )

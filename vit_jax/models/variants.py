@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vit_jax.config import build, setting, unknown
+from vit_jax.config import InputError, build, setting, unknown
 from vit_jax.models import names
 from vit_jax.models.hardware import ATTENTIONS, misfit
 from vit_jax.models.mixer import Mixer
@@ -217,7 +217,7 @@ class Model:
             ValueError: the model has no encoder.
         """
         if not isinstance(self.module, ViT):
-            raise ValueError(
+            raise InputError(
                 f"{self.config.variant} has no Transformer encoder: use a ViT or a hybrid"
             )
         _, state = self.module.apply(
@@ -296,7 +296,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
 def described_model(description: dict[str, Any]) -> Model:
     """Inverts `Model.description`; raises ValueError for other dicts."""
     if missing := {"model", "num_classes", "image_size"} - description.keys():
-        raise ValueError(f"the model's description lacks {', '.join(sorted(missing))}")
+        raise InputError(f"the model's description lacks {', '.join(sorted(missing))}")
     config = build(ModelConfig, description["model"], "model")
     return build_model(config, description["num_classes"], tuple(description["image_size"]))
 
@@ -323,7 +323,7 @@ def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
         raise unknown("variant", name, KNOWN)
     for field in dataclasses.fields(ModelConfig):
         if field.name not in FIELDS[family] and getattr(config, field.name) != field.default:
-            raise ValueError(
+            raise InputError(
                 f"model.{field.name} = {getattr(config, field.name)!r}: {name} doesn't have this "
                 f"field; a {family} has {', '.join(sorted(FIELDS[family]))}"
             )
@@ -350,26 +350,26 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)
     if num_classes < 0:
-        raise ValueError(f"num_classes = {num_classes}: expected at least 1, or 0 for no head")
+        raise InputError(f"num_classes = {num_classes}: expected at least 1, or 0 for no head")
     for rate in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0.0 <= getattr(config, rate) < 1.0:
-            raise ValueError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
+            raise InputError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
     if config.registers < 0:
-        raise ValueError(f"registers = {config.registers}: expected 0 or more")
+        raise InputError(f"registers = {config.registers}: expected 0 or more")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
-            raise ValueError(f"width {config.width} does not divide into {config.num_heads} heads")
+            raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")
         unit = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
         if config.width % unit.get(config.position, 1):
-            raise ValueError(
+            raise InputError(
                 f"width {config.width}: {config.position} positions need a multiple of "
                 f"{unit[config.position]}"
             )
         _check_attention(config)
     if config.zero_padded_pool and not config.preactivation:
-        raise ValueError("zero_padded_pool: expected preactivation=True; v1 ResNets pad as SAME")
+        raise InputError("zero_padded_pool: expected preactivation=True; v1 ResNets pad as SAME")
     if config.stem_width is not None and config.stem_width % 32:
-        raise ValueError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
+        raise InputError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
 
 
 def _check_attention(config: ModelConfig) -> None:
@@ -384,14 +384,14 @@ def _check_attention(config: ModelConfig) -> None:
     elif config.position == "relative":
         problem = "it doesn't support relative positions"
     if problem:
-        raise ValueError(f"attention = {config.attention!r}: {problem}; use 'auto' or 'xla'")
+        raise InputError(f"attention = {config.attention!r}: {problem}; use 'auto' or 'xla'")
 
 
 def _check_image_size(variant: str, image_size: tuple[int, int], unit: int) -> None:
     for side in image_size:
         if side % unit or side <= 0:
             below = max(side // unit, 1) * unit
-            raise ValueError(
+            raise InputError(
                 f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch of "
                 f"{variant}: use a multiple of {unit} ({below} or {below + unit})"
             )

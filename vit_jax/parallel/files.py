@@ -11,6 +11,8 @@ from typing import IO, Any, ClassVar
 
 from absl import logging
 
+from vit_jax.config import InputError
+
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -78,10 +80,10 @@ def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] 
     try:
         content = json.loads(file.read_bytes())
         if not isinstance(content, kind):
-            raise ValueError(f"expected a {kind.__name__}, found {str(content)[:40]!r}")
+            raise InputError(f"expected a {kind.__name__}, found {str(content)[:40]!r}")
         for entry in [content] if kind is dict else content:
             if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
-                raise ValueError(f"it lacks {', '.join(missing)}")
+                raise InputError(f"it lacks {', '.join(missing)}")
     except ValueError as error:  # JSON's and UTF-8's are of this class too
-        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+        raise InputError(f"{file} is damaged ({error}): {remedy}") from error
     return content

@@ -22,6 +22,8 @@ import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.config import InputError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -62,7 +64,7 @@ class MeshConfig:
     def __post_init__(self):
         for _, placement in self.rules:
             if not re.fullmatch(r"replicate|fsdp|tensor\[-[1-9]\]", placement):
-                raise ValueError(
+                raise InputError(
                     f"placement {placement!r}: expected 'replicate', 'fsdp' or 'tensor[-1]' "
                     "(any dimension, counted from the last)"
                 )
@@ -79,11 +81,11 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
     shape = [config.data, config.fsdp, config.tensor]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise ValueError(f"mesh {_show(shape)}: expected positive sizes and at most one -1")
+        raise InputError(f"mesh {_show(shape)}: expected positive sizes and at most one -1")
     if -1 in shape and devices % known == 0:
         shape[shape.index(-1)] = devices // known
     if math.prod(shape) != devices:
-        raise ValueError(
+        raise InputError(
             f"mesh {_show(shape)} does not fit {devices} devices: their product must be {devices}; "
             "set one axis to -1 to take the remaining devices"
         )
@@ -93,7 +95,7 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
     if slices <= 1:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=on)
     if shape[0] % slices:
-        raise ValueError(
+        raise InputError(
             f"mesh {_show(shape)} does not fit {slices} slices: data must be a multiple of {slices}"
         )
     grid = create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], on)
@@ -197,7 +199,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None
         below = max(batch_size // unit, 1) * unit
         over = f"{parts} devices" + (f" (data x fsdp of {mesh.size})" * (parts < mesh.size))
         over += f" x {accumulation} microbatches" * (accumulation > 1)
-        raise ValueError(
+        raise InputError(
             f"batch size {batch_size} does not divide over {over}: "
             f"use a multiple of {unit} ({below} or {below + unit})"
         )
@@ -230,7 +232,7 @@ def check_tensor_axis(mesh: Mesh, shardings: Any) -> None:
     """Raises ValueError if `tensor` > 1 splits none of the arrays, as in a ResNet."""
     size = mesh.shape["tensor"]
     if size > 1 and not any("tensor" in at.spec for at in jax.tree.leaves(shardings)):
-        raise ValueError(
+        raise InputError(
             f"mesh tensor={size}: the model has neither attention nor an MLP to split: set tensor=1"
         )
 
@@ -239,7 +241,7 @@ def _placement(rules: tuple[tuple[str, str], ...], name: str) -> str:
     """Returns the placement of the first rule that matches."""
     placement = next((p for regex, p in rules if re.fullmatch(regex, name)), None)
     if placement is None:
-        raise ValueError(f"no sharding rule matches {name}: end the rules with ('.*', ...)")
+        raise InputError(f"no sharding rule matches {name}: end the rules with ('.*', ...)")
     return placement
 
 
@@ -249,7 +251,7 @@ def _tensor_dim(placement: str, name: str, shape: tuple[int, ...], split: int) -
     size = shape[dim] if len(shape) >= -dim else 1
     if size % split:
         fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise ValueError(
+        raise InputError(
             f"mesh tensor={split} does not divide dimension {dim} of {name}, {shape}: "
             f"use one of {fitting}"
         )

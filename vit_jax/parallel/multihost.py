@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vit_jax.config import InputError
+
 # Exit code of a run that stopped on SIGTERM after saving; start it again to resume (EX_TEMPFAIL).
 PREEMPTED = 75
 # A process that is silent for this long counts as dead, and all others end.
@@ -52,7 +54,7 @@ def initialize(distributed: bool) -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **known)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"--distributed: jax finds no cluster ({error}): run under SLURM or on a TPU pod, or "
             f"set {', '.join(_VARIABLES)}"
         ) from error
@@ -64,7 +66,7 @@ def _checked(found: dict[str, str]) -> tuple[str, int, int]:
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and all(n.isdecimal() for n in numbers)):
         shown = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(
+        raise InputError(
             f"found {shown}: expected all of JAX_COORDINATOR_ADDRESS=host:port, "
             "JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0 to N-1"
         )
@@ -84,7 +86,7 @@ def _roll_call(address: str, processes: int, process: int, patience: float = 300
     else:
         answer = _answer_roll_call(address, me, deadline)
     if answer != _ALL_HERE:
-        raise ValueError(answer)
+        raise InputError(answer)
 
 
 def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
@@ -164,7 +166,7 @@ def check_agreement(facts: dict[str, Any]) -> None:
         return
     text = json.dumps({"host": socket.gethostname(), "facts": facts}, sort_keys=True).encode()
     if len(text) > _FACTS_BYTES:
-        raise ValueError(f"facts of {len(text)} bytes: expected at most {_FACTS_BYTES}")
+        raise InputError(f"facts of {len(text)} bytes: expected at most {_FACTS_BYTES}")
     padded = np.frombuffer(text.ljust(_FACTS_BYTES), np.uint8)
     rows = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
     everyones, hosts = ([row[part] for row in rows] for part in ("facts", "host"))
@@ -175,7 +177,7 @@ def check_agreement(facts: dict[str, Any]) -> None:
             seen = ", ".join(f"process {i}: {value!r}" for i, value in enumerate(values))
             lines.append(f"  {name}: {seen}")
     if lines:
-        raise ValueError(
+        raise InputError(
             "the processes don't agree:\n"
             + "\n".join(lines)
             + f"\nThe processes' hosts, in order: {', '.join(hosts)}. "
@@ -201,7 +203,7 @@ def check_shared(folder: Path) -> None:
     if is_main():
         mark.unlink()
     if not everyone.all():
-        raise ValueError(
+        raise InputError(
             f"processes {np.flatnonzero(~everyone).tolist()} don't see what process 0 writes to "
             f"{folder}: put the workdir on storage that all hosts have mounted"
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.models import names
 from vit_jax.models.variants import Model
 
@@ -84,7 +85,7 @@ def position_embeddings(model: Model, params: dict) -> np.ndarray:
         halves = [np.broadcast_to(x, (1, *positions.grid, x.shape[-1])) for x in (down, along)]
         table = np.concatenate(halves, axis=-1)
     else:
-        raise ValueError(
+        raise InputError(
             f"{config.variant} has {config.position} positions in {config.position_at}: there is "
             "no single table of position embeddings"
         )
@@ -102,7 +103,7 @@ def rgb_filters(model: Model, params: dict) -> np.ndarray:
     for module in names.PIXEL_MODULES:
         if module in params:
             return np.asarray(params[module]["kernel"], np.float32)
-    raise ValueError(f"{model.config.variant}: no filters among {', '.join(sorted(params))}")
+    raise InputError(f"{model.config.variant}: no filters among {', '.join(sorted(params))}")
 
 
 def filter_components(filters: np.ndarray, count: int = 28) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from vit_jax.config import InputError
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import read_file
@@ -75,7 +76,7 @@ def read_images(
         try:
             yield process(decode_image(read()), np.random.default_rng(number))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise InputError(f"{name}: {error}") from error
 
 
 def look(
@@ -92,5 +93,5 @@ def look(
         total = total + np.asarray(distances(np.stack(batch)), np.float64)
         count += len(batch)
     if not count:
-        raise ValueError("no images: name image files, or give --dataset and --split")
+        raise InputError("no images: name image files, or give --dataset and --split")
     return np.stack(kept), np.stack(seen), total / count, count

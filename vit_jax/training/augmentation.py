@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.models.variants import normalize
 from vit_jax.parallel.mesh import constrain_batch
 
@@ -47,11 +48,11 @@ class AugmentationConfig:
     def __post_init__(self):
         for name, most in {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}.items():
             if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected 0 to {most}")
+                raise InputError(f"{name} = {getattr(self, name)}: expected 0 to {most}")
         if min(self.mixup, self.cutmix) < 0:
-            raise ValueError(f"mixup = {self.mixup}, cutmix = {self.cutmix}: expected 0 or more")
+            raise InputError(f"mixup = {self.mixup}, cutmix = {self.cutmix}: expected 0 or more")
         if self.per_example and not self.mixes:
-            raise ValueError("per_example: set mixup or cutmix too, or leave it")
+            raise InputError("per_example: set mixup or cutmix too, or leave it")
 
     @property
     def mixes(self) -> bool:

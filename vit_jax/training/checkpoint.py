@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from vit_jax.config import InputError
 from vit_jax.models.names import is_stacked
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
 from vit_jax.training.step import TrainState
@@ -33,7 +34,7 @@ _SHOWN = 10  # differences between a checkpoint and a run
 _BEGINS = threading.Lock()
 
 
-class DamagedError(ValueError):
+class DamagedError(InputError):
     """The bytes of a checkpoint fail a check."""
 
 
@@ -49,7 +50,7 @@ class CheckpointConfig:
         for name in ("every", "keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} = {value}: expected at least 1")
+                raise InputError(f"checkpoint.{name} = {value}: expected at least 1")
 
 
 class Checkpoints:
@@ -184,7 +185,7 @@ def _set_aside(workdir: Path, damaged: dict[int, str], whole: int) -> list[str]:
 
 def _none_whole(workdir: Path, damaged: dict[int, str]) -> ValueError:
     shown = "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
-    return ValueError(
+    return InputError(
         f"no checkpoint in {workdir} can be read: all are damaged\n{shown}\n"
         "Copy one back from elsewhere"
     )
@@ -219,7 +220,7 @@ def check_other(folder: Path, state: TrainState) -> None:
     """Checks that a checkpoint of another run can be gone on from: ValueError says why it can't."""
     damage = find_damage(folder, None, jax.process_index(), jax.process_count())
     if damage := first_of_all(damage):
-        raise ValueError(f"resume: checkpoint {folder} is damaged: {damage}")
+        raise InputError(f"resume: checkpoint {folder} is damaged: {damage}")
     if differences := list(_differences(folder, _split(_averaged(folder, state)))):
         raise _misfit(folder, differences)
 
@@ -282,7 +283,7 @@ def _misfit(folder: Path, differences: list[str]) -> ValueError:
         lines.append("The models are equal, the optimizers differ (optimizer).")
     if any(is_stacked(line.removeprefix("params.").replace(".", "/")) for line in differences):
         lines.append("One stacks its layers in one array, the other doesn't (model.scan).")
-    return ValueError(
+    return InputError(
         f"checkpoint {folder} is of another model or optimizer than the run:\n"
         + "\n".join(lines)
         + "\nMend the recipe or the data, so that they are as its run had them (config.json)."

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.config import build
+from vit_jax.config import InputError, build
 from vit_jax.costs.chips import num_chips
 from vit_jax.costs.flops import training_flops
 from vit_jax.data.pipeline import open_data, train_batches
@@ -138,7 +138,7 @@ def prepare(
     source = open_data(data)
     if source.num_classes < 2 and not (source.labels_per_example or config.loss.masks_patches):
         name = "".join(source.class_names or ())
-        raise ValueError(
+        raise InputError(
             f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
         )
     if config.loss.class_weights:
@@ -245,7 +245,7 @@ def train(run: Run) -> dict[str, float]:
             start = int(state.step)
         patience = (run.workdir, run.watched, config.early_stopping)
         if start >= run.steps and run.resumes not in (None, run.workdir):
-            raise ValueError(
+            raise InputError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )

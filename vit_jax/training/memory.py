@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from vit_jax.config import InputError
 from vit_jax.costs.compiled import OutOfMemory, compile_for, memory
 from vit_jax.models.transformer import further_remat
 from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
@@ -88,7 +89,7 @@ def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
                 return accumulation, remat, found
             tried.append(f"  {found}")
             accumulation = _next_accumulation(training, fitted, need, capacity)
-    raise ValueError(
+    raise InputError(
         "no way was found to fit a training step into the device's memory:\n"
         + "\n".join(tried)
         + "\nTake a smaller model or image size, a smaller batch_size, or more devices (mesh.fsdp)"

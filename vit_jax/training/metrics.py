@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from vit_jax.config import InputError
 from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.files import write_whole
 from vit_jax.parallel.multihost import everyones, is_main
@@ -292,9 +293,9 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
                 text = line.decode()
                 record = json.loads(text)
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError("no step")
+                    raise InputError("no step")
             except ValueError as error:
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number} is damaged ({error}), found {line[:40]!r}: expected a "
                     "record in JSON. Delete the line: the run goes on without the record"
                 ) from error

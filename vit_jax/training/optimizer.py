@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models.names import KERNELS, block_number, follows_blocks, is_stacked
 from vit_jax.parallel.mesh import path_name
 
@@ -59,26 +59,26 @@ class ScheduleConfig:
         if self.decay not in DECAYS:
             raise unknown("decay", self.decay, DECAYS)
         if self.peak <= 0 or not 0 <= self.end <= self.peak:
-            raise ValueError(f"peak={self.peak}, end={self.end}: expected 0 <= end <= peak > 0")
+            raise InputError(f"peak={self.peak}, end={self.end}: expected 0 <= end <= peak > 0")
         if self.warmup < 0 or self.cooldown < 0 or self.timescale <= 0:
-            raise ValueError(
+            raise InputError(
                 f"warmup={self.warmup}, cooldown={self.cooldown}, timescale={self.timescale}: "
                 "expected warmup >= 0, cooldown >= 0 and timescale > 0"
             )
         if self.decay not in ("constant", "rsqrt") and self.cooldown:
-            raise ValueError(
+            raise InputError(
                 f"cooldown={self.cooldown} with decay {self.decay!r}, which comes down by itself: "
                 "use constant or rsqrt, or cooldown=0"
             )
         if bool(self.drops) != (self.decay == "staircase") or not all(
             0 < d < 1 for d in self.drops
         ):
-            raise ValueError(
+            raise InputError(
                 f"drops={self.drops} with decay {self.decay!r}: expected parts of the run between "
                 "0 and 1 for staircase, none for the others"
             )
         if self.decay not in ("linear", "cosine") and self.end and not self.cooldown:
-            raise ValueError(
+            raise InputError(
                 f"end={self.end}: decay {self.decay!r} doesn't end there: that takes linear, "
                 "cosine or a cooldown"
             )
@@ -118,16 +118,16 @@ class OptimizerConfig:
         if self.momentum_dtype is not None and self.momentum_dtype not in MOMENTUM_DTYPES:
             raise unknown("momentum_dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
-            raise ValueError(
+            raise InputError(
                 f"b1={self.b1}, b2={self.b2}, eps={self.eps}: expected 0 <= b1, b2 < 1 and eps > 0"
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
+            raise InputError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay}: expected a number in (0, 1]")
+            raise InputError(f"layer_decay={self.layer_decay}: expected a number in (0, 1]")
         values = [self.weight_decay, *(v for _, v in self.weight_decay_rules + self.lr_multipliers)]
         if min(values) < 0:
-            raise ValueError(f"weight decay or multiplier {min(values)}: expected 0 or more")
+            raise InputError(f"weight decay or multiplier {min(values)}: expected 0 or more")
 
 
 def make_schedule(
@@ -146,7 +146,7 @@ def make_schedule(
     peak = config.peak if peak is None else peak
     end, warmup, cooldown = config.end, config.warmup, config.cooldown
     if steps < 1 or warmup + cooldown > steps:
-        raise ValueError(
+        raise InputError(
             f"warmup={warmup} and cooldown={cooldown} don't fit into {steps} steps: "
             "shorten them or train for longer"
         )
@@ -189,7 +189,7 @@ def make_optimizer(
     multipliers = match_rules(config.lr_multipliers, params)
     trained = jax.tree.map(bool, multipliers)
     if not any(jax.tree.leaves(trained)):
-        raise ValueError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
+        raise InputError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
@@ -213,7 +213,7 @@ def match_rules(rules: Rules, params: Any) -> Any:
     try:
         regexes = [re.compile(pattern) for pattern, _ in rules]
     except re.error as error:
-        raise ValueError(f"rule {error.pattern!r} isn't a regular expression: {error}") from error
+        raise InputError(f"rule {error.pattern!r} isn't a regular expression: {error}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [path_name(keys) for keys, _ in leaves]
     deciding = [
@@ -222,14 +222,14 @@ def match_rules(rules: Rules, params: Any) -> Any:
     ]
     if None in deciding:
         path = paths[deciding.index(None)]
-        raise ValueError(f"no rule matches parameter {path!r}: add one, such as ('.*', value)")
+        raise InputError(f"no rule matches parameter {path!r}: add one, such as ('.*', value)")
     for i, (pattern, _) in enumerate(rules):
         if i in deciding or pattern == ".*":
             continue
         if not any(map(regexes[i].fullmatch, paths)):
             near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0))
-            raise ValueError(f"rule {pattern!r} matches no parameter's whole path; nearest: {near}")
-        raise ValueError(f"rule {rules[i]} decides nothing: move it before the broader rules")
+            raise InputError(f"rule {pattern!r} matches no parameter's whole path; nearest: {near}")
+        raise InputError(f"rule {rules[i]} decides nothing: move it before the broader rules")
     return tree.unflatten(rules[i][1] for i in deciding)
 
 
@@ -246,7 +246,7 @@ def layer_factors(decay: float, params: Any) -> Any:
     scanned = [leaf.shape[0] for name, leaf in named if is_stacked(name)]
     depth = max((*looped, *scanned), default=0)
     if not depth:
-        raise ValueError("layer_decay: the model has no Transformer or Mixer blocks, leave it at 1")
+        raise InputError("layer_decay: the model has no Transformer or Mixer blocks, leave it at 1")
 
     def factor(name: str, leaf: jax.Array) -> float | np.ndarray:
         if (number := block_number(name)) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from vit_jax.config import InputError
 from vit_jax.training.clock import Clock
 
 
@@ -15,7 +16,7 @@ def parse_window(text: str) -> range:
         return range(0)
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(
+        raise InputError(
             f"profile_steps = {text!r}: expected the first and the last step, such as '100:105'"
         )
     return range(int(first), int(last) + 1)

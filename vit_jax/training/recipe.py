@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.config import setting, unknown
+from vit_jax.config import InputError, setting, unknown
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig
@@ -125,7 +125,7 @@ class TrainConfig:
         if not self.early_stopping:
             return ""
         if not self.watch and len(self.evaluators) != 1:
-            raise ValueError(
+            raise InputError(
                 "early_stopping needs an evaluator to watch: set watch to one of "
                 f"{', '.join(self.evaluators) or 'the evaluators (there are none)'}"
             )
@@ -137,26 +137,26 @@ class TrainConfig:
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
+            raise InputError(
                 f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
             )
         at_least_1 = ("accumulation", "log_every", "eval_every", "steps", "image_size")
         least = dict.fromkeys((*at_least_1, "early_stopping"), 1) | {"stop": 0}
         for name, smallest in least.items():
             if getattr(self, name) is not None and getattr(self, name) < smallest:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
+                raise InputError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
         if not 0 <= self.seed < 2**32:  # jax.random.key takes the lower 32 bits
-            raise ValueError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
+            raise InputError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
         if self.early_stopping and not self.eval_every:
-            raise ValueError("early_stopping counts evaluations: set eval_every, too")
+            raise InputError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
+            raise InputError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.ema_warmup and self.ema_decay is None:
-            raise ValueError("ema_warmup changes a running average: set ema_decay, too")
+            raise InputError("ema_warmup changes a running average: set ema_decay, too")
         if self.augmentation.mixes and self.loss.masks_patches:
-            raise ValueError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
+            raise InputError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
         if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
-            raise ValueError(
+            raise InputError(
                 f"batch_size = {self.batch_size} in {self.accumulation} microbatch(es): mixup and "
                 "cutmix need an even number of rows in each"
             )

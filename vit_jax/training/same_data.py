@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vit_jax.config import InputError
 from vit_jax.data.fingerprint import differences, fingerprint
 from vit_jax.data.pipeline import DataConfig, open_data
 from vit_jax.data.sources import Source
@@ -63,7 +64,7 @@ def check_same_data(workdir: Path, facts: Facts) -> list[str]:
         for text in differences(before, now)
     ]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"the data isn't what the run in {workdir} was trained on:\n"
             + "\n".join(changed)
             + "\nPut it back as it was, or train anew in another --workdir. To go on with the data "

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from vit_jax.config import build, covered, fields_where
+from vit_jax.config import InputError, build, covered, fields_where
 from vit_jax.parallel.files import Lock, read_json, write_whole
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
 from vit_jax.training.clock import read_starts
@@ -47,9 +47,9 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
       OSError: it can't be written, or another process uses it.
     """
     if not workdir:
-        raise ValueError("no workdir: say where to keep this run with --workdir=FOLDER")
+        raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
     if "://" in workdir:
-        raise ValueError(
+        raise InputError(
             f"workdir {workdir}: expected a folder. Checkpoints become complete by renaming one, "
             "which a bucket can't do at once: keep the run on a file system that all hosts share, "
             "such as Filestore, made by `gcloud filestore instances create` and mounted by `sudo "
@@ -90,7 +90,7 @@ def or_start_over(path: Path, config: Any, check: Callable[[], list[str]]) -> li
         return check()
     except ValueError as error:
         if not config.start_over:
-            raise ValueError(
+            raise InputError(
                 f"{error}\nNothing was changed. To begin at step 0, with all that is there moved "
                 f"to {path / _STARTED_OVER}: --config.start_over=True"
             ) from error
@@ -119,7 +119,7 @@ def _check_state(path: Path, config: Any) -> list[str]:
     steps = saved_steps(path)
     step = max(steps, default=0)
     if steps and not (path / CONFIG).exists():
-        raise ValueError(
+        raise InputError(
             f"{path} holds a run at step {step}, and no {CONFIG}, which says with which recipe: "
             "copy it back"
         )
@@ -127,12 +127,12 @@ def _check_state(path: Path, config: Any) -> list[str]:
         _check_same(path / CONFIG, config, f", at step {step}")
         return []
     if (path / "unreadable").is_dir() and any((path / "unreadable").iterdir()):
-        raise ValueError(
+        raise InputError(
             f"all checkpoints of {path} are in {path / 'unreadable'}: move one that is good back "
             f"to {path / 'checkpoints'}/STEP"
         )
     if saved := last_saved(path):
-        raise ValueError(
+        raise InputError(
             f"{path} holds a run that has saved step {saved}, and no checkpoint: copy it back to "
             f"{path / 'checkpoints' / str(saved)}"
         )
@@ -175,7 +175,7 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
         if not (covered(name, may_change) or _moved(before, now, file.parent))
     ]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"{file.parent} holds a run with another config{when}:\n"
             + "\n".join(changed)
             + "\nUse another --workdir, or the same config to resume."

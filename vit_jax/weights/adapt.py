@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models import names
 from vit_jax.models.stacking import flatten, stack, unflatten, unstack
 
@@ -112,7 +112,7 @@ def adapt(
         if loaded:
             advice += _suggest("checkpoint", "drop", drop, surplus, target)
             advice += _suggest("model", "reinitialize", reinitialize, missing, source)
-        raise ValueError(
+        raise InputError(
             "the checkpoint is of another architecture than the model:\n"
             + "\n".join(f"  {name}: {problem}" for name, problem in sorted(problems.items()))
             + "\nUse the architecture of the checkpoint; name tensors to leave out in drop, "
@@ -147,7 +147,7 @@ def _select(kind: str, regexes: tuple[str, ...], among: Iterable[str]) -> set[st
         try:
             matched = _matching(regex, among)
         except re.error as error:
-            raise ValueError(f"{kind}: {regex!r} is not a regular expression: {error}") from error
+            raise InputError(f"{kind}: {regex!r} is not a regular expression: {error}") from error
         if not matched and regex not in REINITIALIZE + DROP:  # defaults may match nothing
             raise unknown(f"tensor in {kind}", regex, _modules(among))
         selected |= matched

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.weights.official import Arrays, rename
 
 _BIT_NAMES = {  # without the unit's prefix
@@ -44,7 +45,7 @@ def to_bit(arrays: Mapping[str, np.ndarray]) -> Arrays:
       ValueError: tensors that BiT's models don't have.
     """
     if surplus := sorted(name for name in arrays if _bit_name(name) is None):
-        raise ValueError(
+        raise InputError(
             f"BiT's ResNets have no {', '.join(surplus)}: expected a pre-activation ResNet (v2), "
             "use another format"
         )

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vit_jax.config import InputError
+
 FILE = "checksums.json"
 _THREADS = 8  # zlib computes 2 GB/s on each, without Python's lock
 _CHUNK = 1 << 20
@@ -57,7 +59,7 @@ def find_damage(
             (name, int(size), int(checksum)) for name, (size, checksum) in expected.items()
         )
         if not rows:
-            raise ValueError("it is empty")
+            raise InputError("it is empty")
     except FileNotFoundError:
         return ""
     except (ValueError, TypeError, AttributeError) as error:
@@ -85,7 +87,7 @@ def check_whole(folder: Path, items: Collection[str] | None = None) -> None:
         earlier = [p for p in earlier if int(p.name) < int(folder.name)]
         newest = max(earlier, key=lambda p: int(p.name), default=None)
         advice = f"use the one before it, {newest}" if newest else "copy it anew, or make it anew"
-        raise ValueError(f"checkpoint {folder} is damaged ({damage}): {advice}")
+        raise InputError(f"checkpoint {folder} is damaged ({damage}): {advice}")
 
 
 def _sum(file: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from vit_jax.config import InputError
 from vit_jax.models import names
 from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
 
@@ -36,24 +37,24 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
     reader = next((reader for name, reader in read.items() if name in params), None)
     if reader is None:
         found = ", ".join(sorted(params)[:5])
-        raise ValueError(
+        raise InputError(
             f"no ViT, hybrid, ResNet or Mixer: expected one of {', '.join(read)} among its "
             f"{len(params)} tensors ({found}, ...)"
         )
     try:
         model, unit, tokens = reader(params)
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"incomplete weights: {error} is missing or of another shape") from error
+        raise InputError(f"incomplete weights: {error} is missing or of another shape") from error
     if image_size is None:
         side = math.isqrt(tokens or 0)
         if tokens is not None and side * side != tokens:
-            raise ValueError(
+            raise InputError(
                 f"position embeddings of {tokens} patches, not a square grid: give the image size, "
                 f"such as {unit}x{unit * tokens}"
             )
         image_size = (unit * side,) * 2 if tokens else (224, 224)
     elif tokens not in (None, math.prod(side // unit for side in image_size)):
-        raise ValueError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
+        raise InputError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
     classes = params[names.HEAD_BIAS].shape[0] if names.HEAD_BIAS in params else 0
     return {"model": model, "num_classes": classes, "image_size": list(image_size)}
 
@@ -88,7 +89,7 @@ def _vit(params: dict) -> tuple[dict, int, int | None]:
         stages, stem_width = _stages(params)
         stems = {stem: key for key, stem in HYBRID_STEMS.items()}
         if (stages, patch) not in stems:
-            raise ValueError(f"unknown hybrid: stages {stages} under patches of {patch}")
+            raise InputError(f"unknown hybrid: stages {stages} under patches of {patch}")
         stem, side = stems[stages, patch]
         variant, unit = f"{stem}+ViT-{size}/{side}", patch * 4 * 2 ** max(len(stages) - 1, 0)
         if stem_width != 64:

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vit_jax.config import InputError
 from vit_jax.weights.published import by_hand
 
 PACKAGES = {"gs": "gcsfs", "hf": "huggingface_hub"}  # scheme of a path -> what reads it
@@ -78,7 +79,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
             _check_name(local, suffix)
             return _checked(_READERS[suffix](local))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error}") from error
 
 
 def read_json(path: str | os.PathLike) -> dict | None:
@@ -94,7 +95,7 @@ def read_json(path: str | os.PathLike) -> dict | None:
     with _intact(f"{path}: the JSON"):
         content = json.loads(text)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {str(content)[:40]!r}")
+        raise InputError(f"{path}: expected a JSON object, found {str(content)[:40]!r}")
     return content
 
 
@@ -132,7 +133,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
         yield Path(path).expanduser()
         return
     if scheme not in PACKAGES:
-        raise ValueError(f"{path}: expected a local path, gs://bucket/file or hf://owner/repo/file")
+        raise InputError(f"{path}: expected a local path, gs://bucket/file or hf://owner/repo/file")
     if scheme == "hf" and rest.count("/") == 1:
         path = f"{path}/model.safetensors"
     try:
@@ -140,7 +141,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
 
         filesystem, source = fsspec.url_to_fs(path)
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: {scheme}:// needs a package that is not installed ({error}): "
             f"pip install {PACKAGES[scheme]}, or {by_hand(path)}"
         ) from error
@@ -162,7 +163,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
 def atomic(path: str | os.PathLike, suffix: str) -> Iterator[Path]:
     """Yields a temporary path to write; moves it to `path` if nothing fails."""
     if "://" in os.fspath(path):
-        raise ValueError(f"{path}: write to a local path and copy the file from there")
+        raise InputError(f"{path}: write to a local path and copy the file from there")
     path = Path(path).expanduser()
     _check_name(path, suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,15 +188,15 @@ def _checked(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]
         dtype = np.float32 if half else array.dtype.newbyteorder("=")
         array = array.astype(dtype, order="C", copy=False)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-            raise ValueError(_not_numbers(name, array.dtype))
+            raise InputError(_not_numbers(name, array.dtype))
         if not (finite := np.isfinite(array)).all():
-            raise ValueError(
+            raise InputError(
                 f"tensor {name!r} {array.shape}: {(~finite).sum()} of {array.size} values are NaN "
                 "or infinite: its training diverged, take an earlier checkpoint"
             )
         arrays[name] = array
     if not arrays:
-        raise ValueError("no arrays: expected those of a model")
+        raise InputError("no arrays: expected those of a model")
     return arrays
 
 
@@ -216,12 +217,12 @@ def _format(path: Path) -> str:
         return ".safetensors"
     other = [text for magic, text in _OTHERS.items() if head.startswith(magic)]
     found = f"it looks like {other[0]}" if other else f"it begins with {head[:8]!r}"
-    raise ValueError(f"expected the contents of a .npz or .safetensors file: {found}")
+    raise InputError(f"expected the contents of a .npz or .safetensors file: {found}")
 
 
 def _check_name(path: Path, suffix: str) -> None:
     if path.suffix in _READERS and path.suffix != suffix:
-        raise ValueError(f"{path.name} has the contents of a {suffix} file: rename it to {suffix}")
+        raise InputError(f"{path.name} has the contents of a {suffix} file: rename it to {suffix}")
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def _intact(what: str) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
-        raise ValueError(
+        raise InputError(
             f"{what} is damaged or incomplete ({error}): fetch or save the file again"
         ) from error
 
@@ -248,16 +249,16 @@ def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     with archive:
         counts = Counter(member.filename for member in members)
         if twice := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"several members are named {twice[0]!r}: save the file again")
+            raise InputError(f"several members are named {twice[0]!r}: save the file again")
         limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
         if (total := sum(member.file_size for member in members)) > limit:
-            raise ValueError(
+            raise InputError(
                 f"would unpack to {total:,} bytes, more than {FREE_BYTES:,} and {MAX_RATIO} times "
                 "its size: a zip bomb, or save it again uncompressed"
             )
         for member in members:
             if not member.filename.endswith(".npy"):
-                raise ValueError(
+                raise InputError(
                     f"member {member.filename!r} is no .npy array: save arrays with numpy.savez. A "
                     "PyTorch .bin, .pt or .pth holds pickles and is never read: export safetensors"
                 )
@@ -269,9 +270,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     name = member.filename.removesuffix(".npy")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
     if (ratio := ratios.get(member.compress_type)) is None:
-        raise ValueError(f"tensor {name!r} is compressed, and not by deflate: save the file again")
+        raise InputError(f"tensor {name!r} is compressed, and not by deflate: save the file again")
     if member.file_size > ratio * member.compress_size:
-        raise ValueError(
+        raise InputError(
             f"tensor {name!r}: {member.compress_size:,} bytes cannot unpack to the "
             f"{member.file_size:,} declared: a zip bomb or a damaged file, fetch it again"
         )
@@ -279,11 +280,11 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         stream = archive.open(member)
         descr, shape, order = _npy_header(stream)
     if not _NPY_NUMBERS.fullmatch(descr):
-        raise ValueError(_not_numbers(name, descr))
+        raise InputError(_not_numbers(name, descr))
     dtype = np.dtype(descr)
     size = math.prod(shape)
     if stream.tell() + size * dtype.itemsize != member.file_size:
-        raise ValueError(
+        raise InputError(
             f"tensor {name!r} {shape} {dtype} is not of the {member.file_size:,} bytes that the "
             "archive declares: a damaged file, fetch or save it again"
         )
@@ -300,7 +301,7 @@ def _npy_header(stream: IO[bytes]) -> tuple[str, tuple[int, ...], str]:
     length = int.from_bytes(stream.read(2 if version == 1 else 4), "little")
     header = stream.read(length)
     if not (match := _HEADER.fullmatch(header)):
-        raise ValueError(f"not the header of an array of numbers: {header[:80]!r}")
+        raise InputError(f"not the header of an array of numbers: {header[:80]!r}")
     descr, fortran, shape = (text.decode("latin1") for text in match.groups())
     return descr, tuple(map(int, re.findall(r"\d+", shape))), "F" if fortran == "True" else "C"
 
@@ -311,7 +312,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     with file:
         for name in file.keys():  # noqa: SIM118 (it is not a mapping)
             if not _SAFETENSORS_NUMBERS.fullmatch(dtype := file.get_slice(name).get_dtype()):
-                raise ValueError(_not_numbers(name, dtype))
+                raise InputError(_not_numbers(name, dtype))
             yield name, file.get_tensor(name)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from vit_jax.config import InputError
 from vit_jax.models.variants import ModelConfig, described_model
 from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, timm
 from vit_jax.weights.adapt import flatten, unflatten, unstack
@@ -48,7 +49,7 @@ def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
             params, description = _read_npz(path, arrays, image_size)
         params, _ = pytorch.checked(params, description)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return unflatten(params), description
 
 
@@ -77,7 +78,7 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     ValueError, and writes nothing, for models that the format can't hold.
     """
     if "://" in os.fspath(path):
-        raise ValueError(f"{path}: write to a local path and copy it from there")
+        raise InputError(f"{path}: write to a local path and copy it from there")
     path, flat = Path(path), unstack(flatten(params))
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
@@ -115,7 +116,7 @@ def _check_published(description: dict, format: str) -> None:
     for name, expected in published.items():
         value = getattr(config, name)
         if value not in (expected, getattr(family, name)):
-            raise ValueError(
+            raise InputError(
                 f"{format} files can't store {name} = {value!r}, and their readers would assume "
                 f"{expected!r}: use the format npz"
             )

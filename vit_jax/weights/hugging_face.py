@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models.names import FAMILIES
 from vit_jax.weights import pytorch
 from vit_jax.weights.describe import count
@@ -113,11 +113,11 @@ def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, n
     """
     config = files.get("config.json", {})
     if missing := {"model_type", "num_attention_heads", "image_size"} - config.keys():
-        raise ValueError(
+        raise InputError(
             f"no config.json with {', '.join(sorted(missing))} beside the weights: add the model's"
         )
     if config["model_type"] != "vit":
-        raise ValueError(f"config.json is of a {config['model_type']!r} model, expected 'vit'")
+        raise InputError(f"config.json is of a {config['model_type']!r} model, expected 'vit'")
     for pattern, published in _RENAMES:
         arrays = {re.sub(pattern, published, name): array for name, array in arrays.items()}
 
@@ -139,7 +139,7 @@ def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, n
     if activation not in known:
         raise unknown("hidden_act", activation, known)
     if "pre_logits/bias" in params and config.get("pooler_act", "tanh") != "tanh":
-        raise ValueError(f"pooler_act = {config['pooler_act']!r}: expected 'tanh'")
+        raise InputError(f"pooler_act = {config['pooler_act']!r}: expected 'tanh'")
     fields = {"mlp": known[activation], "norm_epsilon": config.get("layer_norm_eps", 1e-12)}
     labels = {int(i): name for i, name in config.get("id2label", {}).items()}
     named = any(name != f"LABEL_{i}" for i, name in labels.items())
@@ -151,7 +151,7 @@ def _pixels(config: dict) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation for pixels in [0, 1]; default as transformers' ViT."""
     scale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     if abs(scale * 255 - 1) > 1e-6 or not config.get("do_normalize", True):
-        raise ValueError(
+        raise InputError(
             "preprocessor_config.json does not scale pixels by 1/255 and normalise them: expected "
             "do_rescale, rescale_factor = 1/255 and do_normalize"
         )

@@ -10,6 +10,7 @@ from operator import methodcaller
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.models.stacking import unstack
 
 Arrays = dict[str, np.ndarray]
@@ -62,7 +63,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
     if "cls" in renamed and "pos_embedding" in renamed:
         cls, position = renamed["cls"], renamed["pos_embedding"]
         if position.ndim != 3 or cls.shape != (1, 1, position.shape[2]):
-            raise ValueError(
+            raise InputError(
                 f"cls {cls.shape} and position embeddings {position.shape}: expected (1, 1, width) "
                 "and (1, tokens, width), those of a Vision Transformer"
             )
@@ -83,7 +84,7 @@ def to_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
       ValueError: tensors that the official models don't have.
     """
     if surplus := sorted(name for name in arrays if not _KNOWN.fullmatch(name)):
-        raise ValueError(
+        raise InputError(
             f"the official models have no {', '.join(surplus)}: use another format, a plain .npz"
         )
     renamed = rename(unstack(dict(arrays)), _original_name)
@@ -100,7 +101,7 @@ def rename(arrays: Mapping[str, np.ndarray], new_name: Callable[[str], str]) -> 
     for name, array in arrays.items():
         new = new_name(name)
         if new in renamed:
-            raise ValueError(
+            raise InputError(
                 f"{origin[new]} and {name} are both {new} here: expected one model's weights in a "
                 "file, leave one of them out"
             )

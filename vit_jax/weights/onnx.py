@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import jax
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.models.variants import Model, described_model
 from vit_jax.weights import files
 
@@ -46,7 +47,7 @@ def write_onnx(path: str | os.PathLike, params: dict, description: dict) -> None
         import jax2onnx
         import onnx
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: ONNX needs a package that is not installed ({error}): "
             "pip install jax2onnx onnx onnxruntime"
         ) from error
@@ -97,7 +98,7 @@ def _compare(path: Path, model: Model, params: dict, names: tuple[str, ...]) -> 
         ours = np.asarray(getattr(expected, name))
         difference = np.abs(found - ours).max() / max(1.0, np.abs(ours).max())
         if not difference <= TOLERANCE:  # also False for NaN
-            raise ValueError(
+            raise InputError(
                 f"{model.config.variant} can't be written as ONNX: the {name} that onnxruntime "
                 f"computes differ from ours by {difference:.1e}, more than {TOLERANCE:.0e}: "
                 "jax2onnx translated it wrongly; use another format, npz"

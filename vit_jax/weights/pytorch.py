@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.stacking import flatten, unstack
 from vit_jax.models.variants import Model, ModelConfig, described_model
@@ -87,10 +88,10 @@ def from_torch(arrays: dict, pairs: list[Pair], num_heads: int, source: str) -> 
         array = np.asarray(arrays[theirs], np.float32)
         try:
             if array.ndim != RANKS[layout] or not array.size:
-                raise ValueError(f"expected {RANKS[layout]} non-empty dimensions")
+                raise InputError(f"expected {RANKS[layout]} non-empty dimensions")
             params[ours] = np.ascontiguousarray(_from_torch(array, layout, num_heads))
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{theirs} {array.shape}: not the shape of {ours} with {num_heads} heads ({error})"
             ) from error
     return params
@@ -135,7 +136,7 @@ def _compare(found: Collection[str], expected: Collection[str], problem: str) ->
     lines += [f"  {name}: missing" for name in sorted(set(expected) - set(found))]
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise ValueError("\n".join([f"{problem}:", *lines[:20], *more]))
+        raise InputError("\n".join([f"{problem}:", *lines[:20], *more]))
 
 
 def exportable(params: dict, description: dict, target: str) -> tuple[dict, ModelConfig]:
@@ -147,7 +148,7 @@ def exportable(params: dict, description: dict, target: str) -> tuple[dict, Mode
     """
     fields, names = {**description["model"], "scan": False}, description.get("class_names")
     if names is not None and len(names) != description["num_classes"]:
-        raise ValueError(f"{len(names)} class names for {description['num_classes']} classes")
+        raise InputError(f"{len(names)} class names for {description['num_classes']} classes")
     params, model = checked(unstack(params), {**description, "model": fields})
     if model.grid is None:
         return params, model.config
@@ -161,7 +162,7 @@ def exportable(params: dict, description: dict, target: str) -> tuple[dict, Mode
     ):
         if value not in held:
             choices = " or ".join(map(repr, held))
-            raise ValueError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
+            raise InputError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
     if config.position == "sincos_2d":
         params = {**params, "pos_embedding": sincos_2d(model.grid, width)}
     elif config.position == "none":
@@ -179,7 +180,7 @@ def checked(params: dict, description: dict) -> tuple[dict, Model]:
     wrong = [n for n, shape in shapes.items() if params[n].shape != shape]
     if wrong:
         lines = [f"  {n}: {params[n].shape}, expected {shapes[n]}" for n in sorted(wrong)]
-        raise ValueError("\n".join([f"{problem}:", *lines[:20]]))
+        raise InputError("\n".join([f"{problem}:", *lines[:20]]))
     return params, model
 
 
@@ -202,7 +203,7 @@ def without_prefix_slots(params: dict, tokens: int) -> dict:
     position, start = params["pos_embedding"], 0
     prefix = sum(params[name].shape[1] for name in _PREFIX if name in params)
     if position.shape[1] not in (tokens, tokens + prefix):
-        raise ValueError(
+        raise InputError(
             f"position embeddings {position.shape} don't fit {tokens} patches and {prefix} other "
             "tokens: check the config's image size"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models.variants import MIXER_SIZES, VIT_SIZES, ModelConfig
 from vit_jax.weights import pytorch, timm_names
 from vit_jax.weights.describe import count
@@ -78,7 +78,7 @@ def to_timm(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dic
     """
     params, config = pytorch.exportable(params, description, "timm")
     if config.norm_epsilon != 1e-6:
-        raise ValueError(
+        raise InputError(
             f"timm can't hold this model: norm_epsilon = {config.norm_epsilon}, timm's is 1e-6 and "
             "its config.json has no field for it"
         )
@@ -149,7 +149,7 @@ def _describe_vit(params: dict, config: ModelConfig, image_size: list[int]) -> t
     elif config.stages in _HYBRID_NAMES and config.stem_width == 64:
         name = _HYBRID_NAMES[config.stages]
     else:
-        raise ValueError(
+        raise InputError(
             f"timm has no hybrid with stages {config.stages} and a root {config.stem_width} wide: "
             f"expected one of {', '.join(map(str, _HYBRID_NAMES))} and 64"
         )
@@ -158,7 +158,7 @@ def _describe_vit(params: dict, config: ModelConfig, image_size: list[int]) -> t
 
 def _describe_bit(config: ModelConfig) -> tuple:
     if config.stages not in _BIT_NAMES:
-        raise ValueError(
+        raise InputError(
             f"timm has no BiT ResNet with stages {config.stages}: expected one of "
             f"{', '.join(map(str, _BIT_NAMES))}"
         )
@@ -176,12 +176,12 @@ def _describe_mixer(params: dict, config: ModelConfig, image_size: list[int]) ->
     patch, _, _, width = params["stem/kernel"].shape
     size = next((s for s, n in MIXER_SIZES.items() if n[:2] == (width, config.depth)), None)
     if size is None or patch not in (16, 32):
-        raise ValueError(
+        raise InputError(
             f"timm has no Mixer of width {width}, depth {config.depth} and patch {patch}: expected "
             f"those of {', '.join(MIXER_SIZES)} and 16 or 32"
         )
     if config.mlp != "gelu":
-        raise ValueError(
+        raise InputError(
             f"timm can't hold this model: mlp = {config.mlp!r}, timm's Mixers have the exact "
             "'gelu' and its config.json has no field for it"
         )
@@ -205,13 +205,13 @@ def from_timm(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarra
     """
     config = files.get("config.json", {})
     if "architecture" not in config:
-        raise ValueError(
+        raise InputError(
             "no config.json with timm's `architecture` beside the weights: it tells the number of "
             "heads and the activation"
         )
     name, arguments = config["architecture"].split(".")[0], config.get("model_args") or {}
     if strange := sorted(arguments.keys() - _ARGUMENTS):
-        raise ValueError(f"model_args of config.json has unsupported {', '.join(strange)}")
+        raise InputError(f"model_args of config.json has unsupported {', '.join(strange)}")
     pretrained = config.get("pretrained_cfg", config)
     size = arguments.get("img_size") or pretrained.get("input_size", (3, 224, 224))[1:]
     size = pytorch.both_sides(size)
@@ -247,14 +247,14 @@ def from_timm(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarra
     if "embedding/kernel" in params and "conv_root/kernel" not in params:
         params = pytorch.fold_normalization(params, mean, std)
     elif (tuple(mean), tuple(std)) != (pytorch.MEAN, pytorch.STD):
-        raise ValueError(f"{name} expects pixels with mean {mean} and std {std}, not 0.5 and 0.5")
+        raise InputError(f"{name} expects pixels with mean {mean} and std {std}, not 0.5 and 0.5")
     names = config.get("label_names") or pretrained.get("label_names")
     params, description = pytorch.described(params, size, fields, names)
 
     pool = _POOLS[description["model"].get("pool", "gap")]
     found = arguments.get("global_pool") or config.get("global_pool") or pool
     if found != pool:
-        raise ValueError(f"global_pool = {found!r}, but the weights are those of {pool!r}")
+        raise InputError(f"global_pool = {found!r}, but the weights are those of {pool!r}")
     return params, description
 
 

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from vit_jax.config import InputError
 from vit_jax.weights.describe import count
 from vit_jax.weights.pytorch import Pair, attention_and_mlp, linear, norm, present
 
@@ -135,10 +136,10 @@ def split(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name in [name for name in arrays if name.rpartition(".")[0].endswith(whole)]:
             array = arrays.pop(name)
             if len(array) % len(parts):
-                raise ValueError(f"{name} {array.shape}: expected {len(parts)} equal parts")
+                raise InputError(f"{name} {array.shape}: expected {len(parts)} equal parts")
             for part, piece in zip(parts, np.split(array, len(parts)), strict=True):
                 arrays[name.replace(whole, part)] = piece
     for name in [name for name in arrays if name.endswith(("q_norm.bias", "k_norm.bias"))]:
         if arrays.pop(name).any():
-            raise ValueError(f"{name} is not zero: norms of queries and keys have no bias here")
+            raise InputError(f"{name} is not zero: norms of queries and keys have no bias here")
     return arrays

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from vit_jax.config import build, unknown
+from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.files import read_file
@@ -174,7 +174,7 @@ class TrainedModel:
             image, np.random.default_rng(0)
         )
         if prepared.shape != (*self.image_size, 3):
-            raise ValueError(
+            raise InputError(
                 f"preprocessing {self.preprocessing!r} gives an image of shape {prepared.shape}, "
                 f"expected {(*self.image_size, 3)}: add `resize` or a crop"
             )
@@ -246,7 +246,7 @@ class TrainedModel:
 
     def _check_head(self) -> None:
         if not self.num_classes:
-            raise ValueError(
+            raise InputError(
                 f"{self.origin or self.config.variant} has no head: transfer it to your classes "
                 "first, or take its features"
             )
@@ -256,7 +256,7 @@ class TrainedModel:
     ) -> np.ndarray:
         images = np.asarray(images)
         if images.shape[1:] != (*self.image_size, 3) or images.dtype != np.uint8:
-            raise ValueError(
+            raise InputError(
                 f"images of shape {images.shape} and dtype {images.dtype}: expected uint8 "
                 f"[B, {self.image_size[0]}, {self.image_size[1]}, 3], as `preprocess` makes them"
             )
@@ -302,9 +302,9 @@ class TrainedModel:
 def check_output(path: str | os.PathLike) -> None:
     """Raises ValueError unless `path` is local and doesn't exist."""
     if "://" in os.fspath(path):
-        raise ValueError(f"{path}: write to a local path and copy it from there")
+        raise InputError(f"{path}: write to a local path and copy it from there")
     if Path(path).exists():
-        raise ValueError(f"{path} exists: choose another path, or remove it")
+        raise InputError(f"{path} exists: choose another path, or remove it")
 
 
 def create_model(

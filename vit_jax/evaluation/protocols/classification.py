@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax.config import InputError
 from vit_jax.data.pipeline import open_data
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.by_class import class_metrics
@@ -40,7 +41,7 @@ class Config(EvaluatorConfig):
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature}: expected more than 0")
+            raise InputError(f"temperature = {self.temperature}: expected more than 0")
 
 
 def make(
@@ -54,11 +55,11 @@ def make(
     source = open_data(config.data)
     loss = dataclasses.replace(loss, class_weights=())  # every image counts once
     if source.num_classes != model.num_classes:
-        raise ValueError(
+        raise InputError(
             f"{config.data.dataset} has {source.num_classes} classes, the model {model.num_classes}"
         )
     if config.by_class and source.labels_per_example is not None:
-        raise ValueError(
+        raise InputError(
             f"{config.data.dataset} has several labels an image: by_class needs one, leave it out"
         )
     batches = make_batches(source, config.data, model, mesh, config.batch_size)
@@ -98,7 +99,7 @@ def make(
         counts = [jax.device_get(count(params, batch)) for batch in batches()]
         totals = {key: sum(c[key].astype(np.float64) for c in counts) for key in counts[0]}
         if not (examples := int(totals["examples"])):
-            raise ValueError(f"{config.data.dataset} {config.data.split}: no image has a label")
+            raise InputError(f"{config.data.dataset} {config.data.split}: no image has a label")
         result = {
             "accuracy": float(totals["correct"]) / examples,
             "loss": float(totals["loss"]) / examples,
@@ -125,7 +126,7 @@ def check_class_names(there: Sequence[str], here: Sequence[str]) -> None:
     wrong = [(i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b]
     if wrong and {*there} & {*here}:
         shown = ", ".join(f"{i} is {a!r} there and {b!r} here" for i, a, b in wrong[:5])
-        raise ValueError(
+        raise InputError(
             f"the model's classes and the dataset's don't agree: {shown}. If classes were renamed, "
             "added or removed, restore their names or transfer again"
         )

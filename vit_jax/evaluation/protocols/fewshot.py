@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax.config import InputError
 from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
@@ -46,7 +47,7 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     for label in np.unique(labels):
         indices = np.flatnonzero(labels == label)
         if len(indices) < shots:
-            raise ValueError(
+            raise InputError(
                 f"class {label} has {len(indices)} examples, fewer than {shots} shots: use "
                 "fewer shots or a larger split"
             )
@@ -122,7 +123,7 @@ def make(
     """
     penalties = config.l2 if isinstance(config.l2, tuple) else (config.l2,)
     if not penalties or min(penalties) < 0:
-        raise ValueError(f"l2 = {config.l2}: expected numbers of 0 or more")
+        raise InputError(f"l2 = {config.l2}: expected numbers of 0 or more")
     names = {"train": config.data.split, "test": config.test_split}
     if len(penalties) > 1 and config.dev_split:
         names["dev"] = config.dev_split
@@ -170,7 +171,7 @@ def make(
 
 def _check_dev(examples: int, shots: int) -> None:
     if not examples:
-        raise ValueError(
+        raise InputError(
             f"{shots} shots per class use all examples of the split and leave none to choose l2 "
             "on: set a dev_split, a single l2, or fewer shots"
         )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax.config import InputError
 from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.evaluation.registry import EvaluatorConfig, Objective
 from vit_jax.models.variants import Model
@@ -42,7 +43,7 @@ def nearest_neighbours(
     Returns k -> labels [M] for each k of `neighbours`. Raises ValueError if k exceeds N.
     """
     if not neighbours or not 1 <= min(neighbours) <= max(neighbours) <= len(labels):
-        raise ValueError(
+        raise InputError(
             f"neighbours {tuple(neighbours)}: expected numbers from 1 to {len(labels)}, the number "
             "of examples"
         )

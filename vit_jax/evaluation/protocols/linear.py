@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import optimize
 
+from vit_jax.config import InputError
 from vit_jax.data.stratified import stratified_split
 from vit_jax.evaluation.features import extract_split, open_single_label
 from vit_jax.evaluation.registry import EvaluatorConfig, Objective
@@ -116,7 +117,7 @@ def choose_l2(
     Tries and ties are those of `linear_probe`. ValueError for a penalty that isn't positive.
     """
     if not l2 or min(l2) <= 0:
-        raise ValueError(f"l2 = {l2}: expected numbers greater than 0")
+        raise InputError(f"l2 = {l2}: expected numbers greater than 0")
     classes = np.unique(np.concatenate([train[1], dev[1]]))
     best, chosen, kept = -1.0, 0.0, None
     w = np.zeros((train[0].shape[1] + 1, len(classes)))
