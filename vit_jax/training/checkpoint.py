@@ -111,9 +111,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
-        """Waits until what is being saved is complete, except after Ctrl-C."""
-        if kind is not KeyboardInterrupt:  # the next start removes what is half written
-            self.wait()
+        """Waits until what is being saved is complete."""
+        self.wait()
         if kind is None:
             self._manager.close()
 
