@@ -12,6 +12,7 @@ from processes import ROOT, commands
 
 from vit_jax.__main__ import VERBS, usage
 from vit_jax.classifier.workflow import default_workdir
+from vit_jax.command_line import stoppable
 from vit_jax.data.sources import is_path
 from vit_jax.list_recipes import documented, meanings
 from vit_jax.parallel.multihost import Preemption
@@ -98,7 +99,7 @@ def test_a_relative_path_that_exists_is_a_path(tmp_path, monkeypatch):
     assert default_workdir("my_set/config:1.0.0") == Path("runs/my_set_config_1.0.0")
 
 
-def test_interrupts_end_at_a_step_and_the_second_at_once():
+def test_interrupts_end_at_a_step_and_the_second_at_once(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Preemption() as preemption:
@@ -110,6 +111,14 @@ def test_interrupts_end_at_a_step_and_the_second_at_once():
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with stoppable(), Preemption() as preemption:  # a command's: the second ends the process
+            calls = []
+            monkeypatch.setattr(os, "_exit", calls.append)
+            preemption.reached(1)
+            signal.raise_signal(signal.SIGINT)
+            assert not calls
+            signal.raise_signal(signal.SIGINT)
+            assert calls == [130]
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
         with Preemption():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

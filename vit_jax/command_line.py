@@ -8,7 +8,9 @@ import logging as standard_logging
 import os
 import re
 import shlex
+import signal
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,7 +90,12 @@ def run(
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Ends the process after Ctrl-C with exit code 130 and one line, without a traceback."""
+    """Ends the process after Ctrl-C with exit code 130 and one line, without a traceback.
+
+    What saves after the first Ctrl-C (`multihost.Preemption`) has the second end the process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -97,6 +104,18 @@ def stoppable() -> Iterator[None]:
             sys.exit(INTERRUPTED)
         sys.stdout.flush()
         os._exit(INTERRUPTED)  # waits for no threads
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_now(number: int, frame: types.FrameType | None) -> None:
+    os.write(sys.stderr.fileno(), b"\nstopped\n")
+    os._exit(INTERRUPTED)
+
+
+_interrupt.again = _end_now
 
 
 def _settle_config(argv: list[str], recipe: str) -> None:

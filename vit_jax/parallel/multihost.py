@@ -242,8 +242,9 @@ def barrier(name: str) -> None:
 class Preemption:
     """Detects SIGTERM and Ctrl-C on any process, so that all stop at the same step.
 
-    Before the first step, and the second time, Ctrl-C raises KeyboardInterrupt where the process
-    is. `interrupted` tells whether this process was stopped by it.
+    `interrupted` tells whether this process was stopped by Ctrl-C. Before the first step it calls
+    the handler that was there, which raises KeyboardInterrupt; the second time that handler's
+    attribute `again`, if it has one: see `command_line.stoppable`.
     """
 
     def __enter__(self) -> "Preemption":
@@ -253,14 +254,18 @@ class Preemption:
             # With several processes jax handles SIGTERM itself.
             if not jax.distributed.is_initialized():
                 self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            handler = signal.getsignal(signal.SIGINT)
+            if handler is signal.default_int_handler or hasattr(handler, "again"):
                 self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear)
         return self
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.interrupted or not self._stepping:
-                raise KeyboardInterrupt
+            handler = self._previous[number]
+            if self.interrupted:
+                getattr(handler, "again", handler)(number, frame)
+            elif not self._stepping:
+                handler(number, frame)
             self.interrupted = True
             if jax.distributed.is_initialized():
                 signal.raise_signal(signal.SIGTERM)  # which jax tells all processes
