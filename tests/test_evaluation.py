@@ -6,6 +6,7 @@ import pytest
 
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import open_source
+from vit_jax.evaluation.by_class import measure_predictions
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.evaluation.protocols.classification import make as make_classification
 from vit_jax.evaluation.protocols.fewshot import (
@@ -37,12 +38,13 @@ def by_hand(model, params):
 def test_classification_is_exact(model, params, by_hand, batch_size):
     output, labels = by_hand
     mesh = make_mesh(MeshConfig(fsdp=2))
-    config = ClassificationConfig(DataConfig("digits", SPLIT), batch_size)
+    config = ClassificationConfig(DataConfig("digits", SPLIT), batch_size, by_class=True)
     with use_mesh(mesh):
         evaluate = make_classification(config, model, mesh, LossConfig())
         result = evaluate(put_tree(params, jax.tree.map(lambda _: replicated(mesh), params)))
     assert result["examples"] == 100
-    assert result["accuracy"] == np.mean(output.logits.argmax(-1) == labels)
+    for name, value in measure_predictions(labels, np.array(output.logits.argmax(-1))).items():
+        assert result[name] == pytest.approx(value)
     losses = -jax.nn.log_softmax(output.logits)[np.arange(100), labels]
     assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
 

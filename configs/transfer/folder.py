@@ -18,7 +18,6 @@ Options for small datasets, from other papers:
 
     adamw               AdamW, with the learning rate multiplied by 0.75 per block towards the input
     scratch             AdamW for random weights; on a CPU without a checkpoint the default
-    vertical=True       flips top and bottom, too: for images without an up
     head=probe          starts with a head fitted to frozen features (arXiv 2202.10054)
     train=attention     trains only attention and head (arXiv 2203.09795); train=head: only the head
     augment=light       RandAugment(2, 10) and mixup 0.2; medium: (2, 15) and 0.5; strong: (2, 20)
@@ -92,7 +91,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         batch=0,
         size=None,
         flip=True,
-        vertical=False,
         head="zero",
         train="all",
         augment="none",
@@ -104,7 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             shown = ", ".join(filter(None, known))
             raise InputError(f"{name}={getattr(arg, name)}: expected one of {shown}")
     magnitude, mixup = AUGMENT[arg.augment]
-    preprocess = "random_crop(0.857)" + "|flip" * arg.flip + "|flip(vertical=True)" * arg.vertical
+    preprocess = "random_crop(0.857)" + "|flip" * arg.flip
     if magnitude is not None:
         preprocess += f"|randaugment(2, {magnitude})"
     return recipe(

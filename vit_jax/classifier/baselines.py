@@ -59,10 +59,11 @@ def oriented_gradients(pixels: np.ndarray) -> np.ndarray:
     cells = cells.astype(np.float32).reshape(along_row, along_row, BINS)
     windows = np.lib.stride_tricks.sliding_window_view(cells, (2, 2), axis=(0, 1))
     blocks = windows.reshape(-1, 4 * BINS)
-    for _ in range(2):
-        blocks = blocks / (np.linalg.norm(blocks, axis=1, keepdims=True) + 1e-3)
-        blocks = np.minimum(blocks, 0.2)
-    return blocks.ravel()
+    return _unit(np.minimum(_unit(blocks), 0.2)).ravel()
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-3)
 
 
 def describe_images(source: Source, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:

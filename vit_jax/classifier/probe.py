@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax.classifier.examine import keep_outputs, score, write_outputs
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.splits import Splits
-from vit_jax.classifier.start import load_adapted, place_frozen
+from vit_jax.classifier.start import fresh_besides_head, load_adapted, place_frozen
 from vit_jax.classifier.sweep import RESULT, Trial, make_trial, read_result, trial_name
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.by_class import measure_predictions
@@ -22,7 +22,7 @@ from vit_jax.evaluation.protocols.linear import L2, choose_l2, fit_head
 from vit_jax.parallel.files import write_whole
 from vit_jax.parallel.mesh import make_mesh, use_mesh
 from vit_jax.parallel.multihost import barrier, is_main
-from vit_jax.training.recipe import build_training
+from vit_jax.training.recipe import Training, build_training
 from vit_jax.training.workdir import compiled_kept
 
 VALUES = {"head": "probe", "stop": 0}  # of its trial: the initial state with a fitted head
@@ -44,12 +44,14 @@ class Probe:
     workdir: Path
     metric: str
 
-    def trial(self) -> Trial:
-        """Fits train and measures dev, once: the trial's folder keeps the result.
+    @property
+    def fresh(self) -> list[str]:
+        """Parameters besides the head's that aren't the checkpoint's: there is nothing to probe."""
+        return [] if (self._folder / RESULT).exists() else fresh_besides_head(self._adapted)
 
-        ValueError if other parameters than the head's would be fresh.
-        """
-        folder = self.workdir / "trials" / trial_name(VALUES)
+    def trial(self) -> Trial:
+        """Fits train and measures dev, once: the trial's folder keeps the result."""
+        folder = self._folder
         if not (folder / RESULT).exists():
             features, labels = self.features("dev")
             logits = _apply(self._fit(*self.features("train")), features)
@@ -94,16 +96,23 @@ class Probe:
                 "features",
             )
 
+    @property
+    def _folder(self) -> Path:
+        return self.workdir / "trials" / trial_name(VALUES)
+
     @cached_property
-    def _training(self):
+    def _training(self) -> Training:
         source = open_source(self.splits.dataset, self.splits.train, self.config.data.data_dir)
         mesh = make_mesh(self.config.mesh)
         return build_training(self.config, mesh, source.num_classes, len(source))
 
     @cached_property
+    def _adapted(self) -> dict:
+        return load_adapted(self.config, self._training.model, self._training.shapes.params)
+
+    @cached_property
     def _frozen(self) -> dict:
-        params = load_adapted(self.config, self._training.model, self._training.shapes.params)
-        return place_frozen(self.config, params, self._training.mesh)
+        return place_frozen(self.config, self._adapted, self._training.mesh)
 
     @cached_property
     def _l2(self) -> float:

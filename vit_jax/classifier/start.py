@@ -86,13 +86,18 @@ def _say_once(text: str) -> None:
     print(text)
 
 
+def fresh_besides_head(params: dict) -> list[str]:
+    """The names of parameters that aren't loaded, without the head's."""
+    fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
+    return sorted(fresh - {"head/kernel", "head/bias"})
+
+
 def place_frozen(config: TransferConfig, params: dict, mesh: Mesh) -> dict:
     """The parameters on the mesh with a head of zeros, to compute features.
 
     ValueError if others than the head's are fresh: their features mean nothing.
     """
-    fresh = {name for name, leaf in flatten(params).items() if not isinstance(leaf, np.ndarray)}
-    if other := sorted(fresh - {"head/kernel", "head/bias"}):
+    if other := fresh_besides_head(params):
         raise InputError(f"head = 'probe': {', '.join(other)} are fresh, there is nothing to probe")
     zeros = {k: np.zeros(v.shape, v.dtype) for k, v in params["head"].items()}
     params = {**params, "head": zeros}

@@ -142,28 +142,17 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     whole = fitted(config, splits)
     for_trials, lanes = spread(config, whole, splits, len(trials))
     on_train, on_both = trial_recipe(for_trials, splits), final_recipe(whole, splits)
-    probe, results = None, []
-    if config.workflow.probe and config.init and not earlier:
-        probe = Probe(whole, splits, workdir, metric)
-        results.append(probe.trial())
+    probe = None if earlier else _probe(whole, splits, workdir)
+    results = [probe.trial()] if probe else []
     if not earlier:
-        images = sum(audit.counts["train"])
-        scheduled = config.steps or math.ceil(config.epochs * images / config.batch_size)
+        steps = _Steps(on_train, audit, workdir, lanes)
         settled = budget.settle(
-            config,
-            workdir,
-            trials,
-            scheduled,
-            partial(_measure, on_train, trials[0], workdir, audit, scheduled, lanes[0]),
-            lanes=len(lanes),
-            started=started,
-            probed=probe is not None,
+            *(config, workdir, trials, steps.scheduled, partial(steps.cost, trials[0])),
+            **{"lanes": len(lanes), "started": started, "probed": probe is not None},
         )
         if config.workflow.minutes is not None:
-            trials, steps = settled.trials, settled.steps or scheduled
-            on_train, on_both = (
-                budget.with_steps(c, steps, scheduled) for c in (on_train, on_both)
-            )
+            trials, scaled = settled.trials, (settled.steps or steps.scheduled, steps.scheduled)
+            on_train, on_both = (budget.with_steps(c, *scaled) for c in (on_train, on_both))
     keep_same(workdir / "sweep.json", on_both)
     results += run_trials(on_train, trials, workdir, train_trial, lanes)
     best = best_trial(results, metric)
@@ -182,17 +171,41 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     return loop.Trained(workdir, report(done, command, started))
 
 
-def _measure(
-    config: TransferConfig, values: Values, workdir: Path, audit: Audit, scheduled: int, lane: Lane
-) -> budget.Cost:
-    """What the first trial's steps cost, and what is looked at besides."""
-    run = prepare(
-        with_values(config, values), str(workdir / "trials" / trial_name(values)), lane=lane
-    )
-    step, compilation = loop.measure_step(run)
-    dev, test = (sum(audit.counts[part]) / config.batch_size for part in ("dev", "test"))
-    evaluations = 2 + scheduled // (config.eval_every or scheduled)
-    return budget.Cost.of(step, compilation, evaluations * dev, 2 * test)
+def _probe(config: TransferConfig, splits: Splits, workdir: Path) -> Probe | None:
+    """The linear probe, if the recipe wants one and the checkpoint has features."""
+    if not (config.workflow.probe and config.init):
+        return None
+    probe = Probe(config, splits, workdir, config.workflow.metric)
+    if fresh := probe.fresh:
+        if multihost.is_main():
+            print(f"no linear probe: {', '.join(fresh)} aren't the checkpoint's", flush=True)
+        return None
+    return probe
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The steps of a trial by the recipe, and what they cost."""
+
+    config: TransferConfig  # of trials
+    audit: Audit
+    workdir: Path
+    lanes: Sequence[Lane]
+
+    @property
+    def scheduled(self) -> int:
+        images = sum(self.audit.counts["train"])
+        return self.config.steps or math.ceil(self.config.epochs * images / self.config.batch_size)
+
+    def cost(self, values: Values) -> budget.Cost:
+        """Measures steps of the trial with these values, of which nothing is kept."""
+        config = with_values(self.config, values)
+        run = prepare(config, str(self.workdir), lane=self.lanes[0])
+        step, compilation = loop.measure_step(run)
+        counts = self.audit.counts
+        dev, test = (sum(counts[part]) / config.batch_size for part in ("dev", "test"))
+        evaluations = 2 + self.scheduled // (config.eval_every or self.scheduled)
+        return budget.Cost.of(step, compilation, evaluations * dev, 2 * test)
 
 
 def _settle_splits(config: TransferConfig, workdir: Path) -> tuple:

@@ -128,11 +128,9 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: in
     return _crop(np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0))), size, rng)
 
 
-def flip(
-    image: np.ndarray, rng: np.random.Generator, size: Size, vertical: bool = False
-) -> np.ndarray:
-    """The image or its mirror image, with equal probability; `vertical`: top and bottom swap."""
-    return cv2.flip(image, 0 if vertical else 1) if rng.random() < 0.5 else image
+def flip(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """The image or its mirror image, with equal probability."""
+    return cv2.flip(image, 1) if rng.random() < 0.5 else image
 
 
 def affine(
