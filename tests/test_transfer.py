@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from processes import checkpoint_arrays, cluster, command, equal_runs, finish, records, start
 
-from vit_jax.classifier import budget, workflow
+from vit_jax.classifier import budget, page, workflow
 from vit_jax.classifier import recipe as transfer_recipe
+from vit_jax.classifier.examine import score
 from vit_jax.classifier.probe import VALUES
 from vit_jax.classifier.recipe import TransferConfig, WorkflowConfig, complete
 from vit_jax.classifier.splits import Splits
@@ -170,6 +171,38 @@ def test_report(finished, tmp_path):
     # The page forbids itself any request; one that is made all the same is an error in the console.
     (tmp_path / "worse.html").write_text(page.replace("<h1>", '<img src="http://a.b/c.png"><h1>'))
     assert "CONSOLE" in browse(tmp_path / "worse.html", tmp_path / "worse.png")
+
+
+HOSTILE = ("<script>alert(1)</script>", "$\\\\frac{", "*a* [b](javascript:1)", "=1+1", "``` c\n# d")
+
+
+def test_names_are_text_wherever_they_appear():
+    """Markup, mathematics and formulas in names of classes have no effect on page and card."""
+    labels = np.arange(10) % len(HOSTILE)
+    probabilities = np.eye(len(HOSTILE))[labels] * 0.9 + 0.02
+    scores = score(np.log(probabilities), labels, 1.0)
+    report = page.Report(
+        title=HOSTILE[0],
+        command="vit_jax transfer './```'",
+        facts={"init": HOSTILE[2]},
+        class_names=HOSTILE,
+        probabilities=probabilities,
+        labels=labels,
+        scores=scores,
+        baselines=(),
+        remarks=HOSTILE,
+        data=HOSTILE[0],
+        findings=HOSTILE,
+        trials="",
+        curves={},
+        mistakes=(),
+        attention=(),
+        files={},
+    )
+    shown, card = page.render(report), page.model_card(report)
+    assert "<script" not in shown + card and "&lt;script&gt;" in shown
+    assert "[b](" not in card and "\n# d" not in card
+    assert "\n````\nvit_jax transfer" in card
 
 
 def browse(page, shot):

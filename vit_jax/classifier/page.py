@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import html
 import io
+import re
 import urllib.parse
 from collections.abc import Iterable, Sequence
 
@@ -76,9 +77,10 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
     return matrix
 
 
+# Without a salt the same report differs from run to run. A "$" in a class's name is a dollar.
+@mpl.rc_context({"svg.hashsalt": "vit_jax", "text.parse_math": False})
 def render(report: Report) -> str:
     """The page."""
-    mpl.rcParams["svg.hashsalt"] = "vit_jax"  # or else the same report differs from run to run
     matrix = confusion_matrix(
         report.labels, report.probabilities.argmax(axis=1), len(report.class_names)
     )
@@ -159,15 +161,16 @@ def model_card(report: Report) -> str:
         )
     )
     worst = sorted(range(len(recalls)), key=lambda i: recalls[i][2])[:5]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", report.command)), default=0))
     lines = [
-        f"# {report.title}",
+        f"# {_markdown(report.title)}",
         "",
-        *(f"- {name}: {value}" for name, value in report.facts.items()),
+        *(f"- {name}: {_markdown(value)}" for name, value in report.facts.items()),
         "",
         "## Intended use",
         "",
         f"Labels an image with one of {len(report.class_names)} classes: "
-        + ", ".join(report.class_names[:50])
+        + ", ".join(map(_markdown, report.class_names[:50]))
         + (", ..." if len(report.class_names) > 50 else "")
         + ". An image of anything else gets one of these labels too.",
         "",
@@ -179,28 +182,34 @@ def model_card(report: Report) -> str:
         f"{report.scores['balanced_accuracy']:.1%}, macro F1 {report.scores['macro_f1']:.1%}.",
         "",
         *(f"- baseline: {b['name']}, {b['accuracy']:.1%}" for b in report.baselines),
-        *(f"- {remark}" for remark in report.remarks),
+        *(f"- {_markdown(remark)}" for remark in report.remarks),
         "",
         "The lowest recalls:",
         "",
         *(
-            f"- {report.class_names[i]}: {recalls[i][2]:.1%} of {recalls[i][1]} images"
+            f"- {_markdown(report.class_names[i])}: {recalls[i][2]:.1%} of {recalls[i][1]} images"
             for i in worst
         ),
         "",
         "## Training data",
         "",
-        *(f"- {line}" for line in report.data.splitlines() if line),
-        *(f"- {finding}" for finding in report.findings),
+        *(f"- {_markdown(line)}" for line in report.data.splitlines() if line),
+        *(f"- {_markdown(finding)}" for finding in report.findings),
         "",
         "## How it was made",
         "",
-        "```",
+        fence,
         report.command,
-        "```",
+        fence,
         "",
     ]
     return "\n".join(lines)
+
+
+def _markdown(text: object) -> str:
+    """A text as Markdown that shows it: no markup, HTML or line break of it has an effect."""
+    escaped = re.sub(r"(^[-+=]|[\\`*_\[\]#|~$])", r"\\\1", " ".join(str(text).split()))
+    return html.escape(escaped, quote=False)
 
 
 def _recall_rows(matrix: np.ndarray) -> list[tuple[int, int, float]]:
