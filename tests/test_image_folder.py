@@ -10,7 +10,7 @@ from test_sources import picture, png
 
 from vit_jax.data import tables
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.data.listing import find_images
 from vit_jax.data.pipeline import DataConfig, eval_batches
 from vit_jax.data.sources import open_source

@@ -516,6 +516,6 @@ def test_a_fault_of_the_machine_is_never_skipped(tmp_path, monkeypatch, fault):
         raise fault
 
     batches = evaluate(source, batch_size=1, skip_broken=5, num_threads=0)
-    monkeypatch.setattr("vit_jax.data.files.open", fail, raising=False)
+    monkeypatch.setattr("vit_jax.data.foreign_files.open", fail, raising=False)
     with pytest.raises((OSError, MemoryError)):
         list(batches)

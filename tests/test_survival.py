@@ -267,7 +267,7 @@ def test_two_processes_do_not_share_a_workdir(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys, time, pathlib; from vit_jax.parallel.files import Lock;"
+            "import sys, time, pathlib; from vit_jax.parallel.run_files import Lock;"
             "lock = Lock(pathlib.Path(sys.argv[1])); print(flush=True); time.sleep(600)",
             tmp_path,
         ],

@@ -27,7 +27,7 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import InputError, covered
-from vit_jax.parallel.files import read_json
+from vit_jax.parallel.run_files import read_json
 
 DEATHS = 3  # a run over which this many processes died is tried after all others
 Train = Callable[[Run, dict, Path], dict[str, Any]]

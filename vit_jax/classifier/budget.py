@@ -15,8 +15,8 @@ import jax
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.sweep import Values
 from vit_jax.config import InputError, covered
-from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.multihost import all_agree, barrier, first_of_all, is_main
+from vit_jax.parallel.run_files import read_json, write_whole
 
 FILE = "budget.json"
 FEWEST = 10  # steps of a run that are worth its compilation

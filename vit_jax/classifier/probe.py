@@ -19,9 +19,9 @@ from vit_jax.classifier.sweep import RESULT, Trial, make_trial, read_result, tri
 from vit_jax.data.sources import open_source
 from vit_jax.evaluation.by_class import measure_predictions
 from vit_jax.evaluation.protocols.linear import L2, choose_l2, fit_head
-from vit_jax.parallel.files import write_whole
 from vit_jax.parallel.mesh import make_mesh, use_mesh
 from vit_jax.parallel.multihost import barrier, is_main
+from vit_jax.parallel.run_files import write_whole
 from vit_jax.training.recipe import Training, build_training
 from vit_jax.training.workdir import compiled_kept
 

@@ -17,7 +17,7 @@ from vit_jax.data.sources import Source, open_listing, open_source
 from vit_jax.data.stratified import stratified_split
 from vit_jax.data.tables import write_class_names, write_table
 from vit_jax.data.walk import shown
-from vit_jax.parallel.files import read_json, write_whole
+from vit_jax.parallel.run_files import read_json, write_whole
 
 TABLE = "splits.csv"
 

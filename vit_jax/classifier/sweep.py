@@ -20,9 +20,9 @@ import jax
 
 from vit_jax.config import InputError
 from vit_jax.evaluation.intervals import accuracy_interval
-from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
 from vit_jax.parallel.multihost import barrier, is_main
+from vit_jax.parallel.run_files import read_json, write_whole
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig
 

@@ -14,7 +14,7 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from vit_jax.config import InputError, unknown
-from vit_jax.data.files import check_regular, open_files_limit, system_error
+from vit_jax.data.foreign_files import check_regular, open_files_limit, system_error
 from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
 

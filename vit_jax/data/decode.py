@@ -24,7 +24,7 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 
 from vit_jax.config import InputError
 from vit_jax.data import jpeg_markers
-from vit_jax.data.files import system_error
+from vit_jax.data.foreign_files import system_error
 
 # Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import InputError
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import CLASS_NAMES, class_names_beside
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_jax.config import InputError
 from vit_jax.data.write_plan import differences
-from vit_jax.parallel.files import lock_file
+from vit_jax.parallel.run_files import lock_file
 
 
 class Journal:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.data.walk import Walker
 
 SPLIT_FOLDERS = {

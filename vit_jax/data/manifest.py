@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vit_jax.data.files import check_regular
-from vit_jax.parallel.files import read_json
+from vit_jax.data.foreign_files import check_regular
+from vit_jax.parallel.run_files import read_json
 
 MANIFEST = "manifest.json"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import InputError, unknown
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing
 
 TABLES = (".csv", ".tsv", ".jsonl")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from vit_jax.config import InputError
-from vit_jax.data.files import MAX_BYTES, check_regular
+from vit_jax.data.foreign_files import MAX_BYTES, check_regular
 from vit_jax.data.listing import Listing, split_in
 from vit_jax.data.tables import class_names_beside, number_labels
 from vit_jax.data.walk import IMAGE_ENDINGS, Walker

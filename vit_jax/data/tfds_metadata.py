@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from vit_jax.config import InputError
-from vit_jax.data.files import check_regular
+from vit_jax.data.foreign_files import check_regular
 
 METADATA = "features.json"  # is in every folder that holds such a dataset
 INFO = "dataset_info.json"

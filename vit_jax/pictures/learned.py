@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vit_jax.config import InputError
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
 from vit_jax.pictures import attention, figures

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.multihost import is_main
+from vit_jax.parallel.run_files import read_json, write_whole
 
 STATES = (
     "start",  # imports, joining the other processes, checks, initial parameters

@@ -26,7 +26,6 @@ from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import make_evaluator
 from vit_jax.models.variants import Model
-from vit_jax.parallel.files import Lock
 from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import (
     local_rows,
@@ -43,6 +42,7 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
+from vit_jax.parallel.run_files import Lock
 from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited

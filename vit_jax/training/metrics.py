@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from vit_jax.config import InputError
 from vit_jax.costs.chips import PEAK_FLOPS
-from vit_jax.parallel.files import write_whole
 from vit_jax.parallel.multihost import everyones, is_main
+from vit_jax.parallel.run_files import write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 
 # Measured by the clock: the only values that differ between a run and its repetition.

@@ -12,8 +12,8 @@ from vit_jax.data.fingerprint import differences, fingerprint
 from vit_jax.data.pipeline import DataConfig, open_data
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.protocols.classification import check_class_names
-from vit_jax.parallel.files import read_json, write_whole
 from vit_jax.parallel.multihost import is_main
+from vit_jax.parallel.run_files import read_json, write_whole
 from vit_jax.training.recipe import TrainConfig
 
 FILE = "data.json"

@@ -13,8 +13,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import InputError, build, covered, fields_where
-from vit_jax.parallel.files import Lock, read_json, write_whole
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.parallel.run_files import Lock, read_json, write_whole
 from vit_jax.training.clock import read_starts
 from vit_jax.training.metrics import read_metrics
 from vit_jax.weights.trained import saved_steps

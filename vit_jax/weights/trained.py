@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
-from vit_jax.data.files import read_file
+from vit_jax.data.foreign_files import read_file
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
