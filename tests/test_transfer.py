@@ -477,7 +477,7 @@ def test_what_fits_the_time(left, lanes, probe, trials, steps):
     assert found.seconds <= left + cost.report
     if trials == 1:
         assert found.trials == values[1:2]
-    with pytest.raises(ValueError, match=r"workflow.minutes = 1 are too few: a step takes 1.0 s"):
+    with pytest.raises(ValueError, match=r"workflow.minutes = 1 are too few: a step takes 1 s"):
         budget.fit(whole, cost, 25, 1, False)
 
 
@@ -508,6 +508,11 @@ def test_the_device_says_what_a_recipe_leaves_open():
     given = {**values, "model": {"variant": "ViT-mu/8"}, "image_size": 16}
     cpu, gpu = (build(TransferConfig, complete(given, device)) for device in ("cpu", "gpu"))
     assert (cpu.steps, cpu.batch_size, gpu.steps, gpu.batch_size) == (7, 32, 7, 512)
+    assert (cpu.schedule.warmup, cpu.eval_every, complete(given, "earlier")["eval_every"]) == (
+        1,
+        1,
+        50,
+    )
     assert len(gpu.workflow.sweep.learning_rates) == 4 and gpu.optimizer.name == "sgd"
     with pytest.raises(ValueError, match="no init, and the recipe names no model"):
         complete(values, "gpu")

@@ -57,10 +57,10 @@ DEVICES = {
         "scratch",
         {
             "batch_size": 32,
-            "steps": 600,
-            "image_size": 64,
+            "steps": 300,
+            "image_size": 96,
             "model.variant": "R26x1",
-            "model.stages": (1, 1, 1, 1),
+            "model.stages": (1, 1, 1),
             "model.stem_width": 32,
             "model.dtype": "float32",
         },

@@ -165,7 +165,7 @@ def fit(budget: Budget, cost: Cost, left: float, lanes: int, probed: bool) -> Bu
         return chosen([], 0)
     needed = duration(cost, 1, min(FEWEST, steps), 1) / MARGIN
     raise InputError(
-        f"workflow.minutes = {budget.minutes:g} are too few: a step takes {cost.step:.1f} s, and "
+        f"workflow.minutes = {budget.minutes:g} are too few: a step takes {cost.step:.2g} s, and "
         f"{min(FEWEST, steps)} steps of a trial and of the final run {_told(needed)}. Allow more, "
         "or take a smaller model, image_size or batch_size"
     )

@@ -110,8 +110,9 @@ def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[
     """The recipe's fields, with what it leaves open taken from its own `defaults` for the device.
 
     `defaults` are {device: [(dotted field, value)]}: "accelerator", "cpu", and "cpu_scratch" for a
-    CPU without a checkpoint or a model. `device` is a name of `jax.default_backend()`; None: what
-    there is.
+    CPU without a checkpoint or a model. Warm-up and evaluations follow the steps. `device` is a
+    name of `jax.default_backend()`; None: what there is; "earlier": those of all devices in earlier
+    versions, where nothing followed.
     """
     values = {**values}
     if not (defaults := values.pop("defaults", None)):
@@ -119,7 +120,12 @@ def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[
     kind = "cpu" if (device or jax.default_backend()) == "cpu" else "accelerator"
     if kind == "cpu" and not values.get("init") and "variant" not in values.get("model", {}):
         kind = "cpu_scratch"
-    for name, value in defaults[kind]:
+    default = dict(defaults[kind])
+    steps = values.get("steps")
+    if device != "earlier" and isinstance(steps, int):
+        for name in ("schedule.warmup", "eval_every"):
+            default[name] = max(1, default[name] * steps // default["steps"])
+    for name, value in default.items():
         *groups, field = name.split(".")
         inner = values
         for group in groups:

@@ -120,7 +120,7 @@ def _first_device(workdir: Path) -> str | None:
     """The device whose defaults a workflow began with; None for one that begins."""
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
-    return "accelerator" if _is_earlier(workdir) else None
+    return "earlier" if _is_earlier(workdir) else None
 
 
 def _is_earlier(workdir: Path) -> bool:
