@@ -1,8 +1,11 @@
 """The public functions: `import vit_jax`, and what its names do."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +18,7 @@ from vit_jax.evaluation.registry import list_protocols
 from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights.trained import FORMATS, TrainedModel
 
-TINY = {"model.depth": 1, "batch_size": 8, "checkpoint.every": 2, "log_every": 1}
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -135,25 +138,28 @@ def test_names_can_be_listed():
     assert {"classification", "fewshot", "knn", "linear", "masked_patches"} == {*list_protocols()}
 
 
-def test_from_a_recipe_to_an_evaluation(tmp_path):
-    """A recipe by name, changed, trained, loaded, measured by head and by features."""
-    config = vit_jax.recipe("pretrain/formula:classes=10,steps=2", **TINY)
-    assert config.batch_size == 8 and config.model.depth == 1
-    del config["evaluators"]
-    run = vit_jax.pretrain(config, tmp_path / "run")
-    assert run.metrics["step"] == 2
-    again = vit_jax.pretrain(config, tmp_path / "run")
-    assert again.metrics == run.metrics  # it is finished: nothing is trained
-    found = vit_jax.evaluate(run.model, "strokes/10", split="validation[:20]", batch_size=8)
-    assert found["examples"] == 20 and 0 <= found["accuracy"] <= 1
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells from top to bottom: recipes, training, transfer, predictions, measures, files."""
+    notebook = json.loads((ROOT / "experiments/notebooks/first_steps.ipynb").read_text())
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    run, found = names["pretrained"], names["head"]
+    assert run.metrics["step"] == 12 and "<td>loss</td>" in run._repr_html_()
+    assert names["transferred"].metrics["step"] == 10
     low, high = found["accuracy_interval"]
-    assert low <= found["accuracy"] <= high
-    shots = vit_jax.evaluate(
-        str(tmp_path / "run"), "digits", "fewshot", split="test[:40]", shots=(1,), seeds=1
-    )
-    assert set(shots) >= {"1shot"}
+    assert found["examples"] == 100 and low <= found["accuracy"] <= high
+    config = vit_jax.recipe("pretrain/formula:classes=10", batchsize=32)
     with pytest.raises(ValueError, match="did you mean 'batch_size'"):
-        vit_jax.pretrain(vit_jax.recipe("pretrain/formula", batchsize=8), tmp_path / "other")
+        vit_jax.pretrain(config, tmp_path / "other")
+
+
+def test_a_result_shows_its_report(tmp_path):
+    (tmp_path / "report.html").write_text('<p>"a"</p>')
+    shown = vit_jax.Trained(tmp_path, {})._repr_html_()
+    assert 'srcdoc="&lt;p&gt;&quot;a&quot;&lt;/p&gt;"' in shown
 
 
 def test_earlier_names_of_the_evaluators_still_work():

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from vit_jax.models.variants import list_models as list_models
     from vit_jax.recipes import list_recipes as list_recipes
     from vit_jax.recipes import recipe as recipe
-    from vit_jax.training.loop import Trained as Trained
     from vit_jax.training.loop import pretrain as pretrain
     from vit_jax.training.plan import Plan as Plan
     from vit_jax.training.plan import plan as plan
+    from vit_jax.training.result import Trained as Trained
     from vit_jax.weights.published import list_checkpoints as list_checkpoints
     from vit_jax.weights.trained import Prediction as Prediction
     from vit_jax.weights.trained import TrainedModel as TrainedModel
@@ -35,7 +35,7 @@ _HOMES = {  # public name -> its module
     "Evaluation": "evaluation.measure",
     "Plan": "training.plan",
     "Prediction": "weights.trained",
-    "Trained": "training.loop",
+    "Trained": "training.result",
     "TrainedModel": "weights.trained",
     "create_model": "weights.trained",
     "evaluate": "evaluation.measure",

@@ -51,6 +51,7 @@ from vit_jax.training.memory import return_freed_memory
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
 from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.result import Trained
 from vit_jax.training.same_data import (
     TRAIN,
     Facts,
@@ -61,8 +62,7 @@ from vit_jax.training.same_data import (
 )
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
-from vit_jax.weights.trained import TrainedModel, find_checkpoint, saved_steps
-from vit_jax.weights.trained import load as load_model
+from vit_jax.weights.trained import find_checkpoint, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +82,6 @@ class Run(Training):
     notes: list[str]  # what to say about the recipe and damaged checkpoints
     facts: Facts  # what tells whether the data is the same at the next start
     lock: Lock | None  # on the workdir, as long as the run lives
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A run that has come to its end."""
-
-    workdir: Path
-    metrics: dict[str, float]  # the newest value of everything recorded, and the last "step"
-
-    @property
-    def model(self) -> TrainedModel:
-        """The model of the newest checkpoint, read anew."""
-        return load_model(self.workdir)
 
 
 def pretrain(
