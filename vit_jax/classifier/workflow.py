@@ -82,7 +82,7 @@ def transfer(
     if init is not None:
         given["init"] = init
     values = merge(values, given)
-    config = build(TransferConfig, complete(values, _first_device(Path(workdir))))
+    config = build(TransferConfig, complete(values, _first_device(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
@@ -106,8 +106,11 @@ def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Tr
     return trained
 
 
-def _first_device(workdir: Path) -> str | None:
+def _first_device(workdir: str | os.PathLike) -> str | None:
     """The device whose defaults a workflow began with; None for one that begins."""
+    if not workdir:
+        return None
+    workdir = Path(workdir)
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
     return "earlier" if _is_earlier(workdir) else None
