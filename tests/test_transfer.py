@@ -501,7 +501,7 @@ def test_steps_in_a_grid_leave_no_time_to_keep(config):
 
 
 def test_the_device_says_what_a_recipe_leaves_open():
-    """And only that; a run goes on with what it began with, see `_first_device`."""
+    """And only that."""
     values = named_recipe("transfer/folder", **{"data.dataset": "x", "steps": 7}).to_dict()
     scratch = build(TransferConfig, complete(values, "cpu"))
     assert (scratch.model.variant, scratch.steps, scratch.batch_size) == ("R26x1", 7, 32)
@@ -516,6 +516,19 @@ def test_the_device_says_what_a_recipe_leaves_open():
     assert len(gpu.workflow.sweep.learning_rates) == 4 and gpu.optimizer.name == "sgd"
     with pytest.raises(ValueError, match="no init, and the recipe names no model"):
         complete(values, "gpu")
+
+
+def test_a_run_goes_on_with_the_defaults_that_it_began_with(finished, tmp_path):
+    """Those of its first device; before there were any, of none: and without a probe."""
+    assert workflow._first_device("") is workflow._first_device(tmp_path) is None
+    shutil.copy(finished / "sweep.json", tmp_path)
+    assert workflow._first_device(tmp_path) == "earlier"
+    settled = json.loads((finished / "budget.json").read_text())
+    (tmp_path / "budget.json").write_text(json.dumps({**settled, "device": "tpu"}))
+    assert workflow._first_device(tmp_path) == "tpu"
+    values = named_recipe("transfer/folder:steps=7", **{"data.dataset": "x"}).to_dict()
+    values |= {"model": {"variant": "ViT-mu/8"}, "image_size": 16}
+    assert complete(values, "earlier")["batch_size"] == complete(values, "tpu")["batch_size"] == 512
 
 
 @pytest.mark.parametrize(

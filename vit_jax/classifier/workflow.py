@@ -86,7 +86,7 @@ def transfer(
     dataset = values["data"].get("dataset", "")
     if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
         raise FileNotFoundError(f"there is no {dataset}")
-    config = build(TransferConfig, complete(values, _first_device(Path(workdir))))
+    config = build(TransferConfig, complete(values, _first_device(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
@@ -116,8 +116,11 @@ def run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Tr
     return trained
 
 
-def _first_device(workdir: Path) -> str | None:
+def _first_device(workdir: str | os.PathLike) -> str | None:
     """The device whose defaults a workflow began with; None for one that begins."""
+    if not workdir:
+        return None
+    workdir = Path(workdir)
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
     return "earlier" if _is_earlier(workdir) else None
