@@ -6,8 +6,9 @@ vit_jax transfer --config=transfer/folder --config.data=/my/images --config.init
 vit_jax transfer --config=transfer/digits --config.init=runs/strokes --workdir=runs/digits
 
 DATA is a folder of images, a table of them, or another dataset's name, as `data.dataset` of the
-recipe. Without --workdir the run is kept in runs/NAME, where NAME is the dataset's; without
---config.init and --config.model.variant, DATA alone starts from augreg:S/16, which is downloaded.
+recipe. Without --workdir the run is kept in runs/NAME, where NAME is the dataset's. Without
+--config.init and --config.model.variant, DATA alone trains a small ResNet from random weights on a
+CPU, and starts from augreg:S/16, which is downloaded, on a GPU or TPU.
 `--config.init=` with nothing behind it starts from random weights instead, for comparison. What a
 recipe doesn't say of the model (`model.variant`, `image_size`) is the checkpoint's.
 
@@ -16,6 +17,7 @@ the best is trained on train and dev and tested once; `report.html` shows all of
 it goes on.
 """
 
+import jax
 from absl import flags
 
 from vit_jax.classifier.workflow import default_workdir, transfer
@@ -24,7 +26,7 @@ from vit_jax.config import InputError, explained_errors
 from vit_jax.parallel import multihost
 from vit_jax.training.clock import Clock, process_age
 
-INIT = "augreg:S/16"  # where neither a checkpoint nor a model is named
+INIT = "augreg:S/16"  # on accelerators, where neither a checkpoint nor a model is named
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
@@ -44,8 +46,9 @@ def main(arguments: list[str]) -> None:
             print(f"the run is kept in {workdir}", flush=True)
         named = "config.init" in flags.FLAGS or "variant" in CONFIG.value.model
         if data and not named and not CONFIG.value.get("init"):
-            init = INIT
-            print(f"it starts from {init}, without --config.init=CHECKPOINT", flush=True)
+            init = "" if jax.default_backend() == "cpu" else INIT
+            shown = init or "random weights, a small model for a CPU"
+            print(f"it starts from {shown}; another start: --config.init=CHECKPOINT", flush=True)
         transfer(dataset, init, workdir, CONFIG.value, command=command, clock=clock)
 
 
