@@ -481,6 +481,17 @@ def test_what_fits_the_time(left, lanes, probe, trials, steps):
         budget.fit(whole, cost, 25, 1, False)
 
 
+@pytest.mark.parametrize(("spent", "steps"), [(100, 100), (200, 62), (600, 10)])
+def test_the_final_run_makes_up_for_slow_trials(tmp_path, spent, steps):
+    """Once: at a restart it is as it was settled."""
+    values = [{"schedule.peak": 1.0}]
+    settled = budget.Budget(values, 100, 220.0, 6.0, "cpu", before=20.0 + 52.0)
+    settled = dataclasses.asdict(dataclasses.replace(settled, minutes=440 / 60))
+    (tmp_path / "budget.json").write_text(json.dumps(settled))
+    assert budget.settle_final(tmp_path, spent, 1) == steps
+    assert budget.settle_final(tmp_path, 10 * spent, 1) == steps
+
+
 @pytest.mark.parametrize(
     ("workflow", "message"),
     [

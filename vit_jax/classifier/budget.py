@@ -36,6 +36,8 @@ class Budget:
       seconds: expected, of all runs.
       minutes: the `workflow.minutes` that it was settled for.
       device: `jax.default_backend()` at the first start.
+      before: seconds that had passed when it was settled.
+      final: steps of the final run, see `settle_final`; None before the trials have ended.
     """
 
     trials: list[Values]
@@ -43,6 +45,8 @@ class Budget:
     seconds: float
     minutes: float | None
     device: str
+    before: float = 0.0
+    final: int | None = None
 
     def __str__(self) -> str:
         if not self.trials:
@@ -104,8 +108,9 @@ def settle(
     if not all_agree(file.exists()):
         cost, problem = measure(), ""  # all processes compute together, one decides
         if is_main():
-            budget = Budget([*trials], scheduled, 0.0, minutes, jax.default_backend())
-            left = 60 * (minutes or math.inf) - (time.perf_counter() - started)
+            before = round(time.perf_counter() - started, 1)
+            budget = Budget([*trials], scheduled, 0.0, minutes, jax.default_backend(), before)
+            left = 60 * (minutes or math.inf) - before
             try:
                 budget = fit(budget, cost, MARGIN * left - cost.report, lanes, probed)
             except ValueError as error:
@@ -123,6 +128,21 @@ def settle(
             "the same again, or train anew in another --workdir"
         )
     return budget
+
+
+def settle_final(workdir: Path, spent: float, lanes: int) -> int:
+    """Steps of the final run: fewer if the trials, which took `spent` seconds, were slow; kept."""
+    budget = read(workdir)
+    if budget.final is None and is_main():
+        a_step = spent / (math.ceil(len(budget.trials) / lanes) * budget.steps)
+        left = 60 * budget.minutes - budget.before - spent - REPORT
+        steps = max(min(FEWEST, budget.steps), math.floor(MARGIN * left / a_step))
+        budget = dataclasses.replace(budget, final=min(steps, budget.steps))
+        write_whole(workdir / FILE, json.dumps(dataclasses.asdict(budget), indent=2) + "\n")
+        if steps < budget.steps:
+            print(f"steps were slower than measured: the final run has {steps:,}", flush=True)
+    barrier("final budget")
+    return read(workdir).final
 
 
 def read(workdir: Path) -> Budget:

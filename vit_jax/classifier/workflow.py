@@ -42,7 +42,7 @@ from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh
 from vit_jax.recipes import merge, recipe
 from vit_jax.training import loop
-from vit_jax.training.clock import Clock
+from vit_jax.training.clock import Clock, read_starts
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.recipe import build_training
 from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
@@ -146,7 +146,7 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     for_trials, lanes = spread(config, whole, splits, len(trials))
     on_train, on_both = trial_recipe(for_trials, splits), final_recipe(whole, splits)
     probe = None if earlier else _probe(whole, splits, workdir)
-    results = [probe.trial()] if probe else []
+    results, settled = [probe.trial()] if probe else [], None
     if not earlier:
         steps = _Steps(on_train, audit, workdir, lanes)
         settled = budget.settle(
@@ -164,6 +164,11 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     final = with_values(on_both, best.values)
     if config.early_stopping and final.stop is None:
         final = dataclasses.replace(final, stop=best.step)
+    elif settled and config.workflow.minutes and final.stop is None:
+        folders = (workdir / "trials" / trial_name(values) for values in trials)
+        spent = sum(sum(s["seconds"].values()) for f in folders for s in read_starts(f))
+        steps = budget.settle_final(workdir, spent / len(lanes), len(lanes))
+        final = budget.with_steps(final, steps, final.steps or settled.steps)
     folder = workdir / "trials" / trial_name(best.values)
     of_dev = read_outputs(folder / "dev.npz", f"remove {folder}: the trial is made again")
     temperature = fit_temperature(*of_dev)
