@@ -46,5 +46,5 @@ def test_package_that_is_missing(monkeypatch):
         raise ImportError("gcsfs")
 
     monkeypatch.setattr("fsspec.url_to_fs", missing)
-    with pytest.raises(ValueError, match=r"vit_jax\[gcs\]'(.|\n)*curl -O https"):
+    with pytest.raises(ValueError, match=r"pip install gcsfs(.|\n)*curl -O https"):
         files.read_arrays(resolve("augreg:Ti/16"))

@@ -148,6 +148,5 @@ def test_augreg_presets(level, layers, magnitude, mixup):
 
 def test_every_recipe_says_how_to_run_it():
     for path in CONFIGS.rglob("*.py"):
-        name = path.relative_to(CONFIGS).as_posix()
-        command = "python -m vit_jax." + name.split("/")[0]
-        assert f"{command} --config=configs/{name}" in path.read_text()
+        name = path.relative_to(CONFIGS).with_suffix("").as_posix()
+        assert f"vit_jax {name.split('/')[0]} --config={name}" in path.read_text()
