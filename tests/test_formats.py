@@ -12,7 +12,7 @@ import pytest
 
 from vit_jax.models.stacking import stack_layers
 from vit_jax.models.variants import ModelConfig, build_model
-from vit_jax.weights import formats
+from vit_jax.weights import files, formats
 from vit_jax.weights.adapt import flatten
 from vit_jax.weights.describe import describe
 from vit_jax.weights.trained import TrainedModel, load
@@ -118,6 +118,25 @@ def test_official_files_hold_nothing_that_their_readers_would_not_see(field, val
     with pytest.raises(ValueError, match=f"official files can't store {field} = {value!r}"):
         formats.write(tmp_path / "a.npz", params, description, "official")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["timm", "hugging_face", "npz", "official"])
+def test_an_export_that_is_broken_off_leaves_no_model(format, model, params, tmp_path, monkeypatch):
+    """Killed before its weights are whole: nothing there is taken for a model."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / ("model" if format in ("timm", "hugging_face") else "model.npz")
+    description = {**model.description, "class_names": list("0123456789")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("write_safetensors", "write_npz"):
+            patch.setattr(files, name, killed)
+        formats.write(path, params, description, format)
+    assert not path.exists()
+    formats.write(path, params, description, format)
+    found, _ = formats.read(path)
+    np.testing.assert_array_equal(found["head"]["kernel"], params["head"]["kernel"])
 
 
 def test_headless_weights(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.workdir import compiled_kept
+from vit_jax.weights.formats import WEIGHTS
 from vit_jax.weights.trained import TrainedModel, load
 
 PARTS = ("train", "dev", "test")
@@ -184,6 +186,8 @@ def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict
         shown = str(path.relative_to(workdir))
         path.parent.mkdir(exist_ok=True)
         try:
+            if path.is_dir() and not (path / WEIGHTS).exists():
+                shutil.rmtree(path)  # an earlier version could be killed between its files
             if not path.exists():
                 model.save(path, name)
             files[shown] = f"the model as {name}"

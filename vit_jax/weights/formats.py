@@ -6,6 +6,7 @@ int, "image_size": [height, width]} and, if known, "class_names".
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from vit_jax.config import InputError
@@ -82,24 +83,30 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     path, flat = Path(path), unstack(flatten(params))
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
-        return
-    if format in _FOLDERS:
-        arrays, configs = _FOLDERS[format](flat, description)
-        configs = {path / name: content for name, content in configs.items()}
-        path.mkdir(parents=True, exist_ok=True)
+    elif format in _FOLDERS:
+        _write_folder(path, *_FOLDERS[format](flat, description))
     else:
         if format != "npz":
             _check_published(description, format)
         arrays = _FILES[format](flat)
-        model = {**description["model"], "scan": False}
-        configs = {path.with_suffix(_SIDECAR): {**description, "model": model}}
-    for file, content in configs.items():
-        file.write_text(json.dumps(content, indent=2) + "\n")
-    # Weights last: an interrupted export has none, so it isn't mistaken for a checkpoint.
-    if format in _FOLDERS:
-        files.write_safetensors(path / WEIGHTS, arrays, {"format": "pt"})
-    else:
+        described = {**description, "model": {**description["model"], "scan": False}}
+        path.with_suffix(_SIDECAR).write_text(json.dumps(described, indent=2) + "\n")
+        # Weights last: an interrupted export has none, so it isn't mistaken for a checkpoint.
         files.write_npz(path, arrays)
+
+
+def _write_folder(path: Path, arrays: dict, configs: dict[str, dict]) -> None:
+    """The folder appears with all its files, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, content in configs.items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        files.write_safetensors(partial / WEIGHTS, arrays, {"format": "pt"})
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_published(description: dict, format: str) -> None:
