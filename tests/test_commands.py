@@ -22,6 +22,7 @@ def up(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_pretrain_transfer_evaluate(up, tmp_path):
     """The main job: the checkpoint walks through all three commands."""
     last = read_metrics(up)[-1]
@@ -62,6 +63,7 @@ def test_pretrain_transfer_evaluate(up, tmp_path):
         assert result[name] > 0 and result["examples"] == 599
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_resumes_exactly(tmp_path):
     """SIGKILL between steps, during a save and at random; then bit-identical to never killed."""
     steps = 60

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 def test_quickstart(tmp_path):
     command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path}"]
     done = subprocess.run(

@@ -400,6 +400,7 @@ def real_study(folder, arg=""):
     return paths, {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
+@pytest.mark.long
 def test_a_real_study_from_the_command_line(tmp_path):
     """Pretraining, few-shot and fine-tuning in the package's own loops; figures from records."""
     paths, where = real_study(tmp_path / "one")

@@ -138,6 +138,7 @@ def test_names_can_be_listed():
     assert {"classification", "fewshot", "knn", "linear", "masked_patches"} == {*list_protocols()}
 
 
+@pytest.mark.long
 def test_the_notebook(tmp_path, monkeypatch):
     """Its cells from top to bottom: recipes, training, transfer, predictions, measures, files."""
     notebook = json.loads((ROOT / "experiments/notebooks/first_steps.ipynb").read_text())

@@ -90,6 +90,7 @@ def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
     assert_equal_runs(tmp_path, whole)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     """The real signal to the real command."""
     code, _, err = command(*pretrain(tmp_path / "whole", 40))
@@ -405,6 +406,7 @@ SPREAD = (
 )
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_which_goes_on_where_they_ended(tmp_path):
     """One process with two devices; two with one each, the clock of one of which is a day ahead.
 

@@ -275,6 +275,7 @@ def test_a_damaged_file_is_named(config, copied, name, remedy, damage):
     assert str(file) in str(error.value)
 
 
+@pytest.mark.long
 def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, monkeypatch):
     """Stopped at every fifth step of the trials and of the final run: the same in the end."""
     taken, add = [], loop.Recorder.add
