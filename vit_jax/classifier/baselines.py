@@ -11,10 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from vit_jax.classifier.examine import score_labels
 from vit_jax.data.augment import resize
@@ -22,11 +18,8 @@ from vit_jax.data.decode import decode_image
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.by_class import measure_predictions
 
-SIDE, CELL, BINS = (
-    128,
-    16,
-    9,
-)  # pixels of the grey image and of a cell; orientations over 180 degrees
+SIDE, CELL = 128, 16  # pixels of the grey image and of a cell
+BINS = 9  # orientations over 180 degrees
 COMPONENTS = 100
 PROBE = "linear probe"
 # C and gamma of the support vector machine, chosen on dev; gamma in units of 1 / (D variance).
@@ -84,7 +77,6 @@ def predict_by_gradients(sources: Mapping[str, Source], metric: str) -> np.ndarr
     """Labels [N] of "test", by gradients of "train" and "dev"; chosen on dev by the metric."""
     train, dev = (describe_images(sources[name], MOST) for name in ("train", "dev"))
     test, _ = describe_images(sources["test"])
-
     reduced = _reduce(*train)
 
     def merit(options: tuple[float, float]) -> float:
@@ -97,6 +89,10 @@ def predict_by_gradients(sources: Mapping[str, Source], metric: str) -> np.ndarr
 
 def _reduce(features: np.ndarray, labels: np.ndarray) -> tuple[Callable, np.ndarray, np.ndarray]:
     """(a function that reduces features, these reduced, labels)."""
+    from sklearn.decomposition import PCA  # a second, which only the report needs
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     pca = PCA(min(COMPONENTS, *features.shape), random_state=0)
     chain = make_pipeline(StandardScaler(), pca)
     return chain.transform, chain.fit_transform(features), labels
@@ -106,6 +102,8 @@ def _fit(
     reduce: Callable, features: np.ndarray, labels: np.ndarray, penalty: float, gamma: float
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns features -> predicted labels."""
+    from sklearn.svm import SVC
+
     scaled = gamma / max(features.shape[1] * features.var(), 1e-12)
     machine = SVC(C=penalty, gamma=scaled).fit(features, labels)
     return lambda x: machine.predict(reduce(x))

@@ -150,8 +150,14 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
     if not earlier:
         steps = _Steps(on_train, audit, workdir, lanes)
         settled = budget.settle(
-            *(config, workdir, trials, steps.scheduled, partial(steps.cost, trials[0])),
-            **{"lanes": len(lanes), "started": started, "probed": probe is not None},
+            config,
+            workdir,
+            trials,
+            steps.scheduled,
+            partial(steps.cost, trials[0]),
+            lanes=len(lanes),
+            started=started,
+            probed=probe is not None,
         )
         if config.workflow.minutes is not None:
             trials, scaled = settled.trials, (settled.steps or steps.scheduled, steps.scheduled)

@@ -183,7 +183,7 @@ def _set_aside(workdir: Path, damaged: dict[int, str], whole: int) -> list[str]:
     return notes
 
 
-def _none_whole(workdir: Path, damaged: dict[int, str]) -> ValueError:
+def _none_whole(workdir: Path, damaged: dict[int, str]) -> InputError:
     shown = "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
     return InputError(
         f"no checkpoint in {workdir} can be read: all are damaged\n{shown}\n"
@@ -275,7 +275,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _misfit(folder: Path, differences: list[str]) -> ValueError:
+def _misfit(folder: Path, differences: list[str]) -> InputError:
     lines = [f"  {line}" for line in differences[:_SHOWN]]
     if more := len(differences) - _SHOWN:
         lines += [f"  and {more} more"] * (more > 0)
