@@ -57,6 +57,17 @@ def test_the_command(tmp_path):
     assert "--verbosity" not in help_of_transfer  # a flag of absl
 
 
+@pytest.mark.parametrize("verb", ["doctor", "models", "recipes"])
+def test_a_reader_that_has_read_enough_is_no_error(verb):
+    """As `| head -1`."""
+    command = [sys.executable, "-m", "vit_jax", verb]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, **pipes)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait() != 0
+
+
 def test_its_help_imports_nothing_that_takes_time():
     code = (
         "import sys; from vit_jax.__main__ import usage; usage();"

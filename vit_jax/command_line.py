@@ -72,19 +72,18 @@ def run(
         if len(argv) == 1 and (positional or has_config):
             print(f"{usage}\n{_program()} --help explains it", file=sys.stderr)
             sys.exit(2)
-        with explained_errors():
-            if has_config:
-                _settle_config(argv, recipe)
-            arguments = _fill(positional, parse_flags(argv)[1:])
-            if has_config and flags.FLAGS["config"].value is None:
-                raise InputError(_NO_RECIPE)
-            if missing := [name for name in needs if flags.FLAGS[name].value is None]:
-                raise InputError(f"--{missing[0]} is missing\n{usage}")
-            if arguments and not rest:
-                raise InputError(f"unexpected {' '.join(arguments)}\n{usage}")
+        if has_config:
+            _settle_config(argv, recipe)
+        arguments = _fill(positional, parse_flags(argv)[1:])
+        if has_config and flags.FLAGS["config"].value is None:
+            raise InputError(_NO_RECIPE)
+        if missing := [name for name in needs if flags.FLAGS[name].value is None]:
+            raise InputError(f"--{missing[0]} is missing\n{usage}")
+        if arguments and not rest:
+            raise InputError(f"unexpected {' '.join(arguments)}\n{usage}")
         return [typed, *arguments]
 
-    with stoppable():
+    with stoppable(), explained_errors():
         app.run(main, flags_parser=parse)
 
 

@@ -13,7 +13,7 @@ onnxruntime).
 from absl import flags
 
 from vit_jax.command_line import numbers, run
-from vit_jax.config import InputError, explained_errors
+from vit_jax.config import InputError
 from vit_jax.weights.trained import FORMATS, check_output, load
 
 INPUT = flags.DEFINE_string("input", None, "Checkpoint to read: a folder, a file or its URL.")
@@ -32,17 +32,16 @@ IMAGE_SIZE = flags.DEFINE_list(
 
 def main(_) -> None:
     """Reads, checks, writes, and prints what it was."""
-    with explained_errors():
-        if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
-            raise InputError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
-        check_output(OUTPUT.value)
-        model = load(INPUT.value, numbers("image_size", IMAGE_SIZE.value, int))
-        model.save(OUTPUT.value, FORMAT.value)
-        height, width = model.image_size
-        print(
-            f"{OUTPUT.value}: {model.config.variant}, {height}x{width} pixels, "
-            f"{model.num_classes} classes, {model.num_parameters:,} parameters, as {FORMAT.value}"
-        )
+    if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
+        raise InputError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
+    check_output(OUTPUT.value)
+    model = load(INPUT.value, numbers("image_size", IMAGE_SIZE.value, int))
+    model.save(OUTPUT.value, FORMAT.value)
+    height, width = model.image_size
+    print(
+        f"{OUTPUT.value}: {model.config.variant}, {height}x{width} pixels, "
+        f"{model.num_classes} classes, {model.num_parameters:,} parameters, as {FORMAT.value}"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 from absl import flags
 
 from vit_jax.command_line import numbers, run
-from vit_jax.config import explained_errors
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
@@ -50,22 +49,21 @@ OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbour
 def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
-    with explained_errors():
-        multihost.initialize(args.distributed)
-        given = {name: args[name].value for name in OWN if args[name].value is not None}
-        options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
-        if args.protocol == "linear":
-            options["seed"] = args.seed
-        model = load(args.checkpoint)
-        model = model.with_random_weights(args.seed) if args.random_weights else model
-        common = {name: args[name].value for name in (*ALL, "loss")}
-        found = evaluate(model, args.dataset, **common, **options)
-        text = json.dumps(found.values, indent=2)
-        if multihost.is_main():
-            print(text)
-            if args.output:
-                with open(args.output, "w") as file:
-                    file.write(text + "\n")
+    multihost.initialize(args.distributed)
+    given = {name: args[name].value for name in OWN if args[name].value is not None}
+    options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
+    if args.protocol == "linear":
+        options["seed"] = args.seed
+    model = load(args.checkpoint)
+    model = model.with_random_weights(args.seed) if args.random_weights else model
+    common = {name: args[name].value for name in (*ALL, "loss")}
+    found = evaluate(model, args.dataset, **common, **options)
+    text = json.dumps(found.values, indent=2)
+    if multihost.is_main():
+        print(text)
+        if args.output:
+            with open(args.output, "w") as file:
+                file.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.command_line import run
-from vit_jax.config import explained_errors
 from vit_jax.recipes import find_recipe, list_recipes, recipe
 
 
@@ -104,14 +103,13 @@ def explain(name: str) -> Iterator[str]:
 def main(arguments: list[str]) -> None:
     """Prints the recipes whose names match, or explains the one that is named."""
     names = arguments[1:] or ["*"]
-    with explained_errors():
-        for name in names:
-            matching = fnmatch.filter(list_recipes(), name) if "*" in name else []
-            for known in matching:
-                about, argument = documented(find_recipe(known))
-                print(f"{known:26} {about.splitlines()[0]}\n{'':26} {argument}")
-            if not matching:
-                print("\n".join(explain(name)))
+    for name in names:
+        matching = fnmatch.filter(list_recipes(), name) if "*" in name else []
+        for known in matching:
+            about, argument = documented(find_recipe(known))
+            print(f"{known:26} {about.splitlines()[0]}\n{'':26} {argument}")
+        if not matching:
+            print("\n".join(explain(name)))
 
 
 if __name__ == "__main__":

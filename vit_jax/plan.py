@@ -29,7 +29,6 @@ from typing import Any
 from absl import flags
 
 from vit_jax.command_line import define_config_flag, run
-from vit_jax.config import explained_errors
 from vit_jax.costs.report import show_ranked
 from vit_jax.training import plan
 
@@ -49,22 +48,21 @@ def main(_) -> None:
     args = flags.FLAGS
     size = {"num_classes": args.num_classes, "num_examples": args.num_examples}
     options = {"mfu": args.mfu, "price": args.price_per_chip_hour}
-    with explained_errors():
-        if args.search:
-            prepared = plan.prepare_plan(CONFIG.value, args.topology, args.num_slices, **size)
-            result: Any = []
-            for report in plan.search(prepared, **options):
-                result.append(report)
-                print(plan.show_searched(report), flush=True)
-            fitting = [report for report in result if report["memory_gib"]["fits"]]
-            print("\n" + (show_ranked(fitting) if fitting else "None fits: take a larger slice."))
-        else:
-            slices = {"num_slices": args.num_slices}
-            found = plan.plan(CONFIG.value, args.topology, **slices, **options, **size)
-            print(found)
-            result = found.report
-        if args.output:
-            Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    if args.search:
+        prepared = plan.prepare_plan(CONFIG.value, args.topology, args.num_slices, **size)
+        result: Any = []
+        for report in plan.search(prepared, **options):
+            result.append(report)
+            print(plan.show_searched(report), flush=True)
+        fitting = [report for report in result if report["memory_gib"]["fits"]]
+        print("\n" + (show_ranked(fitting) if fitting else "None fits: take a larger slice."))
+    else:
+        slices = {"num_slices": args.num_slices}
+        found = plan.plan(CONFIG.value, args.topology, **slices, **options, **size)
+        print(found)
+        result = found.report
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

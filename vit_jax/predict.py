@@ -15,7 +15,7 @@ from absl import flags
 
 from vit_jax.classifier.labels import WRITERS, write_labels
 from vit_jax.command_line import run
-from vit_jax.config import InputError, explained_errors, printable
+from vit_jax.config import InputError, printable
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import load
 
@@ -35,20 +35,19 @@ flags.DEFINE_string(
 def main(arguments: list[str]) -> None:
     """Labels, writes, and says what could not be read."""
     args = flags.FLAGS
-    with explained_errors():
-        if args.temperature is not None and args.temperature <= 0:
-            raise InputError(f"--temperature={args.temperature}: expected a number above 0")
-        files = find_images(arguments[1:])
-        if not files:
-            raise InputError("no images: name files, or folders that hold some")
-        model = load(args.model)
-        model = dataclasses.replace(
-            model,
-            temperature=args.temperature or model.temperature,
-            preprocessing=args.preprocess or model.preprocessing,
-        )
-        options = {"top": args.top, "batch_size": args.batch_size}
-        unreadable = write_labels(model, files, args.format, args.output, **options)
+    if args.temperature is not None and args.temperature <= 0:
+        raise InputError(f"--temperature={args.temperature}: expected a number above 0")
+    files = find_images(arguments[1:])
+    if not files:
+        raise InputError("no images: name files, or folders that hold some")
+    model = load(args.model)
+    model = dataclasses.replace(
+        model,
+        temperature=args.temperature or model.temperature,
+        preprocessing=args.preprocess or model.preprocessing,
+    )
+    options = {"top": args.top, "batch_size": args.batch_size}
+    unreadable = write_labels(model, files, args.format, args.output, **options)
     if unreadable:
         print(f"{len(unreadable)} of {len(files)} files can't be read:", file=sys.stderr)
         for row in unreadable:

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from vit_jax.command_line import run
-from vit_jax.config import InputError, explained_errors
+from vit_jax.config import InputError
 from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.manifest import MANIFEST, read_manifest, verify
 from vit_jax.data.sources import is_path, open_path
@@ -42,17 +42,16 @@ flags.DEFINE_string("verify", None, "Only check this prepared dataset against it
 
 def main(_) -> None:
     args = flags.FLAGS
-    with explained_errors():
-        if args.verify:
-            _verify(Path(args.verify))
-        elif not args.input or not args.output:
-            raise InputError("say what to read with --input and where to write with --output")
-        elif "://" in args.output:
-            raise InputError(f"--output={args.output}: write to a disk and copy the folder then")
-        elif is_path(args.input):
-            _write(Path(args.input).expanduser().resolve(), Path(args.output).expanduser())
-        else:
-            print(build_with_tfds(args.input, args.output))
+    if args.verify:
+        _verify(Path(args.verify))
+    elif not args.input or not args.output:
+        raise InputError("say what to read with --input and where to write with --output")
+    elif "://" in args.output:
+        raise InputError(f"--output={args.output}: write to a disk and copy the folder then")
+    elif is_path(args.input):
+        _write(Path(args.input).expanduser().resolve(), Path(args.output).expanduser())
+    else:
+        print(build_with_tfds(args.input, args.output))
 
 
 def _write(source: Path, output: Path) -> None:

@@ -9,7 +9,7 @@ command resumes a run that was stopped, at the step of its newest checkpoint.
 from absl import flags
 
 from vit_jax.command_line import define_config_flag, run
-from vit_jax.config import build, explained_errors
+from vit_jax.config import build
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
@@ -23,10 +23,9 @@ flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster."
 def main(_) -> None:
     """Builds the run from its flags, and trains."""
     clock = Clock(process_age())
-    with explained_errors():
-        config = build(TrainConfig, CONFIG.value)
-        multihost.initialize(flags.FLAGS.distributed)
-        run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
+    config = build(TrainConfig, CONFIG.value)
+    multihost.initialize(flags.FLAGS.distributed)
+    run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 
 

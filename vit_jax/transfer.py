@@ -22,7 +22,7 @@ from absl import flags
 
 from vit_jax.classifier.workflow import default_workdir, transfer
 from vit_jax.command_line import define_config_flag, run
-from vit_jax.config import InputError, explained_errors
+from vit_jax.config import InputError
 from vit_jax.parallel import multihost
 from vit_jax.training.clock import Clock, process_age
 
@@ -36,20 +36,19 @@ def main(arguments: list[str]) -> None:
     """Calls `vit_jax.transfer`."""
     command, *data = arguments
     clock = Clock(process_age())
-    with explained_errors():
-        if len(data) > 1:
-            raise InputError(f"{len(data)} datasets, {', '.join(data)}: expected one")
-        multihost.initialize(DISTRIBUTED.value)
-        dataset, workdir, init = "".join(data), WORKDIR.value, None
-        if workdir is None:
-            workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))
-            print(f"the run is kept in {workdir}", flush=True)
-        named = "config.init" in flags.FLAGS or "variant" in CONFIG.value.model
-        if data and not named and not CONFIG.value.get("init"):
-            init = "" if jax.default_backend() == "cpu" else INIT
-            shown = init or "random weights, a small model for a CPU"
-            print(f"it starts from {shown}; another start: --config.init=CHECKPOINT", flush=True)
-        transfer(dataset, init, workdir, CONFIG.value, command=command, clock=clock)
+    if len(data) > 1:
+        raise InputError(f"{len(data)} datasets, {', '.join(data)}: expected one")
+    multihost.initialize(DISTRIBUTED.value)
+    dataset, workdir, init = "".join(data), WORKDIR.value, None
+    if workdir is None:
+        workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))
+        print(f"the run is kept in {workdir}", flush=True)
+    named = "config.init" in flags.FLAGS or "variant" in CONFIG.value.model
+    if data and not named and not CONFIG.value.get("init"):
+        init = "" if jax.default_backend() == "cpu" else INIT
+        shown = init or "random weights, a small model for a CPU"
+        print(f"it starts from {shown}; another start: --config.init=CHECKPOINT", flush=True)
+    transfer(dataset, init, workdir, CONFIG.value, command=command, clock=clock)
 
 
 if __name__ == "__main__":
