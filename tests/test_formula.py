@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.textures import Textures
 
 both = pytest.mark.parametrize("formula", [Strokes, Fractals])
+all_sets = pytest.mark.parametrize("formula", [Strokes, Fractals, Textures])
 
 
 def digest(source, indices) -> str:
@@ -47,7 +49,17 @@ def test_golden_pixels(formula, pixels, sha256):
     assert digest(formula(10, num_classes=4, image_size=57), range(10)) == sha256[1]
 
 
-@both
+def test_golden_textures():
+    source = Textures(10_000, num_classes=100, seed=3)
+    pixels = [154, 151, 143, 159, 153, 152, 152, 145, 147, 155]
+    assert source[1234]["image"][32, 4:60:6].max(axis=1).tolist() == pixels
+    whole = "215ed342a44e3decc1a74a255e1d27e9e3829910ebae7e51859cd624d7522151"
+    assert digest(source, range(9_950, 10_000)) == whole
+    small = "f8b7873c26f953c3b7c5f84d7d1bcb6bd0b2a7d13e3151998214bb96ed784f03"
+    assert digest(Textures(10, num_classes=4, image_size=57), range(10)) == small
+
+
+@all_sets
 def test_images_are_a_function_of_seed_and_index(formula):
     source = formula(1000, num_classes=50, seed=7)
     indices = [3, 0, 999, 51, 500]
@@ -64,7 +76,7 @@ def test_images_are_a_function_of_seed_and_index(formula):
     assert all(np.array_equal(a, b) for a, b in zip(images[:5], images[-5:], strict=True))
 
 
-@both
+@all_sets
 def test_another_process_draws_the_same(formula):
     source = formula(100, num_classes=10)
     code = (
@@ -83,7 +95,7 @@ def test_another_process_draws_the_same(formula):
     assert output.decode().strip() == digest(source, [9, 1])
 
 
-@both
+@all_sets
 def test_first_selects_a_range_of_one_set(formula):
     whole, part = formula(200, num_classes=20), formula(50, num_classes=20, first=100)
     for i in (0, 17, 49):
@@ -121,7 +133,7 @@ def test_examples(formula, size):
         assert example["image"].mean() < 160  # on a dark background
 
 
-@both
+@all_sets
 @pytest.mark.parametrize("num_examples", [33, 1000])
 def test_every_prefix_is_class_balanced(formula, num_examples):
     source = formula(num_examples, num_classes=11, first=4, image_size=8)
@@ -142,7 +154,7 @@ def test_images_of_a_class_are_alike(formula):
     assert len(np.unique(images.reshape(len(source), -1), axis=0)) == len(source)
 
 
-@both
+@all_sets
 def test_errors(formula):
     source = formula(10)
     for i in (10, -1):

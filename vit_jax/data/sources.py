@@ -17,10 +17,11 @@ from vit_jax.data.listing import Listing
 from vit_jax.data.slices import Slice, parse_split, read_split, record_name
 from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
+from vit_jax.data.textures import Textures
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
 
-FORMULAS = {"strokes": Strokes, "fractals": Fractals}
+FORMULAS = {"strokes": Strokes, "fractals": Fractals, "textures": Textures}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
 VALIDATION_FIRST = 1 << 60  # index of the first validation example: out of any train split's reach
 
@@ -71,11 +72,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a dataset's split.
 
     Args:
-      name: `digits` (scikit-learn's 8 x 8 digits; every third example is test), `strokes/200` or
-        `fractals/1000` (formula-driven, the number of classes after the slash, 1000 by default;
-        `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a dataset that
-        TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`, `my_set/config`), or a
-        path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
+      name: `digits` (scikit-learn's 8 x 8 digits; every third example is test), `strokes/200`,
+        `fractals/1000` or `textures/100` (formula-driven, the number of classes after the slash,
+        1000 by default; `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a
+        dataset that TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`,
+        `my_set/config`), or a path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
       data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
 
