@@ -76,7 +76,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         `fractals/1000` or `textures/100` (formula-driven, the number of classes after the slash,
         1000 by default; `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a
         dataset that TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`,
-        `my_set/config`), or a path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
+        `my_set/config`), or a path, see `is_path`: a folder of such a dataset's files, or what
+        `open_path` reads.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
       data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
 

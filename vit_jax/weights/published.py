@@ -1,4 +1,6 @@
-"""Names of published weights: `augreg:S/16`, `vit:B/16-21k`, `hf:google/vit-base-patch16-224`.
+"""Names of weights: `embedded`, `augreg:S/16`, `vit:B/16-21k`, `hf:google/vit-base-patch16-224`.
+
+`embedded` is the checkpoint in the package, see `experiments.embedded`; the others are published.
 
 The addresses are those of the READMEs and configs of google-research/vision_transformer and
 big_vision. For AugReg ("How to train your ViT?", arXiv 2106.10270) each name is the ImageNet-21k
@@ -8,6 +10,7 @@ checkpoint that its authors recommend for the size.
 import fnmatch
 import os
 import re
+from pathlib import Path
 
 from vit_jax.config import unknown
 
@@ -23,7 +26,9 @@ _AUGREG = {
 }
 _VIT = ("B/16", "B/32", "L/16", "L/32", "H/14")
 _VIT_1K = ("B/16", "B/32", "L/16", "L/32")  # fine-tuned at 384 px
+EMBEDDED = "embedded"
 PUBLISHED: dict[str, str] = {
+    EMBEDDED: str(Path(__file__).with_name("embedded.npz")),
     **{f"augreg:{size}": f"{BUCKET}augreg/{name}.npz" for size, name in _AUGREG.items()},
     **{f"vit:{size}-21k": f"{BUCKET}imagenet21k/ViT-{size.replace('/', '_')}.npz" for size in _VIT},
     **{
@@ -34,7 +39,7 @@ PUBLISHED: dict[str, str] = {
 
 
 def list_checkpoints(pattern: str = "*") -> list[str]:
-    """Returns the published names that match a glob, such as "*B/16*"."""
+    """Returns the names of weights that match a glob, such as "*B/16*"."""
     return sorted(fnmatch.filter(PUBLISHED, pattern))
 
 
