@@ -1,6 +1,10 @@
 r"""The checkpoint in the package: a small BiT ResNet, pretrained on generated textures.
 
 vit_jax pretrain --config=pretrain/embedded --workdir=runs/embedded
+
+Our own recipe; `python -m experiments.embedded` runs it and writes the package's file. It sees
+32,000 images of 100 classes of textures, parts of 30% to 100% of them at 32 px: five minutes of one
+core. Expect 30% on validation. The accuracy still rose at the end: more steps are worth a try.
 """
 
 import ml_collections

@@ -92,7 +92,7 @@ AUGMENT = {  # RandAugment's magnitude, mixup's alpha
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: [paper|adamw|resnet|scratch][,steps=N][,batch=N][,size=SIDE][,flip=False] and those above.
+    """`arg`: [paper|adamw|resnet|scratch][,steps=N][,batch=N][,size=SIDE][,flip=False], as above.
 
     The device says what isn't given.
     """
