@@ -41,6 +41,7 @@ flags.DEFINE_bool("random_weights", False, "Measure fresh weights of the same ar
 flags.DEFINE_integer("seed", 0, "Of --random_weights, and of linear's held-out part.")
 flags.DEFINE_string("output", None, "File for the result, as well as the terminal.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 
 ALL = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
 OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbours": int}
@@ -49,7 +50,7 @@ OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbour
 def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
-    multihost.initialize(args.distributed)
+    multihost.initialize(args.distributed, args.join_seconds)
     given = {name: args[name].value for name in OWN if args[name].value is not None}
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
     if args.protocol == "linear":

@@ -18,13 +18,14 @@ from vit_jax.training.recipe import TrainConfig
 CONFIG = define_config_flag()
 flags.DEFINE_string("workdir", "", "Folder of the run.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 
 
 def main(_) -> None:
     """Builds the run from its flags, and trains."""
     clock = Clock(process_age())
     config = build(TrainConfig, CONFIG.value)
-    multihost.initialize(flags.FLAGS.distributed)
+    multihost.initialize(flags.FLAGS.distributed, flags.FLAGS.join_seconds)
     run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 

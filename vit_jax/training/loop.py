@@ -35,14 +35,10 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.parallel.multihost import (
-    PREEMPTED,
-    Preemption,
-    all_agree,
-    check_agreement,
-    check_shared,
-)
+from vit_jax.parallel.multihost import all_agree, check_agreement, check_shared
+from vit_jax.parallel.preemption import PREEMPTED, Preemption
 from vit_jax.parallel.run_files import Lock
+from vit_jax.parallel.watchdog import Watchdog, waits_for
 from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
@@ -119,7 +115,19 @@ def prepare(
 
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
-    clock = clock or Clock()
+    with Watchdog(config.hang_minutes, lane.label):
+        waits_for("data, workdir and agreement")
+        return _prepare(config, workdir, load, clock or Clock(), description, lane)
+
+
+def _prepare(
+    config: TrainConfig,
+    workdir: str,
+    load: Callable[[Model, dict], dict] | None,
+    clock: Clock,
+    description: dict | None,
+    lane: Lane,
+) -> Run:
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
@@ -221,7 +229,7 @@ def train(run: Run) -> dict[str, float]:
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
     keep_data(run.workdir, run.facts)
-    with ExitStack() as stack:
+    with Watchdog(config.hang_minutes, run.lane.label), ExitStack() as stack:
         enter = stack.enter_context
         enter(clock)
         enter(use_mesh(run.mesh))
@@ -332,6 +340,7 @@ def _take_steps(
     batch = next(batches)
     with Profile(run.workdir, config.profile_steps, run.clock) as profile:
         for done in range(int(state.step) + 1, run.steps + 1):
+            waits_for(f"step {done} or the one before")
             # Between host and devices goes what is put or fetched by name, and nothing unasked.
             with jax.transfer_guard("disallow"):
                 with profile.step(done, state):
@@ -340,6 +349,7 @@ def _take_steps(
                 last = done == run.steps
                 preempted = preemption.reached(done) and not last
                 if not (last or preempted):
+                    waits_for(f"input of step {done + 1}")
                     with recorder.waiting():
                         batch = next(batches)
             evaluates = last or (_evaluates(config, done) and not preempted)
@@ -375,6 +385,7 @@ def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:
         params = state.params if state.ema is None else state.ema
         for name, evaluator in run.evaluators.items():
             start = time.perf_counter()
+            waits_for(f"evaluation {name} of step {step}")
             values = {f"{name}/{key}": value for key, value in evaluator(params).items()}
             metrics.write(step, {**values, "seconds": time.perf_counter() - start})
             metrics.say(

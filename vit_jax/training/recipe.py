@@ -66,6 +66,8 @@ class TrainConfig:
       watch: the evaluator that early stopping watches, "dev", or one of its metrics,
         "dev/macro_f1"; may be omitted where there is only one.
       stop: a step to end at, before the schedule does; 0 saves the initial state.
+      hang_minutes: ends the process where a step, a batch, a save, an evaluation's batch or a
+        compilation takes longer than this, see `watchdog.Watchdog`; "none": never.
     """
 
     model: ModelConfig
@@ -94,6 +96,8 @@ class TrainConfig:
     early_stopping: int | None = None
     watch: str = ""
     stop: int | None = None
+    # An hour: more than a large model's compilation or a checkpoint's way to slow storage takes.
+    hang_minutes: float | None = setting(60.0, changes="speed")
     evaluators: dict[str, EvaluatorConfig] = setting(factory=dict, changes="records")
 
     @classmethod
@@ -147,6 +151,10 @@ class TrainConfig:
                 raise InputError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
         if not 0 <= self.seed < 2**32:  # jax.random.key takes the lower 32 bits
             raise InputError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise InputError(
+                f"hang_minutes = {self.hang_minutes}: expected a positive number, or none"
+            )
         if self.early_stopping and not self.eval_every:
             raise InputError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
