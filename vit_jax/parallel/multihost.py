@@ -164,9 +164,9 @@ def _ask_who_is_there(address: str, me: dict[str, Any], error: OSError) -> str:
         return _answer_roll_call(address, me, time.monotonic() + _LINGER_SECONDS)
     except TimeoutError:
         raise OSError(
-            f"process 0 can't listen at {address}: {os.strerror(error.errno)}. Another program or an older "
-            "run uses the port: end it, or choose a free one for JAX_COORDINATOR_ADDRESS (under "
-            "SLURM JAX_COORDINATOR_PORT)"
+            f"process 0 can't listen at {address}: {os.strerror(error.errno)}. Another program or "
+            "an older run uses the port: end it, or choose a free one for JAX_COORDINATOR_ADDRESS "
+            "(under SLURM JAX_COORDINATOR_PORT)"
         ) from error
 
 
