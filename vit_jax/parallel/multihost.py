@@ -59,23 +59,23 @@ def initialize(distributed: bool, seconds: float = JOIN_SECONDS) -> None:
         return
     if not 0 < seconds < 1e6:
         raise InputError(f"{seconds} seconds to join the other processes: expected 1 or more")
-    with Sigterm(PREEMPTED, "told to end (SIGTERM) before all processes had come"):
-        known = {}
-        if found := _cluster(seconds):
+    known = {}
+    if found := _cluster(seconds):
+        with Sigterm(PREEMPTED, "told to end (SIGTERM) before all processes had come"):
             _roll_call(*found, seconds)
-            names = ("coordinator_address", "num_processes", "process_id")
-            known = dict(zip(names, found, strict=True))
-        try:
-            jax.distributed.initialize(
-                initialization_timeout=math.ceil(seconds),
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                **known,
-            )
-        except ValueError as error:
-            raise InputError(
-                f"--distributed: jax finds no cluster ({error}): run under SLURM or on a TPU pod, "
-                f"or set {', '.join(_VARIABLES)}"
-            ) from error
+        names = ("coordinator_address", "num_processes", "process_id")
+        known = dict(zip(names, found, strict=True))
+    try:
+        jax.distributed.initialize(  # handles SIGTERM from now on
+            initialization_timeout=math.ceil(seconds),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **known,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"--distributed: jax finds no cluster ({error}): run under SLURM or on a TPU pod, or "
+            f"set {', '.join(_VARIABLES)}"
+        ) from error
     # jax's end of a process that has lost another is SIGABRT with a message. The stacks of all
     # threads, which absl adds, tell nothing of it.
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
