@@ -8,6 +8,7 @@ the random numbers that preprocess an example, or choose another one for a broke
 Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -325,8 +326,11 @@ def _run_ahead(
     data: DataConfig,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over batch(step) for the steps, in order, until too many examples were skipped."""
-    if data.num_workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
+    if data.num_workers:
+        # What a run that ends leaves in /dev/shm is removed by Python, which would warn of it.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
     threads = grain.ReadOptions(data.num_threads, max(data.prefetch, data.num_threads))
     workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
     dataset = grain.MapDataset.source(steps).map(batch).to_iter_dataset(threads)
@@ -341,5 +345,12 @@ def _run_ahead(
                     "the warnings above, and mend the dataset or raise the limit"
                 )
             yield found
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a worker process of the input was ended from outside ({error}). Most often memory or "
+            "/dev/shm was full: lower data.num_workers, data.num_threads or data.prefetch"
+        ) from error
     finally:
         batches.close()

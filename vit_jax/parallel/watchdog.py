@@ -61,8 +61,8 @@ class Watchdog:
                 end(
                     1,
                     f"error: no progress for {self._minutes:g} minutes. {waiting()}. Above "
-                    "is what each thread does. Mend what it waits for and start again, from the "
-                    "newest checkpoint. If it is only slow: a higher --config.hang_minutes",
+                    "is what each thread does. Mend what it waits for and start again: the "
+                    "same command goes on. If it is only slow: a higher --config.hang_minutes",
                     stacks=True,
                 )
 

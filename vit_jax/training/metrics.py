@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
 from vit_jax.parallel.run_files import write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
+from vit_jax.weights.trained import saved_steps
 
 # Measured by the clock: the only values that differ between a run and its repetition.
 CLOCK = (
@@ -72,7 +74,10 @@ class Metrics:
         """Records scalars of a step; they are on the disk's way when this returns."""
         if not self._file:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno), self._file.name) from error
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -138,8 +143,9 @@ class Metrics:
     def __exit__(
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for resource in (self._bar, self._file, self._board):
-            if resource is not None:
+        for resource in filter(None, (self._bar, self._file, self._board)):
+            # On a full disk it fails again: the error that ends the run says more.
+            with suppress(OSError) if kind else nullcontext():
                 resource.close()
 
 
@@ -215,9 +221,13 @@ class Recorder:
             return
         fetched = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, fetched.values())):
+            saved = max(saved_steps(self.metrics.workdir), default=None)
+            good = (
+                "no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is good"
+            )
             raise FloatingPointError(
                 f"not finite after step {step}: {fetched}. It was finite after step "
-                f"{self._checked}; the last checkpoint in {self.metrics.workdir} is good. Lower "
+                f"{self._checked}; {good} ({self.metrics.workdir}). Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
                 f"steps {self._checked + 1} to {step}."
             )
