@@ -483,3 +483,47 @@ def test_the_pages_commands_run(desk):
         assert done.returncode == 0, done.stderr
         assert done.stdout
     assert scripts == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("tpu_vm.sh", ["--max-restarts=08", "--num-slices=010", "--poll=00"]),
+        ("gke_xpk.sh", ["--max-restarts=08", "--num-slices=010"]),
+        ("slurm.sbatch", ["--max-restarts=08", "--nodes=010", "--gpus-per-node=09"]),
+    ],
+)
+def test_numbers_are_decimal(desk, script, flags):
+    """Zeros in front, which bash takes for octal; none where one at least is needed."""
+    done = desk.run(script, *LAUNCHERS[script], "--dry-run", *flags, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout
+    assert any(text in commands for text in ("StartLimitBurst=9", "max-restarts=8", "--ntasks=90"))
+    assert any(text in commands for text in ("--node-count=10", "num-slices=10", "--nodes=10"))
+    for flag in flags:
+        name = flag.partition("=")[0]
+        least = ("max-restarts", "poll")
+        for wrong in ["-1", "1e3", "9" * 12] + ["00"] * (name.strip("-") not in least):
+            done = desk.run(script, *LAUNCHERS[script], f"{name}={wrong}", *RECIPE)
+            failed(done, f"{name}={wrong.replace('00', '0')}: expected a number")
+    assert desk.calls() == []
+
+
+@pytest.mark.slow  # it imports jax
+def test_a_recipe_that_cannot_be_trained_is_not_launched():
+    """For the devices that are asked for, with the Python that is there."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [LAUNCH / "gke_xpk.sh", "launch", "--dry-run", *GKE, "--", CONFIG]
+    for wrong, message in (
+        ("--config.mesh.fsdp=3", "fsdp=3 x tensor=1 does not fit 256 devices"),
+        ("--config.model.depht=3", "unknown field of config.model 'depht'"),
+        ("", ""),
+    ):
+        done = subprocess.run(
+            [*command, wrong][: None if wrong else -1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (message in done.stderr) and (done.returncode == 2) == bool(wrong), done.stderr

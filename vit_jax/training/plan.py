@@ -112,6 +112,25 @@ def prepare_plan(
     return Prepared(config, chips, open_topology(chips), size)
 
 
+def check_recipe(config: TrainConfig, devices: str) -> None:
+    """Builds a recipe's training step for so many devices, without them, its data or a compiler.
+
+    Call it before any other use of jax. `devices` is a number, a topology, an accelerator type of
+    TPUs, or a product: "256", "v5litepod-256*2". Raises ValueError for what doesn't fit.
+    """
+    counts = (
+        int(part) if part.isdecimal() else parse_topology(part).num_devices
+        for part in devices.split("*")
+    )
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", math.prod(counts))
+    try:
+        size = dataset_size(config.data)
+    except (ValueError, FileNotFoundError):  # it is elsewhere: any number of steps will do
+        size = (1000, 10**12)
+    build_training(config, make_mesh(config.mesh), *size)
+
+
 def plan_step(
     training: Training,
     topology: Topology,
