@@ -17,6 +17,7 @@ from experiments.scaling.table import Point, average_tasks, points, read_csv
 from vit_jax.config import build
 from vit_jax.costs.topology import parse_topology
 from vit_jax.models.variants import build_model
+from vit_jax.recipes import recipe
 from vit_jax.training.recipe import TrainConfig
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -42,6 +43,19 @@ def test_every_run_of_a_shipped_study_builds(name, counts):
         if shape not in built:
             built.add(shape)
             build_model(config.model, 10, (config.image_size, config.image_size))
+
+
+def test_the_papers_studies_train_as_the_shipped_recipes():
+    runs = {run.key: run for run in expand(load_study("paper_models"))}
+    run = runs["ViT-H/14 | jft300m | 14 epochs | seed 0"]
+    shipped = recipe("pretrain/jft:ViT-H/14,dataset=jft300m").to_dict()
+    found = {k: v for k, v in run.config.items() if shipped.get(k) != v}
+    assert found.pop("data")["split"] == "train[50000:]"
+    assert found.pop("evaluators")["validation"]["data"]["split"] == "train[:50000]"
+    assert found == {"seed": 0}
+    key = "ViT-B/16 | jft300m | 7 epochs | seed 0 | Flowers | lr 0.03"
+    assert runs[key].config["data"]["split"] == "train+validation[:80%]"
+    assert runs[key].config["evaluators"]["validation"]["data"]["split"] == "validation[80%:]"
 
 
 def test_cost_agrees_with_table_6():
