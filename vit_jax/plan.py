@@ -10,16 +10,6 @@ h100:8, or h100:32x8, nodes x GPUs. What it prints is the compiler's estimate an
 input, evaluations and checkpoints are not in it. `--search` compiles several meshes (data, FSDP,
 tensor), ways of remat and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from
 a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512.
-
-What the paper's own runs took, TPUv3-core-days of its Table 2 (device-days here; 2.5k, 0.68k and
-0.23k there), at the MFU that they imply:
-
-vit_jax plan --config=pretrain/jft:ViT-H/14,epochs=14 --topology=v3:16x16 \
-    --config.model.remat=full --mfu=0.32
-vit_jax plan --config=pretrain/jft:ViT-L/16,epochs=14 --topology=v3:16x16 \
-    --mfu=0.43
-vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
-    --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
 """
 
 import json
