@@ -42,11 +42,12 @@ def main(_) -> None:
     """Prepares --input, or checks --verify, and prints."""
     args = flags.FLAGS
     if args.verify:
-        count = 0
-        for count, problem in enumerate(verify(Path(args.verify)), 1):
-            print(problem, flush=True)
-        if count:
-            sys.exit(f"error: {count} of its files are not as they were written")
+        problems = []
+        for problem in verify(Path(args.verify)):
+            print(problem, flush=True)  # of terabytes, as they are found
+            problems.append(problem)
+        if problems:
+            sys.exit(f"error: {len(problems)} of its files are not as they were written")
         print(f"{args.verify}: every file is as it was written")
     elif not args.input or not args.output:
         raise InputError("say what to read with --input and where to write with --output")
