@@ -54,7 +54,7 @@ def test_everything_is_noticed(folder):
     assert "bee/03.png" in text and "in several classes, the same to the pixel, 1" in text
     assert "ant/01.png (ant) = bee/taken.png (bee)" in text
     assert "ant/00.png = ant/again.png" in text
-    assert "no images by their names, or in no class, 1: bee/notes.txt" in text
+    assert "not images by name, or in no class, 1: bee/notes.txt" in text
     assert "classes with fewer than 10 images in train, 1: cat (3)" in text
     assert "imbalanced: 41 images of ant, 3 of cat" in text
     assert seen.sizes == {"width": [4, 5, 6], "height": [6, 6, 6]}

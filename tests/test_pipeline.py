@@ -377,7 +377,7 @@ def test_a_mixtures_part_mends_itself():
 
 def test_what_is_all_broken_is_an_error():
     source = Source(jpegs(8, broken=range(1, 8)), 10)
-    with pytest.raises(ValueError, match="16 others in its place are broken as well, such as exam"):
+    with pytest.raises(ValueError, match="16 examples to replace it are broken too, such as ex"):
         train(source, 40, image_size=(8, 8), preprocess="resize", skip_broken=10_000)
 
 
@@ -420,7 +420,7 @@ def test_the_cache_reads_the_first_examples_once():
     ("change", "message"),
     [
         ({"rows": np.arange(0)}, "rows [] of a batch of 8"),
-        ({"rows": np.array([3, 8])}, "rows [3 8] of a batch of 8: expected some, each within it"),
+        ({"rows": np.array([3, 8])}, "rows [3 8] of a batch of 8: expected some, all in the batch"),
         ({"batch_size": 0}, "batch size 0"),
         ({"image_size": (8, 8), "preprocess": "flip"}, "image of 4 x 4, expected 8 x 8: add `res"),
         ({"preprocess": "resise"}, "did you mean 'resize'"),

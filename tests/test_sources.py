@@ -298,7 +298,7 @@ def test_metadata_import_nothing(data_dir, tmp_path, monkeypatch, before, after,
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("features.json", "[" * 200_000, "no JSON that can be read"),
+        ("features.json", "[" * 200_000, "is not readable JSON"),
         ("features.json", "{}", "cannot open"),
         ("features.json", '{"numClasses": "1000000000"}', "1000000000 classes: expected up to"),
         ("dataset_info.json", '{"name": 3}', "cannot open"),

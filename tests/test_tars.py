@@ -106,10 +106,10 @@ def test_damaged_tars(tmp_path):
         last = tar.getmembers()[-1]
     source = open_source(str(tmp_path), "train")
     for size, message in (
-        (last.offset_data, "truncated|no whole tar"),
+        (last.offset_data, "truncated|not a whole tar"),
         (last.offset, "lacks the end mark of a tar"),
-        (last.offset + 100, "no whole tar|lacks the end mark"),
-        (1000, "truncated|no whole tar"),
+        (last.offset + 100, "not a whole tar|lacks the end mark"),
+        (1000, "truncated|not a whole tar"),
     ):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"{path}.*({message})"):
@@ -176,5 +176,5 @@ def test_imagenet_21k(tmp_path):
     with pytest.raises(ValueError, match=r"n00000003.tar holds no images"):
         open_path(f"{tmp_path}/in")
     write_tar(tmp_path / "in" / "more.tar", {})
-    with pytest.raises(ValueError, match=r"more.tar: expected one tar a class, such as n01440764"):
+    with pytest.raises(ValueError, match=r"more.tar: expected one tar per class, such as n0144076"):
         open_path(f"{tmp_path}/in")
