@@ -1,4 +1,4 @@
-"""What is seen before training, and how splits are cut: of folders with everything wrong."""
+"""The audit before training, and how splits are cut, with folders full of faults."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from vit_jax.data.sources import Source, open_source
 
 
 def paint(path, number):
-    """Writes an image that the number decides."""
+    """Writes an image that depends on the number alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (6, 4 + number % 3, 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -107,7 +107,7 @@ def test_splits_that_are_there_are_used(tmp_path):
 
 
 def test_names_of_folders_survive_the_cut(tmp_path):
-    """Also those that a table, a list or a terminal would take for something else."""
+    """Also names that have a special meaning in a table, a list or a terminal."""
     names = (" ant", "be\u2028e", "caf\udce9", "7", 'qu"ote', "=1")
     for i in range(12 * len(names)):
         paint(tmp_path / "images/training_set" / names[i % len(names)] / f"{i}\x85.png", i)

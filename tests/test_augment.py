@@ -24,7 +24,7 @@ def noise(height, width, seed=0):
 
 
 def ramp(height, width):
-    """Red is the row, green the column, blue is constant."""
+    """Makes an image: red is the row, green the column, blue constant."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.full_like(rows, 77)], axis=2).astype(np.uint8)
 
@@ -130,7 +130,7 @@ def test_pad_crop_shifts_and_fills_with_black():
 
 
 def boxes(spec, height, width, count=300):
-    """Top, left, height, width of random crops, measured on a ramp."""
+    """Measures top, left, height and width of random crops on a ramp."""
     found = []
     for seed in range(count):
         out = run(spec, ramp(height, width), seed, (64, 64)).astype(float)

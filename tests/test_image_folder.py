@@ -26,7 +26,7 @@ def fill(root, *names):
 
 
 def contents(source):
-    """(class name, number of the picture) of each example."""
+    """Returns (class name, number of the picture) of each example."""
     numbers = {picture(i).tobytes(): i for i in range(30)}
     return [
         (
@@ -183,7 +183,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def write_table(folder, name, rows):
-    """Rows of dicts as CSV, TSV or JSON Lines."""
+    """Writes rows (dicts) as CSV, TSV or JSON Lines."""
     if name.endswith(".jsonl"):
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
     else:
