@@ -133,7 +133,7 @@ def test_exif_is_spoken_of(folder):
     ):
         image.save(folder / f"ant/{name}.jpg", exif=data)
     text = str(settle(folder)[1])
-    assert "magick mogrify -auto-orient), 1: ant/turned.jpg\n" in text + "\n"
+    assert "data.preprocess likewise), 1: ant/turned.jpg\n" in text + "\n"
     assert "damaged EXIF data, which are ignored, 1: ant/damaged.jpg\n" in text + "\n"
 
 

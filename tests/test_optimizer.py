@@ -38,7 +38,7 @@ def tree(seed, shape=(8, 4)):
 
 
 def train(config, *, steps=5, grads=lambda t: tree(1 + t), params=None, peak=0.5):
-    """Runs jitted updates: returns the parameters after 0 to `steps` of them, and the last state."""
+    """Runs jitted updates; returns parameters after 0 to `steps` updates, and the last state."""
     params = jax.tree.map(jnp.asarray, tree(0) if params is None else params)
     optimizer = make_optimizer(config, stepwise, peak, params)
     state, history = optimizer.init(params), [params]

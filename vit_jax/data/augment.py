@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.config import InputError, unknown
-from vit_jax.data.decode import Jpeg
+from vit_jax.data.decode import Jpeg, decode_upright, open_image
 from vit_jax.data.randaugment import autoaugment, randaugment, random_erasing
 
 Size = tuple[int, int]  # height, width
-Preprocess = Callable[[np.ndarray | Jpeg, np.random.Generator], np.ndarray]
+Preprocess = Callable[[bytes | np.ndarray | Jpeg, np.random.Generator], np.ndarray]
 
 METHODS = {
     "bilinear": cv2.INTER_LINEAR,
@@ -34,6 +34,14 @@ METHODS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
 }
+
+
+def upright(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """Turns an encoded image by its EXIF orientation, as browsers do. Must be the first operation.
+
+    Published pipelines ignore the orientation. Decoded pixels are left unchanged.
+    """
+    return image
 
 
 def resize(
@@ -172,7 +180,7 @@ def affine(
 OPS = {
     op.__name__: op
     for op in (
-        *(resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine),
+        *(upright, resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine),
         *(randaugment, autoaugment, random_erasing),
     )
 }
@@ -186,15 +194,19 @@ def parse_preprocess(spec: str, image_size: Size) -> Preprocess:
       image_size: height and width in pixels of the images that crops and `resize` return.
 
     Returns:
-      A function (uint8 [H, W, 3] or Jpeg, np.random.Generator) -> uint8 image. The result depends
-      on these arguments alone.
+      A function (encoded bytes, uint8 [H, W, 3] or Jpeg, np.random.Generator) -> uint8 image. The
+      result depends on these arguments alone. The function raises ValueError as `decode_image`.
 
     Raises:
       ValueError: an unknown operation, or invalid arguments.
     """
     steps = [_parse_op(text.strip(), image_size) for text in spec.split("|")]
+    if any(step.func is upright for step in steps[1:]):
+        raise InputError(f"preprocessing {spec!r}: upright comes first, before anything is cropped")
+    read = decode_upright if steps[0].func is upright else open_image
 
-    def preprocess(image: np.ndarray | Jpeg, rng: np.random.Generator) -> np.ndarray:
+    def preprocess(image: bytes | np.ndarray | Jpeg, rng: np.random.Generator) -> np.ndarray:
+        image = image if isinstance(image, Jpeg) else read(image)
         if isinstance(image, Jpeg) and steps[0].func is not inception_crop:
             image = image.decode()
         for step in steps:

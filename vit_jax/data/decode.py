@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from vit_jax.config import InputError
 from vit_jax.data import jpeg_markers
@@ -139,6 +139,34 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
     """
     image = open_image(data)
     return image.decode() if isinstance(image, Jpeg) else image
+
+
+def decode_upright(data: bytes | np.ndarray) -> np.ndarray:
+    """Like `decode_image`, but applies the EXIF orientation; ignores damaged EXIF data."""
+    pixels, turn = decode_image(data), 1
+    if isinstance(data, bytes):
+        with contextlib.suppress(ValueError):
+            turn = _orientation(data)
+    return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
+
+
+def _orientation(data: bytes) -> int:
+    if data[:2] == b"\xff\xd8":
+        return jpeg_markers.orientation(data)
+    with Image.open(io.BytesIO(data)) as image:  # Pillow turns TIFFs itself
+        return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+# EXIF orientation -> function that turns the stored pixels upright.
+_TURNS = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
 def max_pixels(image_format: str = "") -> int:

@@ -18,7 +18,6 @@ from absl import flags, logging
 
 from vit_jax.config import InputError, setting
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import open_image
 from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
 from vit_jax.data.order import epoch_stream, mixture_stream
 from vit_jax.data.sources import Source, open_source, parse_split
@@ -234,7 +233,7 @@ def _batch_reader(
         try:
             record = records[index]
             rng = _generator(seed or 0, position)
-            image = augment(open_image(record["image"]), rng)
+            image = augment(record["image"], rng)
             return image, _valid_labels(record["label"], source)
         except ValueError as error:
             raise InputError(f"{source.describe(index)}: {error}") from error

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from vit_jax.config import InputError
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import decode_image
 from vit_jax.data.foreign_files import read_file
 from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
@@ -74,7 +73,7 @@ def read_images(
     )
     for number, (name, read) in enumerate(named):
         try:
-            yield process(decode_image(read()), np.random.default_rng(number))
+            yield process(read(), np.random.default_rng(number))
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
 
