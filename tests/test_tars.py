@@ -1,4 +1,4 @@
-"""Tars read without unpacking: WebDataset's and ImageNet's."""
+"""Reading WebDataset's and ImageNet's tars without unpacking them."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from vit_jax.data.writer import WriteConfig, write_dataset
 
 
 def tar_bytes(files):
-    """A tar of {name: bytes}, or of the pictures with these numbers; also given as pairs."""
+    """Makes a tar of {name: bytes} or pairs; a number stands for the picture with this number."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, data in files.items() if isinstance(files, dict) else files:
@@ -158,7 +158,7 @@ def test_imagenet_1k(tmp_path):
 
 
 def test_imagenet_21k(tmp_path):
-    """One tar a class, in a folder or in one tar."""
+    """One tar per class, in a folder or in one tar."""
     classes = {
         "n00000002.tar": {"n00000002_1.JPEG": 0, "n00000002_2.JPEG": 1, "notes.txt": b""},
         "n00000001.tar": {"n00000001_7.JPEG": 2},
