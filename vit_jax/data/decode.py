@@ -306,7 +306,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _over_white(image: Image.Image) -> np.ndarray:
-    """Blends RGBA over white, some rows at a time: at once would take four copies in memory."""
+    """Blends RGBA over white in strips of rows: as a whole, four copies would be in memory."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, (1 << 20) // image.width)
     for top in range(0, image.height, rows):

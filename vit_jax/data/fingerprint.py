@@ -1,4 +1,4 @@
-"""Fingerprints of datasets (sizes, names, digests of examples), which show changes."""
+"""Fingerprints of datasets (sizes, names, digests of examples), to detect changes."""
 
 import hashlib
 import json

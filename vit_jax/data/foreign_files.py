@@ -45,7 +45,7 @@ def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raises ValueError if the path exists but is no regular file: reading it might never end."""
+    """Raises ValueError if the path exists but isn't a regular file: a read might never end."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise InputError(f"{os.fspath(path)} is {_KINDS.get(kind, 'special')}: expected a file")

@@ -107,7 +107,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """Decompresses a file if it is gzipped, but not much further than its IDX header promises."""
+    """Decompresses a gzipped file, at most slightly beyond the size in its IDX header."""
     if data[:2] != b"\x1f\x8b":
         return data
     try:

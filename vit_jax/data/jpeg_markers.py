@@ -1,4 +1,4 @@
-"""Restart markers in JPEGs, with which a crop is decoded without the rest; EXIF orientation.
+"""Restart markers in JPEGs, for decoding a crop without the rest; EXIF orientation.
 
 A JPEG's Huffman codes can only be decoded from the first one on, so decoding a small crop spends
 most of its time on pixels outside the crop. Restart markers (ITU-T T.81, B.2.4.4) divide the codes

@@ -32,7 +32,7 @@ def stratified_split(
 
 
 def _cut(indices: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
-    """Cuts by largest remainders: sizes are within 1 of exact; parts are empty only if need be."""
+    """Cuts by largest remainders: sizes are within 1 of exact, and empty only if unavoidable."""
     exact = shares * len(indices)
     sizes = np.floor(exact).astype(int)
     for i in np.argsort(sizes - exact, kind="stable")[: len(indices) - sizes.sum()]:

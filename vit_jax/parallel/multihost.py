@@ -219,7 +219,7 @@ def everyones(value: float) -> np.ndarray:
 
 
 def first_of_all(text: str) -> str:
-    """Returns the first non-empty text of all processes, or "". Cuts texts to 4096 bytes."""
+    """Returns on every process the first non-empty text of all, cut to 4096 bytes, or ""."""
     if jax.process_count() == 1:
         return text
     padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)
