@@ -12,8 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from PIL import Image
+
+from vit_jax.training.metrics import CLOCK, read_metrics
+from vit_jax.weights.trained import saved_steps
 
 ROOT = Path(__file__).parent.parent.parent
 PRETRAIN = (
@@ -42,8 +47,6 @@ TRANSFER = (
     "--config.workflow.export=()",
 )
 COMMANDS = ("pretrain", "transfer", "prepare", "study")
-# Fields that a clock or a machine sets.
-_MEASURED = ("seconds", "img_per_sec", "peak_host_memory_gib", "mfu", "time", "goodput", "waiting")
 
 
 def campaign(count: int, seed: int, folder: Path, command: str) -> dict[str, int]:
@@ -138,30 +141,20 @@ def _digest(content: bytes) -> str:
 
 def run_digests(workdir: Path) -> dict[str, str]:
     """Digests of every array of the newest checkpoint, and of the records without times."""
-    import orbax.checkpoint as ocp
-
-    from vit_jax.weights.trained import saved_steps
-
     step = max(saved_steps(workdir))
     found = {"step": str(step)}
     for item in ("params", "training"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.restore((workdir / "checkpoints" / str(step) / item).absolute())
         found |= {f"{item}/{k}": _digest(v) for k, v in _leaves(tree)}
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found["records"] = _digest(json.dumps([_unmeasured(json.loads(x)) for x in lines]).encode())
+    records = [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(workdir)]
+    found["records"] = _digest(json.dumps(records).encode())
     return found
 
 
 def _leaves(tree: dict) -> Iterable[tuple[str, bytes]]:
-    import jax
-
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path), np.asarray(leaf).tobytes()
-
-
-def _unmeasured(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not any(word in k for word in _MEASURED)}
 
 
 def _pretrain(folder: Path) -> tuple[Callable, Callable]:
@@ -171,9 +164,9 @@ def _pretrain(folder: Path) -> tuple[Callable, Callable]:
 def _transfer(folder: Path) -> tuple[Callable, Callable]:
     def digests(workdir: Path) -> dict[str, str]:
         results = json.loads((workdir / "results.json").read_text())
-        del results["trials"]  # with seconds
-        text = json.dumps(_unmeasured(results), sort_keys=True)
-        return {**run_digests(workdir), "results": _digest(text.encode())}
+        for measured in ("trials", "seconds_of_last_start", "peak_host_memory_gib"):
+            del results[measured]
+        return {**run_digests(workdir), "results": _digest(json.dumps(results).encode())}
 
     return lambda workdir: [*TRANSFER, f"--workdir={workdir}"], digests
 

@@ -1,4 +1,4 @@
-"""A classifier looked at closely: its test predictions, worst mistakes, and where it looks."""
+"""Examines a classifier: test predictions, most confident errors, attention."""
 
 import os
 import zipfile
@@ -102,7 +102,7 @@ def worst_mistakes(
     return [
         Picture(
             decode_image(source[int(i)]["image"]),
-            f"{names[labels[i]]}, taken for {names[predicted[i]]} ({confidence[i]:.1%}): "
+            f"{names[labels[i]]}, predicted as {names[predicted[i]]} ({confidence[i]:.1%}): "
             f"{Path(source.name(int(i))).name}",
         )
         for i in wrong
