@@ -21,7 +21,7 @@ class PreparedDataset:
     folder: Path
     name: str
     data_dir: str
-    broken: tuple[str, ...] = ()
+    broken: tuple[dict, ...] = ()  # {split, file, reason}
 
     def __str__(self) -> str:
         count = len(self.broken)
