@@ -141,7 +141,7 @@ def _roll_call(address: str, processes: int, process: int, patience: float = JOI
     """Waits until all processes have reported consistent settings to process 0.
 
     Raises ValueError on every process that reported, if settings differ or processes are missing.
-    jax itself would wait for minutes without naming the cause. It uses the address afterwards.
+    jax itself would wait for minutes without naming the cause. jax uses the address afterwards.
     """
     me = {"process": process, "of": processes, "host": socket.gethostname(), "jax": jax.__version__}
     deadline = time.monotonic() + patience
@@ -272,7 +272,7 @@ def is_main() -> bool:
 def check_agreement(facts: dict[str, Any]) -> None:
     """Raises ValueError on every process unless `facts` are the same on all.
 
-    `facts`: for JSON, up to 4096 bytes.
+    `facts` are serialized as JSON, in at most 4096 bytes.
     """
     if jax.process_count() == 1:
         return
@@ -331,7 +331,7 @@ def everyones(value: float) -> np.ndarray:
 
 
 def first_of_all(text: str) -> str:
-    """The text of the first process that has one, on all processes; short; "" if none has any."""
+    """Returns on every process the first non-empty text of all, cut to 4096 bytes, or ""."""
     if jax.process_count() == 1:
         return text
     padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)

@@ -70,9 +70,9 @@ class Sigterm:
 class Preemption:
     """Detects SIGTERM and Ctrl-C on any process, so that all stop at the same step.
 
-    `interrupted` tells whether this process was stopped by Ctrl-C. Before the first step it calls
-    the handler that was there, which raises KeyboardInterrupt; the second time that handler's
-    attribute `again`, if it has one: see `command_line.stoppable`.
+    `interrupted` is True after Ctrl-C in this process. Before the first step, Ctrl-C also calls the
+    previous handler, which raises KeyboardInterrupt. A second Ctrl-C calls that handler's attribute
+    `again`, or the handler itself if it has none: see `command_line.stoppable`.
     """
 
     def __enter__(self) -> "Preemption":
@@ -97,11 +97,11 @@ class Preemption:
                 handler(number, frame)
             self.interrupted = True
             if jax.distributed.is_initialized():
-                signal.raise_signal(signal.SIGTERM)  # which jax tells all processes
+                signal.raise_signal(signal.SIGTERM)  # jax forwards it to all processes
         self.tell()
 
     def tell(self) -> None:
-        """Requests a stop, like the signal."""
+        """Requests a stop, as a signal does."""
         self.told = True
 
     def reached(self, step: int) -> bool:
