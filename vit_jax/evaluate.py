@@ -10,6 +10,8 @@ choose their options on --dev_split, or on a held-out part of --train_split.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +20,7 @@ from vit_jax.command_line import numbers, run
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
+from vit_jax.parallel.run_files import locked_output
 from vit_jax.weights.trained import load
 
 flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
@@ -54,13 +57,27 @@ def main(_) -> None:
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
     options |= {"seed": args.seed} if args.protocol == "linear" else {}
     options |= {name: args[name].value for name in COMMON}
-    model = load(args.checkpoint)
-    model = model.with_random_weights(args.seed) if args.random_weights else model
-    text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
-    if multihost.is_main():
-        print(text)
-        if args.output:
-            Path(args.output).write_text(text + "\n")
+    with ExitStack() as stack:
+        write = _lock_output(stack, args.output)
+        model = load(args.checkpoint)
+        model = model.with_random_weights(args.seed) if args.random_weights else model
+        text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
+        if multihost.is_main():
+            print(text)
+            write(text + "\n")
+
+
+def _lock_output(stack: ExitStack, output: str | None) -> Callable[[str], None]:
+    """Locks --output on process 0; returns what writes it. OSError, on all, if that fails."""
+    write, problem = lambda text: None, ""
+    if output and multihost.is_main():
+        try:
+            write = stack.enter_context(locked_output(Path(output)))
+        except OSError as error:
+            problem = str(error)
+    if problem := multihost.first_of_all(problem):
+        raise OSError(problem)
+    return write
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -70,6 +72,39 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, "utf-8", "surrogatepass")  # undecodable file names
     partial.replace(file)
+
+
+@contextmanager
+def locked_output(file: Path) -> Iterator[Callable[[str], None]]:
+    """Locks a result's file until the block ends; yields the function that writes it atomically.
+
+    Raises OSError, before anything is computed, if the file can't be written or another process is
+    about to write it.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"output {file} is a folder: expected a file")
+    if file.exists() and not file.is_file():  # /dev/stdout
+        yield file.write_text
+        return
+    file = Path(os.path.realpath(file))
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "a+") as opened:
+        lock_file(opened, f"another process writes {file}")
+
+        def fill(text: str) -> None:
+            opened.truncate(0)
+            opened.write(text)
+            opened.flush()
+
+        def write(text: str) -> None:
+            fill(text)
+            partial.replace(file)
+
+        fill(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield write
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:
