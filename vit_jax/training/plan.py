@@ -126,8 +126,8 @@ def check_recipe(config: TrainConfig, devices: str) -> None:
     jax.config.update("jax_num_cpu_devices", math.prod(counts))
     try:
         size = dataset_size(config.data)
-    except (ValueError, FileNotFoundError):  # it is elsewhere: any number of steps will do
-        size = (1000, 10**12)
+    except (ValueError, FileNotFoundError):  # it is elsewhere: the run is long enough
+        size = (1000, 100_000 * config.batch_size)
     build_training(config, make_mesh(config.mesh), *size)
 
 

@@ -155,6 +155,8 @@ class TrainConfig:
             raise InputError(
                 f"hang_minutes = {self.hang_minutes}: expected a positive number, or none"
             )
+        if self.epochs is not None and self.epochs <= 0:
+            raise InputError(f"epochs = {self.epochs}: expected more than 0")
         if self.early_stopping and not self.eval_every:
             raise InputError("early_stopping counts evaluations: set eval_every, too")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
@@ -249,6 +251,8 @@ def build_training(
     else:
         model = build_model(config.model, num_classes, size)
     scheduled = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
+    if scheduled >= 2**31:  # the state counts them in 32 bits
+        raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
     optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
