@@ -379,7 +379,9 @@ def test_config_errors():
     for changes, message in [
         ({"epochs": 1.0}, "set exactly one"),
         ({"steps": None}, "set exactly one"),
+        ({"steps": None, "epochs": 0.0}, "epochs = 0.0: expected more than 0"),
         ({"log_every": 0}, "log_every = 0"),
+        ({"hang_minutes": 0.0}, "hang_minutes = 0.0: expected a positive number, or none"),
         ({"seed": 2**32}, "seed = 4294967296: expected 0 to 4294967295"),
         ({"data": {"dataset": "digits", "num_threads": -1}}, "data.num_threads = -1"),
         ({"ema_decay": 1.0}, "ema_decay"),
