@@ -110,8 +110,9 @@ def test_a_process_that_leaves_is_missing(monkeypatch):
     """And may come again, as one that its launcher has started again."""
     port = free_port()
 
-    def come_and_go(of):
-        me = {"process": 1, "of": of, "host": "here", "jax": jax.__version__}
+    me = {"process": 1, "of": 3, "host": "here", "jax": jax.__version__}
+
+    def come_and_go():
         while True:
             try:
                 with socket.create_connection(("localhost", port)) as connection:
@@ -120,16 +121,16 @@ def test_a_process_that_leaves_is_missing(monkeypatch):
             except ConnectionRefusedError:
                 pass
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(3) as pool:
         main = pool.submit(multihost._roll_call, f"localhost:{port}", 3, 0, 0.6)
-        come_and_go(3)
+        come_and_go()
         with pytest.raises(ValueError, match=r"processes \[1, 2\] of 3 did not connect"):
             main.result()
         port = free_port()
-        main = pool.submit(multihost._roll_call, f"localhost:{port}", 2, 0, 20)
-        come_and_go(2)
-        multihost._roll_call(f"localhost:{port}", 2, 1)
-        assert main.result() is None
+        main = pool.submit(multihost._roll_call, f"localhost:{port}", 3, 0, 20)
+        come_and_go()
+        others = [pool.submit(multihost._roll_call, f"localhost:{port}", 3, i) for i in (1, 2)]
+        assert [future.result() for future in (main, *others)] == [None] * 3
 
 
 def test_a_port_in_use(monkeypatch):
