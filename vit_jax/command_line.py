@@ -26,6 +26,7 @@ _NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or
 # Loggers that report what was tried before it failed or worked; our errors say what matters of it.
 CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
 HELP = ("-h", "-help", "--help", "--helpshort")
+flags.DEFINE_bool("offline", False, "Download nothing, as VIT_JAX_OFFLINE=1: use what was fetched.")
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -189,6 +190,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
         for library in CHATTY:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
+    if flags.FLAGS["offline"].value:
+        os.environ["VIT_JAX_OFFLINE"] = "1"
     skip_absent_tpu()
     return arguments
 
@@ -250,7 +253,7 @@ def _help(main: Callable, usage: str, recipe: str) -> str:
     own = flags.FLAGS.get_flags_for_module(sys.argv[0])
     if "config" in flags.FLAGS:
         own = [flags.FLAGS["config"], *(flag for flag in own if flag.name != "config")]
-    for flag in own:
+    for flag in (*own, flags.FLAGS["offline"]):
         default = recipe if flag.name == "config" else flag.default
         if isinstance(default, list):
             default = ",".join(map(str, default))

@@ -337,8 +337,8 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 
     Args:
       path: a run's workdir (its newest checkpoint); the folder of one checkpoint; a file or folder
-        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
-        hf://; or a published name, see `weights.published`.
+        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs://,
+        hf:// or https://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
 
     Loads the exponential moving average (EMA) of the parameters if the run kept one.
