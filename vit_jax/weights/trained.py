@@ -5,7 +5,7 @@ Letters in shapes: B images, H W image size, D features, C classes.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -32,35 +32,10 @@ from vit_jax.parallel.mesh import (
 )
 from vit_jax.weights import formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
+from vit_jax.weights.prediction import Prediction
 
 FORMATS = ("orbax", *formats.FORMATS)
 BATCH = 64  # images per batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The prediction for one image, or the reason why it can't be read."""
-
-    image: str
-    classes: tuple[str, ...]
-    probabilities: np.ndarray | None  # [C]; None if the image can't be read
-    error: str = ""
-
-    @property
-    def label(self) -> str | None:
-        """The most probable class; None for an error."""
-        return self.top(1)[0][0] if self.probabilities is not None else None
-
-    def top(self, count: int = 3) -> list[tuple[str, float]]:
-        """Returns the most probable classes with their probabilities; none for an error."""
-        if self.probabilities is None:
-            return []
-        best = np.argsort(-self.probabilities, kind="stable")[:count]
-        return [(self.classes[i], float(self.probabilities[i])) for i in best]
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{name} {p:.1%}" for name, p in self.top()) or f"error: {self.error}"
-        return f"{self.image}: {found}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -194,6 +169,26 @@ class TrainedModel:
     ) -> Iterator[Prediction]:
         """Yields the predictions of `predict` one by one."""
         self._check_head()
+        for name, probabilities, error in self._iterate(images, self._softmax, batch_size):
+            yield Prediction(name, self.class_names, probabilities, error)
+
+    def iterate_features(
+        self, images: Iterable[str | os.PathLike], batch_size: int = BATCH
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, features float32 [D], "") of image files one by one.
+
+        For an image that can't be read: (file, None, the reason).
+        """
+
+        def features(pixels: np.ndarray, mesh: Mesh | None, size: int) -> np.ndarray:
+            return self._outputs(pixels, "features", mesh, size)
+
+        return self._iterate(images, features, batch_size)
+
+    def _iterate(
+        self, images: Iterable[str | os.PathLike], compute: Callable, batch_size: int
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, row of `compute`, "") or (file, None, error); holds one batch at a time."""
         images = list(images)
         batch_size = max(1, min(batch_size, len(images)))
 
@@ -208,15 +203,10 @@ class TrainedModel:
                 group = images[start : start + batch_size]
                 read_images = list(threads.map(read, group))
                 good = [image for image in read_images if not isinstance(image, str)]
-                rows = iter(self._softmax(np.stack(good), None, batch_size) if good else ())
-                for name, image in zip(group, read_images, strict=True):
+                rows = iter(compute(np.stack(good), None, batch_size) if good else ())
+                for name, image in zip(map(os.fspath, group), read_images, strict=True):
                     failed = isinstance(image, str)
-                    yield Prediction(
-                        image=os.fspath(name),
-                        classes=self.class_names,
-                        probabilities=None if failed else next(rows),
-                        error=image if failed else "",
-                    )
+                    yield (name, None, image) if failed else (name, next(rows), "")
 
     def with_random_weights(self, seed: int = 0) -> "TrainedModel":
         """Returns the same architecture with newly initialised parameters, as a baseline."""
