@@ -100,12 +100,19 @@ class TrainConfig:
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced.
 
-        Early stopping watched the first evaluator of `classification`.
+        Early stopping watched the first evaluator of `classification`. A rehearsal, on the dataset
+        `synthetic`, is evaluated on it too: it needs no data on disk.
         """
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
             for name, fields in values.get(protocol, {}).items():
                 evaluators[name] = {"protocol": protocol, **fields}
+        dataset = str(values.get("data", {}).get("dataset", ""))
+        if dataset.partition("/")[0] == "synthetic":
+            for name, fields in evaluators.items():
+                if fields.get("data", {}).get("dataset"):
+                    data = {**fields["data"], "dataset": dataset}
+                    evaluators[name] = {**fields, "data": data}
         kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
         if kept.get("early_stopping") and "watch" not in kept and values.get("classification"):
             kept["watch"] = next(iter(values["classification"]))
