@@ -45,6 +45,7 @@ BUILT = {
         "ViT-H/14",
     ],
     "pretrain/scaling_vit.py": ["ViT-G/14"],
+    "transfer/folder.py": ["train=lora,rank=4"],
     "transfer/paper.py": [
         *("cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"),
         "imagenet2012,variant=ViT-H/14,size=518,ema=0.9999,sweep=True",

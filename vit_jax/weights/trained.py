@@ -20,6 +20,7 @@ from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image
 from vit_jax.data.foreign_files import read_file
+from vit_jax.models.lora import merge
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -62,7 +63,11 @@ class TrainedModel:
     def from_description(
         cls, params: dict, description: dict[str, Any], origin: str = ""
     ) -> "TrainedModel":
-        """Builds a model from parameters and the JSON description in its checkpoint."""
+        """Builds a model from parameters and the JSON description in its checkpoint.
+
+        LoRA's adapters are merged.
+        """
+        params, description = merge(params, description)
         return cls(
             architecture=described_model(description),
             params=params,
@@ -222,10 +227,11 @@ class TrainedModel:
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
         check_output(path)
+        params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(Path(path), self.params, self.description)
+            _write_orbax(Path(path), params, description)
         else:
-            formats.write(path, self.params, self.description, format)
+            formats.write(path, params, description, format)
 
     def _softmax(
         self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
