@@ -20,6 +20,7 @@ GIB = 2**30
 OPTIONAL = {  # module -> (what for, what to install)
     "tensorflow": ("building TFDS datasets", "tensorflow-cpu apache-beam mlcroissant"),
     "tensorboardX": ("TensorBoard", "tensorboardX"),
+    "wandb": ("Weights & Biases", "wandb"),
     "jax2onnx": ("ONNX", "jax2onnx onnx onnxruntime"),
     "gcsfs": ("private gs://", "gcsfs"),
     "huggingface_hub": ("private hf://", "huggingface_hub"),

@@ -120,6 +120,7 @@ def prepare(
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
     clock = clock or Clock()
+    config.metrics.check_packages()
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
@@ -236,7 +237,9 @@ def train(run: Run) -> dict[str, float]:
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )
-        metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
+        metrics = enter(
+            Metrics(run.workdir, run.steps, start, run.lane.label, config.metrics, vars(config))
+        )
         for note in (*run.notes, *notes):
             metrics.say(note)
         if start:
