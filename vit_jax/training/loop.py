@@ -238,7 +238,12 @@ def train(run: Run) -> dict[str, float]:
                 "nothing is left to do, set more"
             )
         metrics = enter(
-            Metrics(run.workdir, run.steps, start, run.lane.label, config.metrics, vars(config))
+            Metrics(
+                *(run.workdir, run.steps, start),
+                label=run.lane.label,
+                config=config.metrics,
+                recipe=dataclasses.asdict(config),
+            )
         )
         for note in (*run.notes, *notes):
             metrics.say(note)

@@ -87,7 +87,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the workdir's name; resumed, the same one. Its files are in the workdir, `wandb/`."""
+    """A run of the workdir's name; resumed, the same one. Its files are in the workdir's wandb/."""
 
     def __init__(self, workdir: Path, resumed_step: int, recipe: Mapping[str, Any]):
         import wandb
@@ -103,7 +103,7 @@ class WeightsAndBiases:
                 id=kept.read_text(),
                 resume="allow",
                 dir=workdir,
-                config={name: _plain(value) for name, value in recipe.items()},
+                config=dict(recipe),
                 reinit="create_new",  # trials may run side by side
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -121,10 +121,6 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
 def open_writers(
