@@ -19,6 +19,7 @@ from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights.trained import FORMATS, TrainedModel
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "experiments/notebooks"
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +139,31 @@ def test_names_can_be_listed():
     assert {"classification", "fewshot", "knn", "linear", "masked_patches"} == {*list_protocols()}
 
 
-@pytest.mark.long
-def test_the_notebook(tmp_path, monkeypatch):
-    """Its cells from top to bottom: recipes, training, transfer, predictions, measures, files."""
-    notebook = json.loads((ROOT / "experiments/notebooks/first_steps.ipynb").read_text())
+def executed(notebook, tmp_path, monkeypatch):
+    """The names that a notebook's cells, run from top to bottom, leave."""
+    cells = json.loads((NOTEBOOKS / notebook).read_text())["cells"]
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     names = {}
-    for cell in notebook["cells"]:
+    for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
+    return names
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_can_be_opened(notebook):
+    """A badge for Colab, no output of somebody's machine."""
+    cells = json.loads(notebook.read_text())["cells"]
+    assert "colab.research.google.com" in "".join(cells[0]["source"])
+    assert "".join(cells[0]["source"]).startswith("# ")
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.long
+def test_the_notebook(tmp_path, monkeypatch):
+    """Recipes, training, transfer, predictions, measures, files."""
+    names = executed("first_steps.ipynb", tmp_path, monkeypatch)
     run, found = names["pretrained"], names["head"]
     assert run.metrics["step"] == 12 and "<td>loss</td>" in run._repr_html_()
     assert names["transferred"].metrics["step"] == 10
@@ -155,6 +172,21 @@ def test_the_notebook(tmp_path, monkeypatch):
     config = vit_jax.recipe("pretrain/formula:classes=10", batchsize=32)
     with pytest.raises(ValueError, match="did you mean 'batch_size'"):
         vit_jax.pretrain(config, tmp_path / "other")
+
+
+@pytest.mark.long
+def test_the_notebook_that_looks_inside(tmp_path, monkeypatch):
+    names = executed("look_inside.ipynb", tmp_path, monkeypatch)
+    assert names["pretrained"].metrics["step"] == names["steps"]
+    assert {*names["pictures"]} == {"filters", "positions", "rollout", "attention_distance"}
+    assert names["numbers"]["images"] == 8 and 0.1 < names["same_class"] <= 1
+
+
+def test_the_notebook_of_the_papers_figures(tmp_path, monkeypatch):
+    names = executed("paper_figures.ipynb", tmp_path, monkeypatch)
+    assert len(names["figure_5"].axes) == 2 and names["figure_3"].axes and names["figure_4"].axes
+    assert 1 < names["low"] < names["median"] < names["high"] < 10
+    assert names["law"](4000) < names["law"](50)
 
 
 def test_a_result_shows_its_report(tmp_path):
