@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,7 +41,8 @@ def test_the_import_is_light_and_commands_hide_no_function():
         "from vit_jax import config, recipes; import vit_jax.pretrain;"
         "assert vit_jax.pretrain.__module__ == 'vit_jax.training.loop';"
         "assert set(vit_jax.__all__) <= set(dir(vit_jax));"
-        "[getattr(vit_jax, name) for name in vit_jax.__all__]"
+        "[getattr(vit_jax, name) for name in vit_jax.__all__];"
+        "late = {'sklearn', 'tensorflow'} & set(sys.modules); assert not late, late"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
@@ -145,9 +147,10 @@ def executed(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     names = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
+    with matplotlib.rc_context():
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
     return names
 
 
