@@ -1,4 +1,4 @@
-"""Names of published weights, and what is said where there is no network."""
+"""Names of published weights, and the error without a network."""
 
 import pytest
 

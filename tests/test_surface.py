@@ -25,7 +25,7 @@ NOTEBOOKS = ROOT / "experiments/notebooks"
 
 @pytest.fixture(scope="module")
 def trained(model, params):
-    """A model with names, preprocessing and a temperature."""
+    """Returns a model with class names, preprocessing and a temperature."""
     return TrainedModel(model, params, tuple("0123456789"), "resize", 2.0)
 
 
@@ -85,7 +85,7 @@ def test_predictions_of_files_bytes_and_pixels(trained, pixels, tmp_path):
 
 
 def test_batches_have_one_shape(trained, pixels, tmp_path):
-    """Neither a last, smaller batch nor an unreadable image compiles the network again."""
+    """A smaller last batch or an unreadable image doesn't compile the network again."""
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, pixels, strict=True):
         Image.fromarray(image).save(file)

@@ -3,16 +3,14 @@ r"""Measures a checkpoint on a dataset; prints the result as JSON.
 vit_jax evaluate --checkpoint=runs/digits --dataset=digits
 vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
     --l2=1,32,1024
-vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=linear
 
-Protocols: `classification` measures the model's own head. It follows the rules of ImageNet-ReaL for
-images with several labels (--dataset=imagenet2012_real) and, with --only_present, of ImageNet-A and
--R. The others measure frozen features: `fewshot` least squares, `knn` nearest neighbours, `linear`
-logistic regression. They choose their options on --dev_split, or on a held-out part of
---train_split.
+`classification` measures the model's own head; of several labels (ImageNet-ReaL) each is right.
+`fewshot` (least squares), `knn` and `linear` (logistic regression) measure frozen features; they
+choose their options on --dev_split, or on a held-out part of --train_split.
 """
 
 import json
+from pathlib import Path
 
 from absl import flags
 
@@ -42,7 +40,8 @@ flags.DEFINE_integer("seed", 0, "Of --random_weights, and of linear's held-out p
 flags.DEFINE_string("output", None, "File for the result, as well as the terminal.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
-ALL = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
+COMMON = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
+COMMON += ("loss",)
 OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbours": int}
 
 
@@ -52,18 +51,15 @@ def main(_) -> None:
     multihost.initialize(args.distributed)
     given = {name: args[name].value for name in OWN if args[name].value is not None}
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
-    if args.protocol == "linear":
-        options["seed"] = args.seed
+    options |= {"seed": args.seed} if args.protocol == "linear" else {}
+    options |= {name: args[name].value for name in COMMON}
     model = load(args.checkpoint)
     model = model.with_random_weights(args.seed) if args.random_weights else model
-    common = {name: args[name].value for name in (*ALL, "loss")}
-    found = evaluate(model, args.dataset, **common, **options)
-    text = json.dumps(found.values, indent=2)
+    text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
     if multihost.is_main():
         print(text)
         if args.output:
-            with open(args.output, "w") as file:
-                file.write(text + "\n")
+            Path(args.output).write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -270,8 +270,8 @@ def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str]
 
 def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
     """Yields (name, split, data_dir) of all datasets of a run."""
-    evaluators = {**config.get("classification", {}), **config.get("fewshot", {})}.values()
-    for group in (config, *evaluators):
+    kinds = ("classification", "fewshot", "evaluators")
+    for group in (config, *(e for kind in kinds for e in config.get(kind, {}).values())):
         data = group["data"]
         for split in {data.get("split", "train"), group.get("test_split", "")} - {""}:
             yield data["dataset"], split, data.get("data_dir")
