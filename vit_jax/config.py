@@ -219,6 +219,7 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
         "loss",
         "masked_patches",
         "mesh",
+        "metrics",
         "model",
         "optimizer",
         "schedule",

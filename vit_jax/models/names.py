@@ -55,6 +55,7 @@ STAGE, UNIT = r"block(\d+)/", r"block{}/unit(\d+)/"
 HEAD = "head/.*"
 KERNELS = ".*/kernel"
 ATTENTION_LAYERS = ".*MultiHeadDotProductAttention.*"
+ADAPTERS = ".*/lora_[ab]"  # LoRA
 PRETRAINING_ONLY = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
 PATCH_KERNEL = "(embedding|stem)/kernel"
 POSITIONS = f"(.*/)?{POSITION}"

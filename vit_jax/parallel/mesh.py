@@ -32,8 +32,8 @@ BATCH_AXES = ("data", "fsdp")
 # all-reduces over `tensor` forward, after attention and after the MLP, and two backward.
 RULES: tuple[tuple[str, str], ...] = (
     (r".*/v(_row|_col)?/.*", "fsdp"),  # Adafactor's second moments lack an axis
-    (r".*/(query|key|value)/(kernel|bias)", "tensor[-2]"),  # [D, H, K], [H, K]
-    (r".*/out/kernel", "tensor[-3]"),  # [H, K, D]
+    (r".*/(query|key|value)/(kernel|bias|lora_b)", "tensor[-2]"),  # [D, H, K], [H, K], [R, H, K]
+    (r".*/out/(kernel|lora_a)", "tensor[-3]"),  # [H, K, D], [H, K, R]
     (r".*/(Dense_0|gate)/(kernel|bias)", "tensor[-1]"),  # [D, M], [M]
     (r".*/Dense_1/kernel", "tensor[-2]"),  # [M, D]
     (r".*", "fsdp"),

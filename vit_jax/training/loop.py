@@ -128,6 +128,7 @@ def _prepare(
     description: dict | None,
     lane: Lane,
 ) -> Run:
+    config.metrics.check_packages()
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
@@ -244,7 +245,14 @@ def train(run: Run) -> dict[str, float]:
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )
-        metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
+        metrics = enter(
+            Metrics(
+                *(run.workdir, run.steps, start),
+                label=run.lane.label,
+                config=config.metrics,
+                recipe=dataclasses.asdict(config),
+            )
+        )
         for note in (*run.notes, *notes):
             metrics.say(note)
         if start:

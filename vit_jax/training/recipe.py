@@ -38,6 +38,7 @@ from vit_jax.training.optimizer import (
 )
 from vit_jax.training.profile import parse_window
 from vit_jax.training.step import TrainState, make_train_step, start_state
+from vit_jax.training.writers import MetricsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainConfig:
       start_over: whether a run whose state is there but can't be used begins at step 0, see
         `workdir.or_start_over`.
       compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
+      metrics: where they are written.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
       evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
@@ -91,6 +93,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), changes="speed")
     compilation_cache: str = setting("workdir", changes="speed")
     profile_steps: str = setting("", changes="speed")
+    metrics: MetricsConfig = setting(MetricsConfig(), changes="speed")
     log_every: int = setting(50, changes="speed")
     eval_every: int | None = setting(None, changes="records")
     early_stopping: int | None = None
@@ -104,12 +107,19 @@ class TrainConfig:
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced.
 
-        Early stopping watched the first evaluator of `classification`.
+        Early stopping watched the first evaluator of `classification`. A rehearsal, on the dataset
+        `synthetic`, is evaluated on it too: it needs no data on disk.
         """
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
             for name, fields in values.get(protocol, {}).items():
                 evaluators[name] = {"protocol": protocol, **fields}
+        dataset = str(values.get("data", {}).get("dataset", ""))
+        if dataset.partition("/")[0] == "synthetic":
+            for name, fields in evaluators.items():
+                if fields.get("data", {}).get("dataset"):
+                    data = {**fields["data"], "dataset": dataset}
+                    evaluators[name] = {**fields, "data": data}
         kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
         if kept.get("early_stopping") and "watch" not in kept and values.get("classification"):
             kept["watch"] = next(iter(values["classification"]))
