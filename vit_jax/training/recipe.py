@@ -37,6 +37,7 @@ from vit_jax.training.optimizer import (
     match_rules,
 )
 from vit_jax.training.profile import parse_window
+from vit_jax.training.stages import Stage, StageConfig, build_stages, check_stages
 from vit_jax.training.step import TrainState, make_train_step, start_state
 
 
@@ -51,6 +52,7 @@ class TrainConfig:
       seed: of the initial parameters, the data's order and dropout.
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
+      stages: parts of the run with fewer tokens, see `stages`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
       accumulation: microbatches; a step takes the mean of their gradients.
@@ -80,6 +82,7 @@ class TrainConfig:
     masked_patches: MaskedPatchConfig = MaskedPatchConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    stages: tuple[StageConfig, ...] = ()
     ema_decay: float | None = None
     ema_warmup: bool = False
     accumulation: int = setting(1, changes="speed")
@@ -153,6 +156,9 @@ class TrainConfig:
             raise InputError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.ema_warmup and self.ema_decay is None:
             raise InputError("ema_warmup changes a running average: set ema_decay, too")
+        check_stages(self.stages)
+        if self.stages and self.loss.masks_patches:
+            raise InputError("masked_patches predicts patches of one size: leave stages empty")
         if self.augmentation.mixes and self.loss.masks_patches:
             raise InputError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
         if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
@@ -172,6 +178,7 @@ class Training:
     model: Model
     steps: int
     scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
+    stages: tuple[Stage, ...]  # of the scheduled steps; one without a token schedule
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
@@ -188,6 +195,15 @@ class Training:
             f"{self.steps:,}: the average, which is evaluated, stays near the initial parameters. "
             "Set ema_warmup=True, or a smaller ema_decay"
         ]
+
+    def during(self, stage: Stage) -> "Training":
+        """The training of one stage alone; `steps` is its length."""
+        steps = max(0, min(stage.stop, self.steps) - stage.start)
+        return dataclasses.replace(self, model=stage.model, steps=steps, stages=(stage,))
+
+    def flops(self, start: int, stop: int) -> int:
+        """Model FLOPs of the updates start, ..., stop - 1: forward and backward."""
+        return self.config.batch_size * sum(stage.flops(start, stop) for stage in self.stages)
 
     @property
     def placed_shapes(self) -> TrainState:
@@ -255,6 +271,7 @@ def build_training(
         steps=scheduled if config.stop is None else min(config.stop, scheduled),
         scheduled=scheduled,
         optimizer=optimizer,
+        stages=build_stages(config.stages, model, scheduled),
         shapes=shapes,
         shardings=shardings,
     )
