@@ -53,6 +53,15 @@ class Stage:
     stop: int
     model: Model
 
+    @property
+    def tokens(self) -> int | None:
+        """Patches of an image that the blocks see; None for models without patches."""
+        module = self.model.module
+        if not isinstance(module, ViT):
+            return None
+        rows, columns = module.positions.grid
+        return module.kept or rows * columns
+
     def flops(self, start: int, stop: int) -> int:
         """Model FLOPs for one image in each of the updates start, ..., stop - 1 of this stage."""
         return training_flops(self.model) * max(0, min(stop, self.stop) - max(start, self.start))
