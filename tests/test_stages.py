@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from vit_jax.config import build
+from vit_jax.costs.compiled import memory as account
+from vit_jax.costs.topology import parse_topology
 from vit_jax.data.pipeline import DataConfig, open_data, train_batches
 from vit_jax.models.positions import rotary_angles, sincos_2d
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_tree, use_mesh
 from vit_jax.parallel.multihost import Preemption
-from vit_jax.training import loop
+from vit_jax.training import loop, plan
+from vit_jax.training.memory import compile_step, fit_memory
 from vit_jax.training.metrics import CLOCK, read_metrics
 from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.stages import StageConfig, build_stages
@@ -141,6 +144,7 @@ def one_step(stage, mesh=DATA, devices=1, accumulation=1):
         return jax.device_get((state.params, metrics["loss"], metrics["grad_norm"]))
 
 
+@pytest.mark.slow
 def test_every_mesh_and_accumulation_keeps_the_same_tokens():
     stage = StageConfig(1.0, image_size=24, keep=0.3, patch=6)
     expected = one_step(stage)
@@ -268,3 +272,39 @@ def test_stages_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config = build(TrainConfig, values(**changes))
         loop.prepare(config, str(tmp_path), lane=make_lanes(1)[0])
+
+
+def test_a_plan_adds_up_its_stages(monkeypatch):
+    config = build(TrainConfig, values(steps=100, stop=60))
+    training = build_training(config, make_mesh(config.mesh, jax.devices()[:1]), 10, 100)
+
+    def planned(training, topology, mfu, price, whole):
+        tokens = training.stages[0].tokens
+        return {
+            "flops": {"model": training.flops(*(training.stages[0].start + n for n in (0, 1)))},
+            "memory_gib": {"peak": tokens, "fits": True},
+            "run": {"from": "cycles", "step_seconds": tokens / 8},
+            "compile_seconds": 1.0,
+        }
+
+    monkeypatch.setattr(plan, "_plan_stage", planned)
+    report = plan.plan_step(training, parse_topology("v5e:2x2"), price=2.0)
+    assert [(row["steps"], row["tokens"]) for row in report["stages"]] == [(50, 4), (10, 8)]
+    assert report["memory_gib"]["peak"] == 8 and report["compile_seconds"] == 2
+    assert report["run"]["steps"] == 60
+    seconds = 50 * 4 / 8 + 10 * 8 / 8
+    assert report["run"]["chip_hours"] == pytest.approx(4 * seconds / 3600)
+    peak = parse_topology("v5e:2x2").chip.peak_flops * 4
+    assert report["run"]["mfu"] == pytest.approx(training.flops(0, 60) / seconds / peak)
+
+
+@pytest.mark.slow
+def test_memory_is_fitted_for_all_stages():
+    config = build(TrainConfig, values(stages=({"share": 0.5, "image_size": 32}, {"share": 0.5})))
+    training = build_training(config, make_mesh(config.mesh, jax.devices()[:1]), 10, 100)
+    small, large = (
+        account(compile_step(training.during(stage))).peak for stage in training.stages[::-1]
+    )
+    assert small < large
+    assert fit_memory(training, large)[:2] == (1, "none")
+    assert fit_memory(training, (small + large) / 2)[:2] != (1, "none")

@@ -158,7 +158,8 @@ def plan_step(
             price=price,
         )
     elapsed = sum(planned["compile_seconds"] for planned in reports)
-    return {**report, **run, "stages": rows, "compile_seconds": elapsed}
+    side = training.config.image_size
+    return {**report, **run, "image_size": side, "stages": rows, "compile_seconds": elapsed}
 
 
 def _plan_stage(
