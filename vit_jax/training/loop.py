@@ -149,6 +149,9 @@ def prepare(
 
     batches(0).close()  # what is wrong with the preprocessing is found now
     values, facts = dataclasses.asdict(config), describe_data(config, source)
+    if training.teacher:
+        training.teacher.check_classes(source.class_names)
+        facts["teacher"] = training.teacher.fingerprint
     path, lock = open_workdir(workdir, config)
     check_agreement(
         {

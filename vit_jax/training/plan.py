@@ -14,7 +14,6 @@ import jax
 from vit_jax.config import build
 from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import OutOfMemory, Program, memory
-from vit_jax.costs.flops import training_flops
 from vit_jax.costs.report import (
     collectives_report,
     kernels_report,
@@ -178,7 +177,8 @@ def _plan_stage(
         compiled = compile_step(training)
     except OutOfMemory as error:
         compiled = error
-    flops = training_flops(training.model) * config.batch_size
+    first = training.stages[0].start
+    flops = training.flops(first, first + 1)
     report = {
         "model": config.model.variant,
         "dataset": config.data.dataset,

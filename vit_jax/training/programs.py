@@ -23,7 +23,8 @@ class Programs:
             k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in batch.items()
         }
         peak = np.float32(training.config.schedule.peak)
-        self._peak = put_tree(peak, replicated(training.mesh))
+        teacher = [training.teacher.place()] if training.teacher else []
+        self._rest = [put_tree(peak, replicated(training.mesh)), *teacher]
         self._stages = [s for s in training.stages if step < s.stop and s.start < training.steps]
         self._pool = ThreadPoolExecutor(1)
         self._stage: Stage | None = None
@@ -53,7 +54,7 @@ class Programs:
             )
             step = lowered.compile()
         return_freed_memory()
-        return lambda state, batch: step(state, batch, self._peak)
+        return lambda state, batch: step(state, batch, *self._rest)
 
     def __enter__(self) -> "Programs":
         return self
