@@ -125,7 +125,9 @@ def test_every_mesh_hears_the_same(teacher):
         config = build(TrainConfig, values(teacher, distill={"hard": False}))
         config = dataclasses.replace(config, mesh=mesh)
         training = build_training(config, make_mesh(mesh, jax.devices()[:devices]), 10, 100)
-        assert {x.dtype for x in jax.tree.leaves(training.teacher.params)} == {jnp.dtype(jnp.bfloat16)}
+        assert {x.dtype for x in jax.tree.leaves(training.teacher.params)} == {
+            jnp.dtype(jnp.bfloat16)
+        }
         images = np.random.default_rng(1).integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
         batch = {"image": images, "label": np.arange(16, dtype=np.int32) % 10}
         with use_mesh(training.mesh):
