@@ -59,7 +59,7 @@ def test_the_command(tmp_path):
 
 @pytest.mark.parametrize("verb", ["doctor", "models", "recipes"])
 def test_a_reader_that_has_read_enough_is_no_error(verb):
-    """As `| head -1`."""
+    """As with `| head -1`: the reader closes the pipe."""
     command = [sys.executable, "-m", "vit_jax", verb]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, **pipes)

@@ -1,4 +1,4 @@
-"""Array files: what is written is read back to the bit, and whatever is wrong is a ValueError."""
+"""Array files: written bits are read back, and every fault is a ValueError."""
 
 import io
 import math
@@ -33,7 +33,7 @@ anything = settings(deadline=None, max_examples=100, database=None)
 
 @st.composite
 def finite_arrays(draw):
-    """Any bits that are numbers: -0.0 and subnormal ones among them."""
+    """Generates arrays of any finite bits, including -0.0 and subnormal numbers."""
     dtype = np.dtype(draw(st.sampled_from([*FLOATS, "<i1", "<u1", "<i8", ">i4", "<u2"])))
     shape = draw(shapes)
     size = math.prod(shape) * dtype.itemsize
@@ -50,7 +50,7 @@ tensors = st.dictionaries(
 
 
 def bits(arrays):
-    """What `read_arrays` gives for them: half precision as float32, native byte order."""
+    """Returns what `read_arrays` should: half precision as float32, native byte order."""
 
     def same(array):
         array = np.asarray(array)
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def contents(folder):
-    """The bytes of good files: ours, numpy's own plain and compressed ones, and safetensors."""
+    """The bytes of valid files: ours, numpy's plain and compressed ones, and safetensors."""
     found = {}
     for kind, save in {
         "ours.npz": lambda path: write_npz(path, SMALL),
@@ -92,7 +92,7 @@ def refused(path, data, match=None) -> None:
 
 
 def zipped(*members, compression=zipfile.ZIP_STORED):
-    """A zip archive of (name, bytes)."""
+    """Makes a zip archive of (name, bytes)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, data in members:
@@ -101,7 +101,7 @@ def zipped(*members, compression=zipfile.ZIP_STORED):
 
 
 def npy(array, header=None):
-    """A .npy array, with another header if given one."""
+    """Makes a .npy array, with another header if given."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array)
     data = buffer.getvalue()
@@ -141,7 +141,7 @@ def test_libraries_read_what_is_written(folder, contents):
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_layout_in_memory_is_no_matter(folder, suffix):
-    """safetensors itself writes the memory of a transposed array as if it were not transposed."""
+    """safetensors itself writes the memory of a transposed array as if it weren't transposed."""
     square = np.arange(6, dtype=np.float32).reshape(2, 3)
     WRITERS[suffix](folder / f"t{suffix}", {"t": square.T, "s": square[:, ::2]})
     assert bits(read_arrays(folder / f"t{suffix}")) == bits({"t": square.T, "s": square[:, ::2]})
@@ -173,7 +173,7 @@ def test_damaged_npz_is_refused_or_whole(folder, contents, kind, data):
 
 
 def test_a_damaged_directory_hides_no_tensor(folder, contents):
-    """The comment of an entry grown over the next entry: zipfile sees one member less."""
+    """An entry's comment covers the next entry, so zipfile sees one member less."""
     data = bytearray(contents["ours.npz"])
     first = data.index(b"PK\x01\x02")
     second = data.index(b"PK\x01\x02", first + 1)
@@ -186,7 +186,7 @@ def test_a_damaged_directory_hides_no_tensor(folder, contents):
 @anything
 @given(data=st.data())
 def test_damaged_safetensors_header_is_refused_or_whole(folder, contents, data):
-    """Its names and dtypes have no checksum, but every byte of data belongs to a tensor."""
+    """Names and dtypes have no checksum, but every byte of data must belong to a tensor."""
     damaged = bytearray(contents["ours.safetensors"])
     end = 8 + int.from_bytes(damaged[:8], "little")
     damaged[data.draw(st.integers(0, end - 1))] ^= data.draw(st.integers(1, 255))
@@ -275,7 +275,7 @@ def test_nan_anywhere(folder, suffix, data):
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -354,7 +354,7 @@ def test_three_sizes_must_agree(folder, shape):
 
 
 def declare(data, size):
-    """Declares another unpacked size for the only member of a zip archive, in both its places."""
+    """Changes the declared size of a zip archive's only member, in both places."""
     data = bytearray(data)
     struct.pack_into("<L", data, 22, size)
     struct.pack_into("<L", data, data.index(b"PK\x01\x02") + 24, size)
@@ -393,7 +393,7 @@ def test_bombs(folder, monkeypatch):
 
 
 def test_zeros_are_no_bomb(folder):
-    """A new head of zeros compresses a thousandfold, and is honest."""
+    """A new head of zeros compresses a thousandfold and is still accepted."""
     arrays = {"head/kernel": np.zeros((1024, 10_000), np.float32)}
     np.savez_compressed(folder / "zeros.npz", **arrays)
     assert (folder / "zeros.npz").stat().st_size < 50_000

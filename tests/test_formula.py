@@ -1,4 +1,4 @@
-"""Laws and goldens of the formula-driven sets."""
+"""Laws and golden values of the formula-driven datasets."""
 
 import hashlib
 import pickle

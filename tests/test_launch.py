@@ -1,4 +1,4 @@
-"""The launchers, against stand-ins that record how they are called; the page beside them."""
+"""The launchers, against stand-ins that record their calls, and the launch page."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def commit(checkout):
 
 
 class Desk:
-    """A checkout, and the stand-ins first in PATH."""
+    """A checkout, with the stand-ins first in PATH."""
 
     def __init__(self, path: Path, checkout: Path):
         self.path, self.checkout, self.bin = path, checkout, path / "bin"
@@ -105,7 +105,7 @@ def desk(tmp_path, checkout):
 
 
 def value(call, flag):
-    """Of the flag's first appearance: the command's own, not one that it passes on."""
+    """Returns the flag's first value: the command's own, not one that it passes on."""
     return next(a.removeprefix(f"--{flag}=") for a in call if a.startswith(f"--{flag}="))
 
 
@@ -183,7 +183,7 @@ def test_a_preempted_slice_is_created_again(desk):
         "describe|0|SUSPENDING",
         "describe|0|SUSPENDED",
         *["describe|0|ACTIVE"] * 4,
-        "systemctl show|255|",  # a VM that answers no more
+        "systemctl show|255|",  # a VM that no longer answers
         "systemctl show|0|dead",  # rebooted
         "systemctl show|0|exited",
     )
@@ -346,7 +346,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_dry_run(desk, script):
-    """Every line it prints is a command, word for word the one that it would run."""
+    """Every line it prints is a command, exactly as it would run it."""
     arguments = [*LAUNCHERS[script], "--dry-run", *RECIPE]
     done = desk.run(script, *arguments)
     assert done.returncode == 0, done.stderr
@@ -456,7 +456,7 @@ def test_shellcheck(script):
 
 
 def page_commands():
-    """What the page shows of the launchers, one command a line."""
+    """Returns the launchers' commands on the page, one per line."""
     blocks = (LAUNCH / "README.md").read_text().split("```")[1::2]
     lines = "\n".join(block.removeprefix("sh") for block in blocks).replace("\\\n", " ")
     return [line for line in lines.splitlines() if line.startswith("experiments/launch/")]

@@ -1,4 +1,4 @@
-"""Names of published weights, and what is said where there is no network."""
+"""Names of published weights, and the error without a network."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_addresses():
     ],
 )
 def test_no_network(monkeypatch, name, message):
-    """Whatever a library raises, the message says where the file is and how to fetch it."""
+    """For any error of a library, the message says where the file is and how to fetch it."""
 
     class Disconnected:
         def get_file(self, *_):

@@ -1,4 +1,4 @@
-"""Every shipped recipe builds at full size, and takes two steps reduced."""
+"""Every shipped recipe builds at full size and trains for two steps at a reduced size."""
 
 import importlib.util
 from pathlib import Path
@@ -70,7 +70,7 @@ def load(path, argument):
 
 
 def reduce(values):
-    """The same recipe, small: few, narrow layers, few small images of an embedded set."""
+    """Reduces a recipe: few narrow layers, few small images of an embedded dataset."""
     model = values["model"]
     if "/" in model["variant"]:
         model.update({"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2})
@@ -91,7 +91,7 @@ def reduce(values):
     values["data"].update(dataset="strokes/4", split="train[:100]")
     if values.get("early_stopping"):  # it watches what the sweep's trials are evaluated on
         values["evaluators"] = {"dev": {"data": {}}}
-    # One evaluation is compiled; they differ in their splits alone.
+    # Evaluations differ only in their splits, so one is enough.
     values["evaluators"] = dict(list(values.get("evaluators", {}).items())[:1])
     for evaluation in values["evaluators"].values():
         evaluation["data"].update(dataset="strokes/4", split="validation[:12]")

@@ -59,7 +59,7 @@ def test_the_papers_studies_train_as_the_shipped_recipes():
 
 
 def test_cost_agrees_with_table_6():
-    """3.5%: the paper rounds, and leaves out the head; its one misprint is known."""
+    """Within 3.5%: the paper rounds, and leaves out the head; its one misprint is known."""
     topology = parse_topology("v3:16x16", 1)
     rows = {(r["name"].replace("ResNet", "R"), r["epochs"]): r for r in paper("table6")}
     costs = []
@@ -89,7 +89,7 @@ def test_a_branch_costs_what_it_computes_itself():
 
 
 def test_the_papers_numbers():
-    """Table 6's average is that of its columns; every row says how far it can be trusted."""
+    """Table 6's average is that of its columns; every row states its confidence."""
     for row in paper("table6"):
         tasks = [float(row[t]) for t in ("ImageNet", "CIFAR10", "CIFAR100", "Pets", "Flowers")]
         np.testing.assert_allclose(np.mean(tasks), float(row["avg5_computed"]), atol=1e-3)
@@ -126,7 +126,7 @@ def test_a_point_of_table_6_stands_where_it_should():
 
 
 def test_no_label_of_figure_5_covers_another_or_a_point():
-    """At the figure's own size, as it is saved."""
+    """Checks the figure at the size at which it is saved."""
     figure, panels = new_figure(2, 5.2, 4.4)
     figures.figure_5_panel(panels[0], "avg5_computed", "average of 5 tasks", (88, 97))
     figures.figure_5_panel(panels[1], "ImageNet", "ImageNet top-1", (75, 90))

@@ -1,4 +1,4 @@
-"""The house keeps its plan: imports run one way, and some packages have one door."""
+"""The package's structure: imports run one way, and few modules import some packages."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vit_jax"
 
-# A module may import from its own floor and from those below it.
+# A module may import from its own layer and from those below it.
 FLOORS = [
     {
         *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
@@ -72,7 +72,7 @@ def test_imports_run_one_way(name, path):
 
 
 def test_imports_have_no_circles():
-    """Neither between floors nor on one: the modules can be sorted topologically."""
+    """No cycles between layers or within one: the modules can be sorted topologically."""
     names = {name for name, _ in modules()}
     graph = {}
     for name, path in modules():

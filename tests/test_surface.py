@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def trained(model, params):
-    """A model with names, preprocessing and a temperature."""
+    """Returns a model with class names, preprocessing and a temperature."""
     return TrainedModel(model, params, tuple("0123456789"), "resize", 2.0)
 
 
@@ -82,7 +82,7 @@ def test_predictions_of_files_bytes_and_pixels(trained, pixels, tmp_path):
 
 
 def test_batches_have_one_shape(trained, pixels, tmp_path):
-    """Neither a last, smaller batch nor an unreadable image compiles the network again."""
+    """A smaller last batch or an unreadable image doesn't compile the network again."""
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, pixels, strict=True):
         Image.fromarray(image).save(file)
@@ -140,7 +140,7 @@ def test_names_can_be_listed():
 
 @pytest.mark.long
 def test_the_notebook(tmp_path, monkeypatch):
-    """Its cells from top to bottom: recipes, training, transfer, predictions, measures, files."""
+    """Runs its cells: recipes, training, transfer, predictions, measures, files."""
     notebook = json.loads((ROOT / "experiments/notebooks/first_steps.ipynb").read_text())
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
     names = {}

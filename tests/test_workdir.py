@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""The workdir of a run."""
 
 import pytest
 

@@ -1,12 +1,12 @@
-"""Writes images as a dataset that training reads quickly and exactly.
+"""Writes images as an ArrayRecord dataset, which training reads fast.
 
 vit_jax prepare --input=PATH --output=DATA_DIR --name=my_set
 
 `--input` is an image folder (class/name.jpg, or train/class/name.jpg), a table (.csv, .tsv or
-.jsonl with path, label and perhaps split), a folder of IDX files (MNIST, Fashion-MNIST), of
+.jsonl with path, label and optionally split), a folder of IDX files (MNIST, Fashion-MNIST), of
 WebDataset tars or of ImageNet's original tars, or the name of a dataset that TFDS downloads and
-builds (pip install tensorflow-cpu apache-beam mlcroissant). A run that was killed goes on when it
-is started again.
+builds (pip install tensorflow-cpu apache-beam mlcroissant). A killed run resumes when started
+again.
 
 vit_jax prepare --verify=DATA_DIR/my_set/1.0.0
 """
@@ -44,7 +44,7 @@ def main(_) -> None:
     if args.verify:
         problems = []
         for problem in verify(Path(args.verify)):
-            print(problem, flush=True)  # of terabytes, as they are found
+            print(problem, flush=True)  # as found: terabytes take long
             problems.append(problem)
         if problems:
             sys.exit(f"error: {len(problems)} of its files are not as they were written")

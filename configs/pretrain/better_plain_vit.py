@@ -29,7 +29,6 @@ import ml_collections
 
 from vit_jax.config import parse_arg, pretraining_data, recipe
 
-
 HALF_STAGES = (
     {"share": 0.6, "image_size": 160},
     {"share": 0.2, "image_size": 192},

@@ -1,4 +1,4 @@
-"""Prepares images of any supported kind as a dataset that training reads quickly and exactly."""
+"""Converts image datasets of any supported kind to ArrayRecord, which training reads fast."""
 
 import dataclasses
 import re
@@ -16,18 +16,18 @@ from vit_jax.data.writer import WriteConfig, write_dataset
 
 @dataclasses.dataclass(frozen=True)
 class PreparedDataset:
-    """A dataset on disk; `broken` names the images that were left out."""
+    """A dataset on disk; `broken` lists the images that were left out."""
 
     folder: Path
     name: str
     data_dir: str
-    broken: tuple[str, ...] = ()
+    broken: tuple[dict, ...] = ()  # {split, file, reason}
 
     def __str__(self) -> str:
         count = len(self.broken)
         return (
             f"{self.folder} is written"
-            + (f"; {count} broken images are left out (see {MANIFEST})" if count else "")
+            + (f"; {count} broken images were left out (see {MANIFEST})" if count else "")
             + ". Train on it with\n"
             + f"  --config.data.dataset={self.name} --config.data.data_dir={self.data_dir}"
         )
@@ -36,19 +36,19 @@ class PreparedDataset:
 def prepare(
     source: str, output: str, name: str | None = None, version: str | None = None, **options: Any
 ) -> PreparedDataset:
-    """Writes a dataset, or goes on where a killed call stopped.
+    """Writes a dataset, or resumes where a killed call stopped.
 
     Args:
-      source: a folder or table of images, IDX files, tars, or the name of a dataset of TFDS.
+      source: a folder or table of images, IDX files, tars, or the name of a TFDS dataset.
       output: folder of datasets, `data_dir` in recipes.
-      name: of the dataset; by default the source's own.
-      version: by default 1.0.0, or TFDS's own of a dataset it knows.
+      name: the dataset's name; by default derived from the source's.
+      version: by default 1.0.0, or TFDS's version if it knows a dataset of this name.
       **options: fields of `WriteConfig`.
 
     Raises ValueError and OSError, see `write_dataset`.
     """
     if "://" in output:
-        raise InputError(f"output {output}: write to a disk and copy the folder then")
+        raise InputError(f"output {output}: expected a local folder. Write there, then copy it")
     if not is_path(source):
         return PreparedDataset(Path(build_with_tfds(source, output)), source, output)
     path = Path(source).expanduser().resolve()

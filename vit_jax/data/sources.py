@@ -1,4 +1,4 @@
-"""Name -> random-access source of examples. TensorFlow is never imported."""
+"""Opens datasets by name, as random-access sources of examples. TensorFlow is never imported."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from vit_jax.data.vtab import PREFIX, open_vtab
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
-VALIDATION_FIRST = 1 << 60  # index of the first validation example: out of any train split's reach
+VALIDATION_FIRST = 1 << 60  # index of the first validation example, beyond any train split
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Source:
     Attributes:
       records: records[i] holds "image" (encoded bytes, or uint8 [H, W], [H, W, 1] or [H, W, 3])
         and "label" (an int, or a sequence of them for a multi-label set). It raises ValueError for
-        a record that cannot be read, and may have `name(i)`: i's file.
+        a record that cannot be read. It may have `name(i)`, which returns the file of record i.
       num_classes: labels are in [0, num_classes).
-      class_names: a name for each class, where they are known.
+      class_names: a name for each class, if they are known.
       labels_per_example: None for one label; for a multi-label set the most an example may have.
     """
 
@@ -53,17 +53,17 @@ class Source:
         return {"image": record["image"], "label": record["label"]}
 
     def class_counts(self) -> np.ndarray:
-        """The number of examples with each label, int [C]; reads every example."""
+        """Counts the examples with each label, int [C]; reads every example."""
         labels = [np.atleast_1d(self[i]["label"]) for i in range(len(self))]
         return np.bincount(np.concatenate(labels).astype(int), minlength=self.num_classes)
 
     def describe(self, index: int) -> str:
-        """What messages call an example: `example 3 (cat/a.jpg)`."""
+        """Describes an example for messages: `example 3 (cat/a.jpg)`."""
         name = record_name(self.records, index)
         return f"example {index} ({name})" if name else f"example {index}"
 
     def name(self, index: int) -> str:
-        """An example's file, or its number where it has none."""
+        """Returns an example's file, or its index if it has none."""
         return record_name(self.records, index) or str(index)
 
 
@@ -71,19 +71,22 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a dataset's split.
 
     Args:
-      name: `digits` (scikit-learn's 8 x 8 digits; every third example is test), `strokes/200` or
-        `fractals/1000` (formula-driven, the number of classes after the slash, 1000 by default;
-        `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a dataset that
-        TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`, `my_set/config`), or a
-        path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
+      name: one of
+        - `digits`: scikit-learn's 8 x 8 digits; every third example is test;
+        - `strokes/200`, `fractals/1000`: formula-driven, with the number of classes after the
+          slash, 1000 by default. `train` is 1,000,000 examples, but larger slices such as
+          `train[:5_000_000_000]` work too;
+        - `vtab/clevr_count` and other tasks of VTAB-1k, see `vtab`;
+        - `cifar10`, `cifar10:3.0.2`, `my_set/config`: prepared by TFDS in ArrayRecord format;
+        - a path (see `is_path`) of such a dataset's folder, or of what `open_path` reads.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
-      data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
+      data_dir: folder of prepared TFDS datasets; by default TFDS's own default.
 
     Raises:
-      ValueError: an unknown dataset or split, a malformed or empty slice, or features that are not
-        those of image classification; a shard that is truncated.
-      FileNotFoundError: a TFDS dataset that is not prepared, or not as ArrayRecord, or lacks a
-        shard; nothing is at the path.
+      ValueError: an unknown dataset or split, a malformed or empty slice, features other than those
+        of image classification, or a truncated shard.
+      FileNotFoundError: a TFDS dataset that is not prepared, not in ArrayRecord format, or lacks a
+        shard; or nothing is at the path.
     """
     if name.partition("/")[0] in FORMULAS:
         return _open_formula(name, split)
@@ -98,7 +101,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def open_listing(name: str, data_dir: str | None = None) -> Listing:
-    """All splits of a dataset that isn't drawn by formula; raises as `open_source`."""
+    """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
     if name.startswith(PREFIX):
@@ -109,10 +112,10 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or is there.
+    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or exists.
 
-    What we or TFDS call by name stays a name: `digits`, `strokes`, and beside the working directory
-    the folder of a prepared dataset, `cifar10/3.0.2/`.
+    Names of embedded and of TFDS datasets are never paths: `digits`, `strokes`, and `cifar10` even
+    if the working directory holds the prepared dataset `cifar10/3.0.2/`.
     """
     if name.startswith(("/", ".", "~")):
         return True
@@ -122,7 +125,7 @@ def is_path(name: str) -> bool:
 
 
 def open_path(path: str) -> Listing:
-    """Lists what lies at a path: images in a folder, a table of them, IDX files or tars.
+    """Lists the dataset at a path: a folder of images, a table of them, IDX files or tars.
 
     Raises:
       FileNotFoundError: nothing is there, or no images.

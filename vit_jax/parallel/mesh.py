@@ -283,7 +283,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global sharded arrays from this process's rows (see `local_rows`)."""
     sharding = batch_sharding(mesh)
-    # An intended transfer: with several processes, jax's transfer guard would report it.
+    # Intended: with several processes, jax's transfer guard would report it.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -77,7 +77,7 @@ def _roll_call(address: str, processes: int, process: int, patience: float = 300
     """Waits until all processes have reported consistent settings to process 0.
 
     Raises ValueError on every process that reported, if settings differ or processes are missing.
-    jax itself would wait for minutes without naming the cause. It uses the address afterwards.
+    jax itself would wait for minutes without naming the cause. jax uses the address afterwards.
     """
     me = {"process": process, "of": processes, "host": socket.gethostname(), "jax": jax.__version__}
     deadline = time.monotonic() + patience
@@ -160,7 +160,7 @@ def is_main() -> bool:
 def check_agreement(facts: dict[str, Any]) -> None:
     """Raises ValueError on every process unless `facts` are the same on all.
 
-    `facts`: for JSON, up to 4096 bytes.
+    `facts` are serialized as JSON, in at most 4096 bytes.
     """
     if jax.process_count() == 1:
         return
@@ -219,7 +219,7 @@ def everyones(value: float) -> np.ndarray:
 
 
 def first_of_all(text: str) -> str:
-    """The text of the first process that has one, on all processes; short; "" if none has any."""
+    """Returns on every process the first non-empty text of all, cut to 4096 bytes, or ""."""
     if jax.process_count() == 1:
         return text
     padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)
@@ -242,9 +242,9 @@ def barrier(name: str) -> None:
 class Preemption:
     """Detects SIGTERM and Ctrl-C on any process, so that all stop at the same step.
 
-    `interrupted` tells whether this process was stopped by Ctrl-C. Before the first step it calls
-    the handler that was there, which raises KeyboardInterrupt; the second time that handler's
-    attribute `again`, if it has one: see `command_line.stoppable`.
+    `interrupted` is True after Ctrl-C in this process. Before the first step, Ctrl-C also calls the
+    previous handler, which raises KeyboardInterrupt. A second Ctrl-C calls that handler's attribute
+    `again`, or the handler itself if it has none: see `command_line.stoppable`.
     """
 
     def __enter__(self) -> "Preemption":
@@ -268,11 +268,11 @@ class Preemption:
                 handler(number, frame)
             self.interrupted = True
             if jax.distributed.is_initialized():
-                signal.raise_signal(signal.SIGTERM)  # which jax tells all processes
+                signal.raise_signal(signal.SIGTERM)  # jax forwards it to all processes
         self.tell()
 
     def tell(self) -> None:
-        """Requests a stop, like the signal."""
+        """Requests a stop, as a signal does."""
         self.told = True
 
     def reached(self, step: int) -> bool:

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import decode_image
 from vit_jax.data.foreign_files import read_file
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
@@ -168,8 +167,8 @@ class TrainedModel:
 
         Raises ValueError for an image that can't be decoded, OSError for one that can't be read.
         """
-        if not isinstance(image, np.ndarray):
-            image = decode_image(image if isinstance(image, bytes) else read_file(image))
+        if not isinstance(image, bytes | np.ndarray):
+            image = read_file(image)
         prepared = parse_preprocess(self.preprocessing, self.image_size)(
             image, np.random.default_rng(0)
         )
