@@ -18,11 +18,13 @@ from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.recipe import build_training
+from vit_jax.training.stages import build_stages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What may stand behind the colon: beside nothing, which also trains for two steps, arguments that
 # train too, and those that are built alone.
 TRAINED = {
+    "pretrain/better_plain_vit.py": ["half=True"],
     "pretrain/jft.py": ["R50+ViT-L/32,epochs=14"],
     "pretrain/masked.py": ["target=colors_4x4"],
     "pretrain/rehearsal.py": ["L/16,steps=2"],
@@ -84,6 +86,8 @@ def reduce(values):
         values["image_size"] = 16
     if model.get("representation_size", -1) != -1:
         model["representation_size"] = 32
+    if values.get("stages"):
+        values["stages"] = ({"share": 0.5, "image_size": values["image_size"] // 2}, {"share": 0.5})
     values["batch_size"] = 8
     values["steps"] = 2
     values.pop("epochs", None)
@@ -116,6 +120,7 @@ def test_recipe_builds_at_full_size(path, argument):
     model = build_model(config.model, 1000, size)
     params = jax.eval_shape(model.init, jax.random.key(0))
     schedule = make_schedule(config.schedule, config.steps or 90_000)
+    build_stages(config.stages, model, 90_000)
     make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
     for data in (config.data, *(c.data for c in config.evaluators.values())):
         parse_preprocess(data.preprocess, size)

@@ -215,6 +215,7 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
         "augmentation",
         "checkpoint",
         "data",
+        "distill",
         "evaluators",
         "loss",
         "masked_patches",

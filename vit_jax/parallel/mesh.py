@@ -136,6 +136,14 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(constrain, tree)
 
 
+def split_over_all_devices(x: jax.Array) -> jax.Array:
+    """Constrains x [N, ...] so that each device has its share of the N, under `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
+
+
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
     """Gathers the kernel of the layer at `path` over `fsdp`, inside jit under `use_mesh`.
 

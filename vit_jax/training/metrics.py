@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
@@ -22,8 +22,8 @@ from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
 from vit_jax.parallel.run_files import write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
-from vit_jax.weights.trained import saved_steps
 from vit_jax.training.writers import MetricsConfig, Writer, open_writers
+from vit_jax.weights.trained import saved_steps
 
 # Measured by the clock: the only values that differ between a run and its repetition.
 CLOCK = (
@@ -172,7 +172,7 @@ class Recorder:
         start: int,
         log_every: int,
         batch_size: int,
-        flops_per_image: int,
+        flops: Callable[[int, int], int],
         devices: int,
     ):
         self.metrics, self._clock, self._starts = metrics, clock, starts
@@ -181,7 +181,7 @@ class Recorder:
         self._checked = self._recorded = self._start = start
         self._skipped = 0  # broken examples since the last record
         self._losses: list[jax.Array] = []  # of the steps since the last record
-        self._batch_size, self._flops = batch_size, flops_per_image * batch_size
+        self._batch_size, self._flops = batch_size, flops
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * devices
         self._lap = dict(clock.read())
@@ -261,6 +261,7 @@ class Recorder:
         lap = {state: seconds - before[state] for state, seconds in self._lap.items()}
         running = lap["train"] + lap["input"]
         seconds = running / (step - self._recorded)
+        flops, left = self._flops(self._recorded, step), self._flops(step, self.metrics.steps)
         self._recorded = step
         self._starts.keep(step)
         run = shares(self._starts.seconds())
@@ -273,10 +274,10 @@ class Recorder:
             "goodput": run["train"],
             "goodput_this_start": shares(self._lap)["train"],
             **{f"time_{state}": share for state, share in run.items() if state != "train"},
-            "eta": (self.metrics.steps - step) * (seconds + stalls),
+            "eta": running * left / flops + (self.metrics.steps - step) * stalls,
             "chip_hours": self._starts.chip_hours(),
         }
-        return values | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+        return values | ({"mfu": flops / running / self._peak} if self._peak else {})
 
     def __enter__(self) -> "Recorder":
         return self
