@@ -39,6 +39,7 @@ CASES = {  # arguments -> exit code, what is printed
     ("evaluate", "model", "digits"): (1, "no checkpoint at model"),
     ("evaluate", "model", "digits", "more"): (1, "unexpected more"),
     ("predict", "model", "tests/golden"): (1, "no images: name files"),
+    ("convert", "hf:a/b", "nowhere", "--offline"): (1, "offline, as --offline"),
     **{(verb, "--help"): (0, f"usage: vit_jax {verb}") for verb in VERBS},
 }
 

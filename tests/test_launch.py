@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+from vit_jax.__main__ import VERBS
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "experiments/launch"
@@ -527,3 +530,33 @@ def test_a_recipe_that_cannot_be_trained_is_not_launched():
             check=False,
         )
         assert (message in done.stderr) and (done.returncode == 2) == bool(wrong), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["cuda", "tpu"])
+def test_dockerfiles(kind):
+    """Known instructions, the versions of setup.py, paths that are there and are all it needs."""
+    file = LAUNCH / f"Dockerfile.{kind}"
+    text, setup = file.read_text(), (ROOT / "setup.py").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    steps = [line.partition(" ")[::2] for line in lines]
+    order = ["FROM", "WORKDIR", "RUN", *["COPY"] * 4, "RUN", "ENV", "ENTRYPOINT", "CMD"]
+    assert [name for name, _ in steps] == order
+
+    image = re.fullmatch(r"python:3\.(\d+)-slim-\w+", steps[0][1])  # neither latest nor unnamed
+    low, high = re.search(r'python_requires=">=3\.(\d+),<3\.(\d+)"', setup).groups()
+    assert int(low) <= int(image[1]) < int(high)
+    jax = re.search('JAX = "(.*)"', setup)[1]
+    extra = re.search(rf'"{kind}": \[f"(jax\[\w+\]){{JAX}}"\]', setup)[1]
+    runs = [shlex.split(what) for name, what in steps if name == "RUN"]
+    assert [run[:3] for run in runs] == [["pip", "install", "--no-cache-dir"]] * 2
+    assert [run[3] for run in runs] == [f"{extra}{jax}", f".[{kind}]"]
+
+    copied = [what.split()[:-1] for name, what in steps if name == "COPY"]
+    sources = [source for row in copied for source in row]
+    assert all((ROOT / source).exists() for source in sources)
+    read = {"setup.py", "pyproject.toml", *re.findall(r'Path\("([\w.]+)"\)', setup)}
+    assert read | {"vit_jax", "configs", "experiments"} <= {*sources}
+    (entry,) = (json.loads(what) for name, what in steps if name == "ENTRYPOINT")
+    (default,) = (json.loads(what) for name, what in steps if name == "CMD")
+    assert entry == ["vit_jax"] and f'"{entry[0]} = ' in setup and {*default} <= {*VERBS}
+    assert f"docker build -f {file.relative_to(ROOT)} " in text

@@ -32,6 +32,7 @@ CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
 _OTHERS = re.compile("gloo|nccl|mpi|coordination|barrier|heartbeat|unavailable|by peer", re.I)
 _LINGER_SECONDS = 5  # for errors that all processes have: each is to say it
 HELP = ("-h", "-help", "--help", "--helpshort")
+flags.DEFINE_bool("offline", False, "Download nothing, as VIT_JAX_OFFLINE=1: use what was fetched.")
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -230,6 +231,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
         for library in CHATTY:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
+    if flags.FLAGS["offline"].value:
+        os.environ["VIT_JAX_OFFLINE"] = "1"
     skip_absent_tpu()
     return arguments
 
@@ -292,7 +295,7 @@ def _help(main: Callable, usage: str, recipe: str) -> str:
     own = flags.FLAGS.get_flags_for_module(sys.argv[0])
     if "config" in flags.FLAGS:
         own = [flags.FLAGS["config"], *(flag for flag in own if flag.name != "config")]
-    for flag in own:
+    for flag in (*own, flags.FLAGS["offline"]):
         default = recipe if flag.name == "config" else flag.default
         if isinstance(default, list):
             default = ",".join(map(str, default))

@@ -124,6 +124,9 @@ class ModelConfig:
     mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
     norm_epsilon: float = 1e-6  # of LayerNorm
 
+    # Rank and scale of LoRA's adapters of attention; 0: none (`models.lora`).
+    lora_rank: int = setting(0, inherited=False)
+    lora_alpha: float = setting(16.0, inherited=False)
     # Predictions per patch; set by masked patch prediction.
     patch_outputs: int | None = None
     # Initial bias of the head, for example -10 for a sigmoid loss over many classes.

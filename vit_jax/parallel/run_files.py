@@ -47,11 +47,18 @@ class Lock:
             self._file.close()
 
 
-def lock_file(file: IO, busy: str) -> None:
-    """Locks an open file until it is closed; OSError that begins with `busy` if it is locked."""
+def lock_file(file: IO, busy: str, wait: bool = False) -> None:
+    """Locks an open file until it is closed; if it is locked, waits or raises OSError.
+
+    `busy` is the warning before it waits, and the beginning of the error.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        if wait:
+            logging.warning("%s: waiting for it", busy)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return
         file.seek(0)
         owner = file.readline(200) if "b" not in file.mode else ""
         named = f" ({owner})" if owner else ""
