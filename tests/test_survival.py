@@ -322,6 +322,22 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, mo
     assert_equal_runs(tmp_path, whole)
 
 
+def test_a_save_that_fails_says_what_there_is(tmp_path):
+    """The first of a run has none before it."""
+
+    class Full:
+        def wait_until_finished(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = object.__new__(checkpoint.Checkpoints)
+    checkpoints._manager, checkpoints._workdir = Full(), tmp_path
+    for left in ("There is no checkpoint yet", "Step 4 is complete"):
+        checkpoints._saving = 6
+        with pytest.raises(OSError, match=rf"step 6 could not be saved: .*space left.*\n{left}: "):
+            checkpoints.wait()
+        (tmp_path / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
+
+
 def reported(capsys):
     """Returns the steps that the run reported as saved."""
     return [int(step) for step in re.findall(r"step (\d+) is saved", capsys.readouterr().err)]
