@@ -25,6 +25,7 @@ CASES = {  # arguments -> exit code, what is printed
     (): (0, "usage: vit_jax VERB"),
     ("--version",): (0, "vit_jax 0."),
     ("trasnfer",): (1, "unknown verb 'trasnfer': did you mean transfer"),
+    ("pretrain", "--config=pretrain/paper:B/16,foo=3"): (1, "error: unknown config argument 'foo'"),
     ("recipes",): (0, "transfer/folder"),
     ("recipes", "transfer/foldr"): (1, "did you mean 'transfer/folder'"),
     ("recipes", "transfer/folder:steps=7"): (0, "steps                    int | None = 7"),
