@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.scaling.claims import LEASE, Claims, write_atomically
 from experiments.scaling.study import (
     Run,
     Study,
@@ -27,6 +26,7 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import InputError, covered
+from vit_jax.parallel.claims import LEASE, Claims, write_atomically
 from vit_jax.parallel.run_files import read_json
 
 DEATHS = 3  # a run over which this many processes died is tried after all others

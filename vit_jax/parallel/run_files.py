@@ -1,48 +1,110 @@
-"""Small files that runs keep: locked, written whole or not at all, read with an explanation."""
+"""The files of runs, on a disk or in a bucket: locked, and written whole or not at all.
+
+`as_path` makes the path of an address. Here is what pathlib's methods can't do for both.
+"""
 
 import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
+import tempfile
+import time
 import weakref
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import IO, Any, ClassVar
 
 from absl import logging
 
 from vit_jax.config import InputError
+from vit_jax.parallel.claims import Claims
 
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
+# In a bucket a lock is a claim. After so many seconds without a sign of life it is another's.
+_LEASE = 120.0
+_SELDOM = 30.0  # seconds between two writes of an object that is written in passing
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """The path of a folder or file, `gs://BUCKET/PATH` and `s3://BUCKET/PATH` included.
+
+    Raises ValueError for another scheme, and for one whose package isn't installed.
+    """
+    if isinstance(name, PurePath):
+        return name
+    if "://" not in os.fspath(name):
+        return Path(name)
+    from vit_jax.parallel.buckets import open_bucket
+
+    return open_bucket(os.fspath(name))
+
+
 class Lock:
     """Keeps other processes out of a folder for as long as the object lives.
 
-    The lock belongs to the operating system: it ends with the process, however that ends. A process
-    that locks a folder again gets the same lock. Raises OSError that names the process which has
-    it. On a file system without locks a warning is all.
+    On a disk the lock belongs to the operating system: it ends with the process, however that ends.
+    In a bucket it is a claim that is renewed all the time, and taken over from a process that
+    has ended, of this machine at once, of another one after `_LEASE` seconds. A process that locks
+    a folder again gets the same lock. Raises OSError that names the process which has it. On a file
+    system without locks a warning is all.
     """
 
     _held: ClassVar[weakref.WeakValueDictionary[str, "Lock"]] = weakref.WeakValueDictionary()
 
     def __new__(cls, folder: Path) -> "Lock":
-        name = os.path.realpath(folder)
+        name = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
         if lock := cls._held.get(name):
             return lock
         lock = super().__new__(cls)
-        lock._file = open(folder / ".lock", "a+")  # noqa: SIM115 (closed by __del__)
-        lock_file(lock._file, f"another process uses {folder}")
-        lock._file.truncate(0)
-        lock._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock._file.flush()
+        release = _lock_on_disk(folder) if isinstance(folder, Path) else _claim(folder)
+        weakref.finalize(lock, release)
         cls._held[name] = lock
         return lock
 
-    def __del__(self):
-        if hasattr(self, "_file"):
-            self._file.close()
+
+def _lock_on_disk(folder: Path) -> Callable[[], None]:
+    """Locks a folder; returns what unlocks it."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (what is returned closes it)
+    lock_file(file, f"another process uses {folder}")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file.close
+
+
+def _claim(folder: Path) -> Callable[[], None]:
+    """Claims a folder in a bucket; returns what gives it back.
+
+    A process of another machine that may have ended is watched until it shows that it lives, which
+    is an error, or its claim has run out.
+    """
+    claims, before = Claims(folder / ".lock", _LEASE), None
+    while not (held := claims.take("run")):
+        claim = claims.newest("run")
+        renewed = before and (claim.number > before.number or claim.age < before.age)
+        if claim.is_here or renewed:
+            host, _, pid = claim.owner.rpartition(":")
+            raise OSError(_busy(f"another process uses {folder}", f"process {pid} on {host}"))
+        if before is None:
+            logging.warning("%s: waiting to see whether %s has ended", folder, claim.owner)
+        before = claim
+        time.sleep(_LEASE / 24)
+    held.__enter__()
+
+    def give_back() -> None:
+        try:
+            held.__exit__()
+        except OSError as error:
+            logging.warning("%s: its lock ends by itself in %g s: %s", folder, _LEASE, error)
+
+    return give_back
 
 
 def lock_file(file: IO, busy: str) -> None:
@@ -52,8 +114,7 @@ def lock_file(file: IO, busy: str) -> None:
     except BlockingIOError as error:
         file.seek(0)
         owner = file.readline(200) if "b" not in file.mode else ""
-        named = f" ({owner})" if owner else ""
-        raise OSError(f"{busy}{named}: wait for it to end, or choose another folder") from error
+        raise OSError(_busy(busy, owner)) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -65,11 +126,103 @@ def lock_file(file: IO, busy: str) -> None:
         )
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a text so that readers, and whoever comes after a kill, see all of it or none."""
+def _busy(busy: str, owner: str) -> str:
+    named = f" ({owner})" if owner else ""
+    return f"{busy}{named}: wait for it to end, or choose another folder"
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Writes a file so that readers, and whoever comes after a kill, see all of it or none."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    if not isinstance(file, Path):
+        file.write_bytes(data)
+        return
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, "utf-8", "surrogatepass")  # undecodable file names
+    partial.write_bytes(data)
     partial.replace(file)
+
+
+class Rewritten:
+    """A file that is written anew again and again, on a disk each time.
+
+    In a bucket what is written in passing is written in the background, and seldom: the newest
+    content follows with the next write.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._due, self._under_way = file, 0.0, None
+        self._thread = None if isinstance(file, Path) else ThreadPoolExecutor(1)
+
+    def write(self, text: str, in_passing: bool = False) -> None:
+        """Writes; the file holds `text` when this returns, unless `in_passing`."""
+        under_way: Future | None = self._under_way
+        if in_passing and self._thread:
+            if time.monotonic() >= self._due and (under_way is None or under_way.done()):
+                self._wait()
+                self._due = time.monotonic() + _SELDOM
+                self._under_way = self._thread.submit(write_whole, self._file, text)
+            return
+        self._wait()
+        write_whole(self._file, text)
+
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way:
+            under_way.result()
+
+
+class Lines:
+    """Appends lines to a file: the interface of an open file. In a bucket `flush` keeps them."""
+
+    def __init__(self, file: Path):
+        self._text = [file.read_text()] if file.exists() else []
+        self._file, self._kept = Rewritten(file), len(self._text)
+
+    def write(self, line: str) -> None:
+        self._text.append(line)
+        self._file.write("".join(self._text), in_passing=True)
+
+    def flush(self) -> None:
+        if len(self._text) > self._kept:
+            self._file.write("".join(self._text))
+            self._kept = len(self._text)
+
+    close = flush
+
+
+def open_lines(file: Path) -> IO | Lines:
+    """Opens a text file to append whole lines to; `flush` makes sure that they are there."""
+    return file.open("a", buffering=1) if isinstance(file, Path) else Lines(file)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder, if it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.rmtree(missing_ok=True)
+
+
+@contextmanager
+def written_locally(path: Path) -> Iterator[Path]:
+    """Yields a local path to write a file or folder to: `path`, or what is then copied there."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / path.name
+        path.upload(Path(folder) / path.name)
+
+
+@contextmanager
+def read_locally(path: Path) -> Iterator[Path]:
+    """Yields a local path to read a file or folder from: `path`, or a copy for the time being."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path.download(Path(folder) / path.name)
+        yield Path(folder) / path.name
 
 
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:

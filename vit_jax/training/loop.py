@@ -348,6 +348,9 @@ def _take_steps(
                 recorder.flush()
             if evaluates:
                 _evaluate(run, state, done, metrics)
+            if evaluates or saves:
+                metrics.flush()
+            if evaluates:
                 last |= has_waited(*patience)
             checkpoints.poll()
             if saves or last:

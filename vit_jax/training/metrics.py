@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vit_jax.config import InputError
 from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
-from vit_jax.parallel.run_files import write_whole
+from vit_jax.parallel.run_files import open_lines, write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 
 # Measured by the clock: the only values that differ between a run and its repetition.
@@ -60,8 +60,10 @@ class Metrics:
             return
         path = workdir / "metrics.jsonl"
         _truncate(path, resumed_step)
-        self._file = path.open("a", buffering=1)
-        if importlib.util.find_spec("tensorboardX"):
+        self._file = open_lines(path)
+        if not isinstance(workdir, Path):
+            self.say("no TensorBoard files in a bucket: records are in metrics.jsonl")
+        elif importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
@@ -69,13 +71,18 @@ class Metrics:
             self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records scalars of a step; they are on the disk's way when this returns."""
+        """Records scalars of a step; `flush` makes sure that they are kept."""
         if not self._file:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Returns when what was recorded is kept, also by a bucket."""
+        if self._file:
+            self._file.flush()
 
     def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
         """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
@@ -124,11 +131,13 @@ class Metrics:
         """Whether an evaluation of that step is recorded; processes that don't record say yes."""
         if not is_main():
             return True
+        self.flush()
         records = read_metrics(self.workdir)
         return any(r["step"] == step and any("/" in name for name in r) for r in records)
 
     def last(self) -> dict[str, float]:
         """The newest value of everything recorded."""
+        self.flush()
         records = read_metrics(self.workdir) if is_main() else []
         return {name: value for record in records for name, value in record.items()}
 
@@ -244,7 +253,7 @@ class Recorder:
         running = lap["train"] + lap["input"]
         seconds = running / (step - self._recorded)
         self._recorded = step
-        self._starts.keep(step)
+        self._starts.keep(step, in_passing=True)
         run = shares(self._starts.seconds())
         stalls = (self._lap["evaluate"] + self._lap["save"]) / (step - self._start)
         values = {

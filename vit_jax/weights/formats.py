@@ -15,6 +15,7 @@ from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, t
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
 
+SUFFIXES = (".npz", ".safetensors")  # of files
 WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
 _SIDECAR = ".json"  # suffix of the description beside a plain .npz
 _FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
