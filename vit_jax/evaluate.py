@@ -20,6 +20,7 @@ from vit_jax.command_line import numbers, run
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights.trained import load
 
 flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
@@ -50,6 +51,7 @@ def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
     multihost.initialize(args.distributed)
+    output = args.output and as_path(args.output)
     given = {name: args[name].value for name in OWN if args[name].value is not None}
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
     if args.protocol == "linear":
@@ -61,9 +63,9 @@ def main(_) -> None:
     text = json.dumps(found.values, indent=2)
     if multihost.is_main():
         print(text)
-        if args.output:
-            with open(args.output, "w") as file:
-                file.write(text + "\n")
+        if output:
+            with written_locally(output) as file:
+                file.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.config import InputError, printable, unknown
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights.trained import TrainedModel
 
 Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
@@ -114,8 +115,9 @@ def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], 
     if not output:
         yield lambda text: print(printable(text), end="", flush=True)
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Bytes of file names that are no UTF-8 stay as they are.
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield file.write
+    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with written_locally(as_path(output)) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", **options) as file:
+            yield file.write

@@ -146,11 +146,12 @@ class BucketPath(PosixGPath):
         return target
 
     def upload(self, local: Path) -> None:
-        """Writes a local file, or all files of a local folder, here."""
+        """Writes a local file, or all files of a local folder, the largest last."""
         if local.is_file():
             self._ask("put_file", str(local), own_last=True)
             return
-        for file in sorted(path for path in local.rglob("*") if path.is_file()):
+        files = [path for path in local.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path.stat().st_size):  # weights come last
             (self / file.relative_to(local).as_posix()).upload(file)
 
     def download(self, local: Path) -> None:

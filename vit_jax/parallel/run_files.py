@@ -195,6 +195,15 @@ def open_lines(file: Path) -> IO | Lines:
     return file.open("a", buffering=1) if isinstance(file, Path) else Lines(file)
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint's folder is complete: on a disk it has no name before that."""
+    if isinstance(checkpoint, Path):
+        return True
+    from vit_jax.parallel.buckets import COMPLETE
+
+    return (checkpoint / COMPLETE).exists()
+
+
 def remove_tree(folder: Path) -> None:
     """Removes a folder, if it is there."""
     if isinstance(folder, Path):
@@ -205,13 +214,17 @@ def remove_tree(folder: Path) -> None:
 
 @contextmanager
 def written_locally(path: Path) -> Iterator[Path]:
-    """Yields a local path to write a file or folder to: `path`, or what is then copied there."""
+    """Yields a local path to write to: `path`, or one from which it is then copied there.
+
+    What lies beside it is copied too, before it.
+    """
     if isinstance(path, Path):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
-        path.upload(Path(folder) / path.name)
+        for entry in sorted(Path(folder).iterdir(), key=lambda entry: entry.name == path.name):
+            path.with_name(entry.name).upload(entry)
 
 
 @contextmanager

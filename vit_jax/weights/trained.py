@@ -30,7 +30,7 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.parallel.run_files import as_path
+from vit_jax.parallel.run_files import as_path, is_complete
 from vit_jax.weights import formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
 
@@ -347,10 +347,7 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
       ValueError: a damaged file, or one that isn't a model.
     """
     resolved = published.resolve(path)
-    remote = "://" in resolved
-    foreign = remote and (resolved.startswith("hf://") or resolved.endswith(formats.SUFFIXES))
-    folder = Path() if foreign else as_path(resolved).absolute()
-    if foreign or folder.is_file() or (folder / formats.WEIGHTS).is_file():
+    if formats.is_foreign(resolved):
         params, description = formats.read(resolved, image_size)
     else:
         params, description = _read_orbax(find_checkpoint(resolved))
@@ -364,7 +361,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
-    if not ((folder / "params").is_dir() and _is_complete(folder)):
+    if not ((folder / "params").is_dir() and is_complete(folder)):
         raise FileNotFoundError(
             f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
             f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
@@ -375,8 +372,8 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 def saved_steps(workdir: Path) -> list[int]:
     """Returns the steps of complete checkpoints."""
     folder = workdir / "checkpoints"
-    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return [int(p.name) for p in found if _is_complete(p)]
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [int(p.name) for p in found if p.name.isdigit() and is_complete(p)]
 
 
 def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
@@ -386,29 +383,19 @@ def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
     with ocp.Checkpointer(handler) as reader:
         tree = handler.metadata(folder / name).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        params = reader.restore(
-            os.fspath(folder / name), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-        )
+        params = reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return params, reader.restore(os.fspath(folder / "model"), args=ocp.args.JsonRestore())
+        return params, reader.restore(folder / "model", args=ocp.args.JsonRestore())
 
 
 def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
-    path = path.absolute()
     handler = ocp.CompositeCheckpointHandler()
     with ocp.Checkpointer(handler, temporary_path_class=written_by(path)) as writer:
-        writer.save(os.fspath(path), args=ocp.args.Composite(**items))
+        writer.save(path.absolute(), args=ocp.args.Composite(**items))
 
 
 def written_by(path: Path) -> type:
     """How orbax makes a checkpoint complete: it renames the folder; in a bucket it adds a mark."""
-    atomicity = ocp.path.atomicity
-    if isinstance(path, Path):
-        return checksummed(atomicity.AtomicRenameTemporaryPath)
-    return checksummed(atomicity.CommitFileTemporaryPath)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a checkpoint that has its name is complete, see `written_by`."""
-    return isinstance(folder, Path) or (folder / ocp.path.atomicity.COMMIT_SUCCESS_FILE).exists()
+    ways, on_disk = ocp.path.atomicity, isinstance(path, Path)
+    return checksummed(ways.AtomicRenameTemporaryPath if on_disk else ways.CommitFileTemporaryPath)
