@@ -25,6 +25,7 @@ from experiments.scaling.runner import Store, commands, statuses, train, work
 from experiments.scaling.study import Study, expand, load_study
 from vit_jax.command_line import stoppable
 from vit_jax.config import InputError, explained_errors
+from vit_jax.parallel.run_files import as_path
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,8 +41,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     def add(name: str, **kwargs) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name)
         command.add_argument("--study", help="name in studies/ or file, then :ARG", **kwargs)
-        command.add_argument("--folder", type=Path, help="runs; default runs/scaling/STUDY")
-        command.add_argument("--results", type=Path, help="default results.jsonl in the folder")
+        command.add_argument("--folder", type=as_path, help="runs; default runs/scaling/STUDY")
+        command.add_argument("--results", type=as_path, help="default results.jsonl in the folder")
         return command
 
     add("expand", required=True)
@@ -62,9 +63,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     status = add("status", required=True)
     status.add_argument("--all", action="store_true", help="also show finished runs")
     figures = add("figures")
-    figures.add_argument("--output", type=Path, help="folder; default beside the results")
+    figures.add_argument("--output", type=as_path, help="folder; default beside the results")
     fit = add("fit")
-    fit.add_argument("--output", type=Path, help="folder; default beside the results")
+    fit.add_argument("--output", type=as_path, help="folder; default beside the results")
     return parser.parse_args(arguments)
 
 

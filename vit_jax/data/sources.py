@@ -19,6 +19,7 @@ from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
+from vit_jax.parallel.run_files import as_path
 
 FORMULAS = {"strokes": Strokes, "fractals": Fractals}
 FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
@@ -101,24 +102,37 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """All splits of a dataset that isn't drawn by formula; raises as `open_source`."""
     if name == "digits":
         return _digits()
+    check_mounted(data_dir or "")
     if name.startswith(PREFIX):
         return open_vtab(name, data_dir)
-    if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
+    if is_path(name) and not (as_path(name).expanduser() / METADATA).exists():
         return open_path(name)
+    check_mounted(name)
     return open_array_records(name, data_dir, ("digits", *FORMULAS))
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or is there.
+    """Whether a dataset's name is a path: it begins with `/`, `.`, `~` or `gs://`, or is there.
 
     What we or TFDS call by name stays a name: `digits`, `strokes`, and beside the working directory
     the folder of a prepared dataset, `cifar10/3.0.2/`.
     """
-    if name.startswith(("/", ".", "~")):
+    if name.startswith(("/", ".", "~")) or "://" in name:
         return True
     if name == "digits" or name.partition("/")[0] in FORMULAS or not Path(name).exists():
         return False
     return not any(Path(name).glob(f"*/{METADATA}"))
+
+
+def check_mounted(folder: str) -> None:
+    """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
+    if "://" in folder:
+        bucket, _, below = folder.partition("://")[2].partition("/")
+        raise InputError(
+            f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
+            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
+            f"name /mnt/{bucket}/{below}"
+        )
 
 
 def open_path(path: str) -> Listing:
@@ -129,8 +143,9 @@ def open_path(path: str) -> Listing:
       ValueError: the dataset is inconsistent: see `image_folder.read_folder`,
         `tables.read_table`, `idx.read_idx` and `tars.read_tars`.
     """
-    found = Path(path).expanduser()
+    found = as_path(path).expanduser()
     if found.is_dir():
+        check_mounted(path)
         if idx := find_idx(found):
             return read_idx(idx)
         if tars := find_tars(found):

@@ -87,8 +87,8 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     ValueError, and writes nothing, for models that the format can't hold.
     """
     flat = unstack(flatten(params))
-    with written_locally(as_path(path)) as path:
-        _write(path, flat, description, format)
+    with written_locally(as_path(path)) as local:
+        _write(local, flat, description, format)
 
 
 def _write(path: Path, flat: dict, description: dict, format: str) -> None:

@@ -336,8 +336,8 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 
     Args:
       path: a run's workdir (its newest checkpoint); the folder of one checkpoint; a file or folder
-        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
-        hf://; or a published name, see `weights.published`.
+        of timm, Hugging Face or .npz, see `formats.read`, all local, in a bucket (gs://, s3://) or
+        at hf://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
 
     Loads the exponential moving average (EMA) of the parameters if the run kept one.
@@ -363,8 +363,8 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         folder = folder / "checkpoints" / str(max(steps))
     if not ((folder / "params").is_dir() and is_complete(folder)):
         raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
-            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
+            f"no checkpoint at {path}: expected a run's workdir (`checkpoints/`), one checkpoint's "
+            f"folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
         )
     return folder
 
@@ -396,6 +396,6 @@ def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
 
 
 def written_by(path: Path) -> type:
-    """How orbax makes a checkpoint complete: it renames the folder; in a bucket it adds a mark."""
-    ways, on_disk = ocp.path.atomicity, isinstance(path, Path)
-    return checksummed(ways.AtomicRenameTemporaryPath if on_disk else ways.CommitFileTemporaryPath)
+    """How a checkpoint becomes complete: its folder is renamed; in a bucket it gets a mark."""
+    way = "AtomicRename" if isinstance(path, Path) else "CommitFile"
+    return checksummed(getattr(ocp.path.atomicity, f"{way}TemporaryPath"))
