@@ -204,6 +204,13 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / COMPLETE).exists()
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """Returns the steps of complete checkpoints."""
+    folder = workdir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [int(p.name) for p in found if p.name.isdigit() and is_complete(p)]
+
+
 def remove_tree(folder: Path) -> None:
     """Removes a folder, if it is there."""
     if isinstance(folder, Path):

@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from vit_jax.config import InputError
 from vit_jax.models.names import is_stacked
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.parallel.run_files import saved_steps
 from vit_jax.training.step import TrainState
 from vit_jax.weights.checksums import FILE, find_damage
-from vit_jax.weights.trained import saved_steps, written_by
+from vit_jax.weights.trained import written_by
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000

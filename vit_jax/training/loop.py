@@ -42,7 +42,7 @@ from vit_jax.parallel.multihost import (
     check_agreement,
     check_shared,
 )
-from vit_jax.parallel.run_files import Lock
+from vit_jax.parallel.run_files import Lock, saved_steps
 from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
@@ -62,7 +62,7 @@ from vit_jax.training.same_data import (
 )
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
-from vit_jax.weights.trained import find_checkpoint, saved_steps
+from vit_jax.weights.trained import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import InputError, build, covered, fields_where
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
-from vit_jax.parallel.run_files import Lock, as_path, read_json, write_whole
+from vit_jax.parallel.run_files import Lock, as_path, read_json, saved_steps, write_whole
 from vit_jax.training.clock import read_starts
 from vit_jax.training.metrics import read_metrics
-from vit_jax.weights.trained import saved_steps
 
 CONFIG = "config.json"
 _STARTED_OVER = "started_over"  # the folder for what is there when a run starts over

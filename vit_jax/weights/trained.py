@@ -30,7 +30,7 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.parallel.run_files import as_path, is_complete
+from vit_jax.parallel.run_files import as_path, is_complete, saved_steps
 from vit_jax.weights import formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
 
@@ -367,13 +367,6 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
             f"folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
         )
     return folder
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of complete checkpoints."""
-    folder = workdir / "checkpoints"
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [int(p.name) for p in found if p.name.isdigit() and is_complete(p)]
 
 
 def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
