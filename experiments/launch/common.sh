@@ -77,8 +77,9 @@ check_recipe() {
   done
   [[ -n $config ]] || die "no recipe: end with -- --config=configs/pretrain/RECIPE.py:ARGUMENT"
   [[ -f $config ]] || die "no recipe $config in $PWD"
-  [[ $workdir == /* ]] ||
-    die "--workdir=$workdir: expected the absolute path of a folder that every machine mounts"
+  [[ $workdir == /* || $workdir == gs://?* ]] ||
+    die "--workdir=$workdir: expected gs://BUCKET/PATH, or an absolute path that every machine mounts"
+  if [[ $workdir == gs://* ]]; then extras=,gcs; else extras=''; fi
   pretrain=("${python:-python}" -m vit_jax.pretrain "${recipe[@]}")
   pretrain+=(--workdir="$workdir" --distributed)
   [[ -z $data_dir ]] || pretrain=(env TFDS_DATA_DIR="$data_dir" "${pretrain[@]}")
