@@ -16,7 +16,7 @@ from vit_jax.training.clock import Clock, process_age
 from vit_jax.training.recipe import TrainConfig
 
 CONFIG = define_config_flag()
-flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_string("workdir", "", "Folder of the run, also gs://BUCKET/PATH.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
 
