@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vit_jax"
 FLOORS = [
     {
         *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
-        *("visualize", "list_recipes", "list_models", "doctor"),
+        *("visualize", "replay", "list_recipes", "list_models", "doctor"),
     },
     {"classifier"},
     {"training"},

@@ -128,10 +128,7 @@ def prepare(
         raise InputError(
             f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
         )
-    if config.loss.class_weights:
-        names = source.class_names or tuple(map(str, range(source.num_classes)))
-        counts = source.class_counts() if config.loss.class_weights == "balanced" else ()
-        config = dataclasses.replace(config, loss=config.loss.weigh(names, counts))
+    config = config.weighed(source)
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
     evaluators = {

@@ -228,7 +228,8 @@ class Recorder:
                 f"not finite after step {step}: {fetched}. It was finite after step "
                 f"{self._checked}; the last checkpoint in {self.metrics.workdir} is good. Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
-                f"steps {self._checked + 1} to {step}."
+                f"steps {self._checked + 1} to {step}. What it was, and where: "
+                f"vit_jax replay --workdir={self.metrics.workdir} --step={step}"
             )
         self._checked = step
         if due:

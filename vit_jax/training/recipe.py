@@ -5,7 +5,7 @@ Nothing is computed here: `loop` runs the step, `plan` compiles it for chips tha
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vit_jax.config import InputError, setting, unknown
 from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
@@ -111,6 +112,14 @@ class TrainConfig:
             kept["watch"] = next(iter(values["classification"]))
         return {**kept, "evaluators": evaluators}
 
+    def weighed(self, source: Source) -> "TrainConfig":
+        """The recipe with a weight for each class of the training data, where it weighs classes."""
+        if not self.loss.class_weights:
+            return self
+        names = source.class_names or tuple(map(str, range(source.num_classes)))
+        counts = source.class_counts() if self.loss.class_weights == "balanced" else ()
+        return dataclasses.replace(self, loss=self.loss.weigh(names, counts))
+
     @property
     def objective(self) -> LossConfig | MaskedPatchConfig:
         """What the model is trained for."""
@@ -198,31 +207,44 @@ class Training:
             self.shardings,
         )
 
+    def step(
+        self,
+        state: TrainState,
+        batch: dict,
+        peak: jax.Array,
+        observe: Callable[[Any, Any], dict] | None = None,
+    ) -> tuple[TrainState, dict]:
+        """The training step, see `step.make_train_step`, at a peak of the learning rate.
+
+        `peak` is an argument, so that runs that differ in it alone have the same program.
+        """
+        config = self.config
+        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        schedule = make_schedule(config.schedule, self.scheduled, peak)
+        train_step = make_train_step(
+            self.model,
+            make_optimizer(config.optimizer, schedule, peak, state.params),
+            schedule,
+            config.loss,
+            augmentation=config.augmentation,
+            masked=config.masked_patches,
+            seed=config.seed,
+            trainable=jax.tree.map(bool, multipliers),
+            accumulation=config.accumulation,
+            ema_decay=config.ema_decay,
+            ema_warmup=config.ema_warmup,
+            observe=observe,
+        )
+        return train_step(state, batch)
+
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """The step for arrays, or shapes with shardings, like these; `state` is donated.
 
         Its third argument is the peak of the learning rate, float32 [].
         """
-        config = self.config
-        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
 
         def step(state: TrainState, batch: dict, peak: jax.Array) -> tuple[TrainState, dict]:
-            # An argument, so that runs that differ in it alone have the same program.
-            schedule = make_schedule(config.schedule, self.scheduled, peak)
-            train_step = make_train_step(
-                self.model,
-                make_optimizer(config.optimizer, schedule, peak, state.params),
-                schedule,
-                config.loss,
-                augmentation=config.augmentation,
-                masked=config.masked_patches,
-                seed=config.seed,
-                trainable=jax.tree.map(bool, multipliers),
-                accumulation=config.accumulation,
-                ema_decay=config.ema_decay,
-                ema_warmup=config.ema_warmup,
-            )
-            return train_step(state, batch)
+            return self.step(state, batch, peak)
 
         out = (self.shardings, replicated(self.mesh))
         peak = jax.ShapeDtypeStruct((), jnp.float32)

@@ -60,6 +60,7 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
+    observe: Callable[[Any, Any], dict] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
@@ -71,30 +72,21 @@ def make_train_step(
     images as they were augmented but labels as they were before they were mixed),
     `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
     soon as a parameter isn't), and `skipped`, examples that others took the place of, if the batch
-    tells.
+    tells; and what `observe` makes of the gradients and the updates.
     """
+    losses_fn = make_losses(model, loss, masked)
 
     def loss_fn(params, batch, keys):
         params = jax.tree.map(
             lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable
         )
-        labels = make_targets(batch["label"], model.num_classes)
-        images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
-        if loss.masks_patches:
-            losses, hits = masked_patch_losses(masked, model, params, images, keys, train=True)
-        else:
-            logits = model.apply(params, images, keys).logits
-            losses = example_losses(loss, logits, targets)
-            hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        losses, hits = losses_fn(params, batch, keys)
         return losses.mean(), hits.mean()
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        rows = jnp.arange(batch["image"].shape[0])
-        keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
-        batch = {**batch, "draws": draw(augmentation, seed, state.step, len(rows))}
+        batch, keys = with_draws(augmentation, seed, state.step, batch)
         together = 2 if augmentation.mixes else 1
         gradients = _accumulate(grad_fn, accumulation, together, state.params, batch, keys)
         (loss_value, accuracy), grads = gradients
@@ -117,11 +109,40 @@ def make_train_step(
             "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
             "param_norm": optax.tree.norm(params),
         }
+        if observe:
+            metrics |= observe(grads, jax.tree.map(jnp.subtract, params, state.params))
         if "skipped" in batch:
             metrics["skipped"] = batch["skipped"].sum()
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
+
+
+def make_losses(
+    model: Model, loss: LossConfig, masked: MaskedPatchConfig
+) -> Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Function (parameters, batch, keys), as of `with_draws`, -> (losses [B], hits)."""
+
+    def losses_fn(params, batch, keys):
+        labels = make_targets(batch["label"], model.num_classes)
+        images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
+        if loss.masks_patches:
+            return masked_patch_losses(masked, model, params, images, keys, train=True)
+        logits = model.apply(params, images, keys).logits
+        hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        return example_losses(loss, logits, targets), hits
+
+    return losses_fn
+
+
+def with_draws(
+    augmentation: AugmentationConfig, seed: int, step: jax.Array, batch: dict
+) -> tuple[dict, jax.Array]:
+    """The batch with what its augmentation draws at a step, and a key for each row."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    rows = jnp.arange(batch["image"].shape[0])
+    keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+    return {**batch, "draws": draw(augmentation, seed, step, len(rows))}, keys
 
 
 def _accumulate(grad_fn, accumulation: int, together: int, params, batch, keys):

@@ -1,0 +1,448 @@
+"""Takes steps of a run again, on one device, and says where a value stops being finite.
+
+vit_jax replay --workdir=runs/b16 --step=70012
+
+It starts from the newest checkpoint before the step, with the batches that the run had, and writes
+nothing to the workdir. The page (--output) shows the first tensor that isn't finite: its layer,
+forward or backward, its operation, the largest value that went in; norms of each layer's
+gradients, updates and activations beside those of the steps before; images, labels and losses.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.extend import core
+from PIL import Image
+
+from vit_jax.classifier.recipe import TransferConfig
+from vit_jax.classifier.start import load_adapted
+from vit_jax.command_line import run
+from vit_jax.config import InputError, build, printable
+from vit_jax.data.pipeline import open_data, train_batches
+from vit_jax.data.sources import Source
+from vit_jax.parallel.mesh import MeshConfig, local_rows, make_mesh, path_name, put_batch, use_mesh
+from vit_jax.parallel.run_files import as_path, read_json, saved_steps, written_locally
+from vit_jax.training.checkpoint import restore, restore_other
+from vit_jax.training.initial import fresh_state, loaded_state
+from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.step import TrainState, make_losses, with_draws
+from vit_jax.training.workdir import CONFIG
+from vit_jax.weights.trained import find_checkpoint
+
+flags.DEFINE_string("workdir", None, "Folder of the run.")
+flags.DEFINE_integer("step", None, "The step to look into, the last one that is taken again.")
+flags.DEFINE_string("output", "replay.html", "The page.")
+flags.DEFINE_integer("shown", 32, "Images on the page, those with the largest losses.")
+
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+_LAYER = re.compile(r"(.*?(?:block_?\d+|block\[\d+\]|unit\d+)|[^/]+)(?=/|$)")
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of operations that call a function
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The operation that first made a value which isn't finite; `order` counts operations."""
+
+    order: int
+    layer: str
+    phase: str
+    operation: str
+    shape: str
+    largest: float  # of what went in, in magnitude
+
+    def __str__(self) -> str:
+        return (
+            f"{self.phase} pass, {self.layer or 'outside of layers'}: {self.operation} makes "
+            f"{self.shape}, which isn't finite; its largest input is {self.largest:.4g}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An array, its largest magnitude, and where it came from if it isn't finite.
+
+    `constant`: infinite by intention, as a mask may be.
+    """
+
+    array: Any
+    largest: float = 0.0
+    origin: Origin | None = None
+    constant: bool = False
+
+
+class Examination:
+    """Computes a function operation by operation, and follows what isn't finite to its origin.
+
+    `activations` has (root mean square, largest magnitude) of each layer's last output.
+    """
+
+    def __init__(self):
+        self.activations: dict[str, tuple[float, float]] = {}
+        self._order = 0
+        self._measure = jax.jit(_measure)
+
+    def run(self, closed: core.ClosedJaxpr, inputs: Sequence[Value], scope: str = "") -> list:
+        """The outputs, as `Value`s."""
+        jaxpr = closed.jaxpr
+        values = dict(zip(jaxpr.constvars, map(self._given, closed.consts), strict=True))
+        values |= dict(zip(jaxpr.invars, inputs, strict=True))
+        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if _is_variable(v)}
+        kept = {v for v in jaxpr.outvars if _is_variable(v)}
+
+        def read(atom: Any) -> Value:
+            return values[atom] if _is_variable(atom) else self._given(atom.val)
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            stack = str(eqn.source_info.name_stack)
+            outputs = self._apply(eqn, list(map(read, eqn.invars)), f"{scope}/{stack}".strip("/"))
+            values |= dict(zip(eqn.outvars, outputs, strict=True))
+            for atom in eqn.invars:  # frees memory
+                if _is_variable(atom) and last[atom] == i and atom not in kept:
+                    values.pop(atom, None)
+        return list(map(read, jaxpr.outvars))
+
+    def _apply(self, eqn: Any, inputs: list[Value], scope: str) -> list[Value]:
+        name, parameters = eqn.primitive.name, eqn.params
+        if name == "scan":
+            return self._scan(parameters, inputs, scope)
+        for inner in (parameters[key] for key in _INNER if key in parameters):
+            if isinstance(inner, core.ClosedJaxpr):
+                return self.run(inner, inputs, scope)
+            if isinstance(inner, core.Jaxpr) and not inner.constvars and name != "pallas_call":
+                return self.run(core.ClosedJaxpr(inner, ()), inputs, scope)
+        bound = eqn.primitive.get_bind_params(parameters)
+        functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # by jax's version
+        with eqn.ctx.manager:
+            outputs = eqn.primitive.bind(*functions, *(v.array for v in inputs), **bound)
+        outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        self._order += 1
+        return [self._judge(array, inputs, name, scope) for array in outputs]
+
+    def _scan(self, parameters: dict, inputs: list[Value], scope: str) -> list[Value]:
+        first = parameters["num_consts"]
+        end = first + parameters["num_carry"]
+        consts, carry, rows = inputs[:first], inputs[first:end], inputs[end:]
+        numbers = range(parameters["length"])
+        found = {}
+        for i in reversed(numbers) if parameters["reverse"] else numbers:
+            row = [self._like(value, value.array[i]) for value in rows]
+            outputs = self.run(parameters["jaxpr"], [*consts, *carry, *row], f"{scope}[{i}]")
+            carry, found[i] = outputs[: end - first], outputs[end - first :]
+        stacked = []
+        for column in zip(*(found[i] for i in numbers), strict=True):
+            origins = [value.origin for value in column if value.origin]
+            stacked.append(
+                Value(
+                    jnp.stack([value.array for value in column]),
+                    max(value.largest for value in column),
+                    min(origins, key=lambda origin: origin.order, default=None),
+                    any(value.constant for value in column),
+                )
+            )
+        return [*carry, *stacked]
+
+    def _judge(self, array: Any, inputs: list[Value], name: str, scope: str) -> Value:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return Value(array)
+        finite, is_nan, largest, square = map(float, self._measure(array))
+        layer, phase = describe(scope)
+        if phase == FORWARD and layer and array.ndim > 1:
+            self.activations[layer_of(layer)] = (math.sqrt(square), largest)
+        if finite:
+            return Value(array, largest)
+        origins = [value.origin for value in inputs if value.origin]
+        if origins:
+            return Value(array, largest, min(origins, key=lambda origin: origin.order))
+        if any(value.constant for value in inputs) and not is_nan:
+            return Value(array, largest, constant=True)
+        went_in = max((value.largest for value in inputs), default=0.0)
+        shape = f"{array.dtype}{list(array.shape)}"
+        return Value(array, largest, Origin(self._order, layer, phase, name, shape, went_in))
+
+    def _given(self, array: Any) -> Value:
+        """A constant or argument: what isn't finite in it is there by intention."""
+        if not jnp.issubdtype(jnp.asarray(array).dtype, jnp.floating):
+            return Value(array)
+        finite, _, largest, _ = map(float, self._measure(array))
+        return Value(array, largest, constant=not finite)
+
+    def _like(self, value: Value, part: Any) -> Value:
+        """A part of a value, which may be finite where the whole is not."""
+        found = self._given(part)
+        return dataclasses.replace(found, origin=value.origin) if found.constant else found
+
+    def arguments(self, tree: Any) -> list[Value]:
+        """The leaves of a tree as inputs of `run`."""
+        return list(map(self._given, jax.tree.leaves(tree)))
+
+
+def _measure(array: jax.Array) -> tuple[jax.Array, ...]:
+    finite = jnp.isfinite(array)
+    known = jnp.where(finite, array, 0).astype(jnp.float32)
+    largest = jnp.abs(known).max(initial=0.0)
+    scale = jnp.maximum(largest, 1e-30)
+    square = jnp.square(known / scale).mean() * jnp.square(scale) if array.size else 0.0
+    return finite.all(), jnp.isnan(array).any(), largest, square
+
+
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, core.Literal)
+
+
+def describe(scope: str) -> tuple[str, str]:
+    """(layer, phase) of an operation, from the names of what it was called in.
+
+    Such as "transpose(jvp(ViT))/Transformer/encoderblock_0/MlpBlock_0/Dense_0.product".
+    """
+    phase = BACKWARD if "transpose(" in scope else FORWARD if "jvp(" in scope else UPDATE
+    names = scope.rpartition("jvp(")[2].split("/")[1:] if phase != UPDATE else []
+    kept = [name for name in names if re.fullmatch(r"\w+(\[\d+\])?", name)]
+    return "/".join(name for name in kept if name != "rematted_computation"), phase
+
+
+def layer_of(name: str) -> str:
+    """The block, or the part outside of blocks, that a parameter or an operation belongs to."""
+    return _LAYER.match(name)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that was taken again: the state before it, its batch, and what it gave."""
+
+    number: int
+    state: TrainState
+    batch: dict
+    values: dict[str, float]
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.values.values()))
+
+
+def open_run(workdir: Any, microbatch: int) -> tuple[Training, Source]:
+    """What the run in a workdir trains, on one device, and its data.
+
+    Raises ValueError or FileNotFoundError where there is no run.
+    """
+    file = workdir / CONFIG
+    if not file.exists():
+        raise FileNotFoundError(f"{workdir} holds no run: expected its {CONFIG}")
+    values = read_json(file, "copy it back")
+    config = build(TransferConfig if "init" in values else TrainConfig, values)
+    source = open_data(config.data)
+    config = config.weighed(source)
+    rows = 2 if config.augmentation.mixes else 1  # that stay together
+    fitting = (
+        a
+        for a in range(config.accumulation, config.batch_size + 1)
+        if config.batch_size % (a * rows) == 0 and config.batch_size <= a * microbatch
+    )
+    accumulation = next(fitting, config.accumulation)
+    config = dataclasses.replace(config, mesh=MeshConfig(), accumulation=accumulation)
+    mesh = make_mesh(config.mesh, jax.local_devices()[:1])
+    return build_training(config, mesh, source.num_classes, len(source)), source
+
+
+def state_before(training: Training, workdir: Any, step: int) -> TrainState:
+    """The run's newest saved state from before `step`, or the one that it began with."""
+    config, shapes = training.config, training.placed_shapes
+    saved = [number for number in saved_steps(workdir) if number < step]
+    if saved:
+        return restore(workdir / "checkpoints" / str(max(saved)), shapes)
+    if config.resume:
+        return restore_other(find_checkpoint(config.resume), shapes)[0]
+    if init := getattr(config, "init", ""):
+        if config.head != "zero":
+            raise InputError(
+                f"{workdir} has no checkpoint from before step {step}, and its first head was "
+                f"fitted to {init}: choose a step after the first checkpoint"
+            )
+        return loaded_state(training, load_adapted(config, training.model, training.shapes.params))
+    return fresh_state(training)(jax.random.key(config.seed))
+
+
+def layer_norms(gradients: Any, updates: Any) -> dict[str, jax.Array]:
+    """{"gradient LAYER": norm, "update LAYER": norm} of trees with the parameters' names."""
+    squares: dict[str, jax.Array] = {}
+    for kind, tree in (("gradient", gradients), ("update", updates)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = f"{kind} {layer_of(path_name(path))}"
+            squares[name] = squares.get(name, 0.0) + jnp.square(leaf.astype(jnp.float32)).sum()
+    return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def take_steps(training: Training, source: Source, state: TrainState, last: int) -> Iterator[Step]:
+    """Yields the steps from `state` to `last`, which ends early at one that isn't finite."""
+    config, start = training.config, int(state.step)
+    local = train_batches(
+        source,
+        config.data,
+        batch_size=config.batch_size,
+        image_size=training.model.image_size,
+        seed=config.seed,
+        start_step=start,
+        rows=local_rows(training.mesh, config.batch_size),
+    )
+    take = jax.jit(lambda *given: training.step(*given, observe=layer_norms))
+    try:
+        for number in range(start + 1, last + 1):
+            batch = put_batch(training.mesh, next(local))
+            after, values = take(state, batch, jnp.float32(config.schedule.peak))
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            step = Step(number, state, batch, values)
+            yield step
+            if not step.is_finite:
+                return
+            state = after
+    finally:
+        local.close()
+
+
+def examine(training: Training, step: Step) -> tuple[Origin | None, dict]:
+    """Where the step's first value that isn't finite comes from; its layers' activations."""
+    given = (step.state, step.batch, jnp.float32(training.config.schedule.peak))
+    examination = Examination()
+    outputs = examination.run(jax.make_jaxpr(training.step)(*given), examination.arguments(given))
+    origins = [value.origin for value in outputs if value.origin]
+    first = min(origins, key=lambda origin: origin.order, default=None)
+    return first, examination.activations
+
+
+def batch_losses(training: Training, step: Step, microbatch: int) -> np.ndarray:
+    """The loss of each example, float32 [B]."""
+    config = training.config
+    losses = make_losses(training.model, config.loss, config.masked_patches)
+    batch, keys = with_draws(config.augmentation, config.seed, step.state.step, step.batch)
+    compute, size = jax.jit(lambda *given: losses(*given)[0]), 2 * -(-microbatch // 2)
+    parts = [
+        compute(step.state.params, *jax.tree.map(lambda x, a=a: x[a : a + size], (batch, keys)))
+        for a in range(0, config.batch_size, size)
+    ]
+    return np.concatenate(parts)
+
+
+def make_page(
+    title: str,
+    summary: list[str],
+    rows: list[tuple[str, ...]],
+    images: Sequence[np.ndarray],
+    captions: list[str],
+) -> str:
+    """The page: HTML that needs nothing else."""
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
+    table = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    figures = "".join(
+        f'<figure><img src="data:image/png;base64,{_png(image)}" height="128">'
+        f"<figcaption>{html.escape(printable(caption))}</figcaption></figure>"
+        for image, caption in zip(images, captions, strict=True)
+    )
+    style = "body{font:14px sans-serif}figure{display:inline-block}td{padding:0 1em}"
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style><h1>{html.escape(title)}</h1><ul>{lines}</ul>"
+        f"<table>{table}</table>{figures}\n"
+    )
+
+
+def _png(image: np.ndarray) -> str:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def table_of(steps: list[Step], before: dict, now: dict) -> list[tuple[str, ...]]:
+    """Norms of each layer in the last step, and in brackets the median of those before it."""
+    *earlier, last = [step.values for step in steps]
+
+    def cell(kind: str, layer: str) -> str:
+        if (name := f"{kind} {layer}") not in last:
+            return ""
+        medians = f" ({np.median([v[name] for v in earlier]):.3g})" if earlier else ""
+        return f"{last[name]:.3g}{medians}"
+
+    def activation(layer: str) -> str:
+        if layer not in now:
+            return ""
+        medians = f" ({before[layer][0]:.3g})" if layer in before else ""
+        return f"{now[layer][0]:.3g}{medians}"
+
+    layers = [name.removeprefix("gradient ") for name in last if name.startswith("gradient ")]
+    layers = list(dict.fromkeys([*now, *layers]))
+    head = ("layer", "gradient (before)", "update (before)", "activations' RMS (step before)")
+    return [head] + [
+        (layer, cell("gradient", layer), cell("update", layer), activation(layer))
+        for layer in layers
+    ]
+
+
+def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tuple[list[str], str]:
+    """Takes the run's steps up to `last` again: (what was found, a page of HTML).
+
+    Raises ValueError for a step that the run doesn't have, and as `open_run`.
+    """
+    training, source = open_run(workdir, microbatch)
+    if not 1 <= last <= training.steps:
+        raise InputError(f"--step={last}: expected 1 to {training.steps}, the run's steps")
+    with use_mesh(training.mesh):
+        state = state_before(training, workdir, last)
+        summary, steps = [f"begins with the state after step {int(state.step)}"], []
+        for step in take_steps(training, source, state, last):
+            steps = [*(dataclasses.replace(s, batch={}) for s in steps[:-1]), *steps[-1:], step]
+            print(f"step {step.number}: loss {step.values['loss']:.6g}", file=sys.stderr)
+        step = steps[-1]
+        origin, now = examine(training, step)
+        before = examine(training, steps[-2])[1] if len(steps) > 1 else {}
+        losses = batch_losses(training, step, microbatch)
+    scalars = {k: v for k, v in step.values.items() if " " not in k}
+    summary.append(f"step {step.number}: " + ", ".join(f"{k} {v:.6g}" for k, v in scalars.items()))
+    if origin:
+        summary.append(str(origin))
+    elif step.is_finite:
+        summary.append("everything in it is finite")
+    else:
+        summary.append(
+            "the compiled step isn't finite, its operations one by one are: a value is at the edge "
+            "of what its type holds"
+        )
+    order = np.argsort(-np.nan_to_num(losses, nan=np.inf, posinf=np.inf), kind="stable")[:shown]
+    images, labels = (np.asarray(step.batch[name])[order] for name in ("image", "label"))
+    captions = [
+        f"row {row}: {_name(source, label)}, loss {losses[row]:.4g}"
+        for row, label in zip(order, labels, strict=True)
+    ]
+    title = f"{workdir}, step {step.number}"
+    return summary, make_page(title, summary, table_of(steps, before, now), images, captions)
+
+
+def _name(source: Source, label: np.ndarray) -> str:
+    names = source.class_names or ()
+    numbers = np.atleast_1d(label)
+    return ", ".join(names[n] if 0 <= n < len(names) else f"label {n}" for n in numbers)
+
+
+def main(_) -> None:
+    """Prints what was found, and writes the page."""
+    args = flags.FLAGS
+    output = as_path(args.output)
+    summary, page = replay(as_path(args.workdir), args.step, args.shown)
+    with written_locally(output) as file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")
+    print(*summary, output, sep="\n")
+
+
+if __name__ == "__main__":
+    run(main, "workdir", "step")
