@@ -1,5 +1,6 @@
 """Runs in a bucket: killed, slow, failing; the laws of runs on a disk hold there."""
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 from buckets import Bucket, Commands, kill
 from processes import ROOT, checkpoint_arrays, pretrain, records
+from test_scaling import GRID, VIT
 
+from experiments.scaling.runner import Store, read_results, statuses, work
+from experiments.scaling.study import Study, expand
+from vit_jax.data.sources import open_source
 from vit_jax.parallel import claims, run_files
 from vit_jax.parallel.run_files import (
     Lock,
@@ -207,3 +212,38 @@ def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket, tmp_path):
         )
         assert not (folder / "d").exists() and folder.is_dir() and folder.absolute() == folder
     assert found[0] == found[1]
+
+
+def test_a_study_in_a_bucket_is_shared_by_claims(bucket):
+    """Two workers take every run once; what is done is recorded."""
+    folder, made = as_path("gs://runs/study"), []
+    grid = dataclasses.replace(GRID, models=(VIT,), tasks=())
+    study = Study("tiny", (grid,))
+
+    def train(run, config, workdir):
+        made.append(run.key)
+        time.sleep(0.5)
+        checkpoint = workdir / "checkpoints" / str(config["steps"])
+        (checkpoint / "commit_success.txt").write_bytes(b"")
+        return {"steps": config["steps"], "evaluations": []}
+
+    def worker():
+        work(study, Store(folder), train, say=lambda text: None, poll=0.1)
+
+    threads = [threading.Thread(target=worker) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == sorted(run.key for run in expand(study))
+    assert {status.state for status in statuses(study, Store(folder))} == {"done"}
+    assert len(read_results(folder / "results.jsonl")) == len(made)
+
+
+def test_data_in_a_bucket_is_told_to_be_mounted(bucket):
+    for name, data_dir in (("cifar10", "gs://runs/data"), ("gs://runs/pictures", None)):
+        as_path("gs://runs/pictures/cat/a.jpg").write_bytes(b"")
+        with pytest.raises(ValueError, match="gcsfuse --implicit-dirs -o ro runs /mnt/runs"):
+            open_source(name, "train", data_dir)
+    with pytest.raises(FileNotFoundError, match="there is no gs://runs/nothing"):
+        open_source("gs://runs/nothing", "train")
