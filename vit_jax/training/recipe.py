@@ -54,6 +54,8 @@ class TrainConfig:
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
+      skip_spikes: leaves out an update whose gradients' norm is above so many times its running
+        median: see `spikes.skip_spikes`. The record `spikes` counts them.
       accumulation: microbatches; a step takes the mean of their gradients.
       resume: a checkpoint of another workdir to continue from, with all its state.
       start_over: whether a run whose state is there but can't be used begins at step 0, see
@@ -83,6 +85,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = None
     ema_warmup: bool = False
+    skip_spikes: float | None = None
     accumulation: int = setting(1, changes="speed")
     resume: str = ""
     start_over: bool = setting(False, changes="speed")
@@ -158,6 +161,8 @@ class TrainConfig:
             raise InputError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
         if self.early_stopping and not self.eval_every:
             raise InputError("early_stopping counts evaluations: set eval_every, too")
+        if self.skip_spikes is not None and self.skip_spikes <= 1:
+            raise InputError(f"skip_spikes = {self.skip_spikes}: expected more than 1, such as 5")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise InputError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.ema_warmup and self.ema_decay is None:
@@ -223,7 +228,7 @@ class Training:
         schedule = make_schedule(config.schedule, self.scheduled, peak)
         train_step = make_train_step(
             self.model,
-            make_optimizer(config.optimizer, schedule, peak, state.params),
+            make_optimizer(config.optimizer, schedule, peak, state.params, config.skip_spikes),
             schedule,
             config.loss,
             augmentation=config.augmentation,
@@ -265,7 +270,9 @@ def build_training(
     scheduled = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    optimizer = make_optimizer(
+        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes
+    )
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
     shardings = state_shardings(mesh, config.mesh, shapes)

@@ -21,6 +21,7 @@ from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
 from vit_jax.training.augmentation import AugmentationConfig, augment, draw
+from vit_jax.training.spikes import count_spikes
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +72,9 @@ def make_train_step(
     Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
     images as they were augmented but labels as they were before they were mixed),
     `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
-    soon as a parameter isn't), and `skipped`, examples that others took the place of, if the batch
-    tells; and what `observe` makes of the gradients and the updates.
+    soon as a parameter isn't), `skipped`, examples that others took the place of, if the batch
+    tells, `spikes`, the updates left out so far, if the optimizer leaves out any, and what
+    `observe` makes of the gradients and the updates.
     """
     losses_fn = make_losses(model, loss, masked)
 
@@ -109,6 +111,8 @@ def make_train_step(
             "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
             "param_norm": optax.tree.norm(params),
         }
+        if spikes := count_spikes(opt_state):
+            metrics["spikes"] = spikes[0]
         if observe:
             metrics |= observe(grads, jax.tree.map(jnp.subtract, params, state.params))
         if "skipped" in batch:
