@@ -15,6 +15,7 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,14 +36,10 @@ from vit_jax.training.checkpoint import restore, restore_other
 from vit_jax.training.initial import fresh_state, loaded_state
 from vit_jax.training.origins import Examination, Origin, layer_of
 from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.stages import Stage
 from vit_jax.training.step import TrainState, make_losses, with_draws
 from vit_jax.training.workdir import CONFIG
 from vit_jax.weights.trained import find_checkpoint
-
-flags.DEFINE_string("workdir", None, "Folder of the run.")
-flags.DEFINE_integer("step", None, "The step to look into, the last one that is taken again.")
-flags.DEFINE_string("output", "replay.html", "The page.")
-flags.DEFINE_integer("shown", 32, "Images on the page, those with the largest losses.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +115,20 @@ def take_steps(training: Training, source: Source, state: TrainState, last: int)
         source,
         config.data,
         batch_size=config.batch_size,
-        image_size=training.model.image_size,
+        image_size={stage.start: stage.model.image_size for stage in training.stages},
         seed=config.seed,
         start_step=start,
         rows=local_rows(training.mesh, config.batch_size),
     )
-    take = jax.jit(lambda *given: training.step(*given, observe=layer_norms))
+    programs = {
+        stage: jax.jit(partial(training.during(stage).step, observe=layer_norms))
+        for stage in training.stages
+    }
     try:
         for number in range(start + 1, last + 1):
             batch = put_batch(training.mesh, next(local))
-            after, values = take(state, batch, jnp.float32(config.schedule.peak))
+            take = programs[_stage_of(training, number)]
+            after, values = take(state, batch, *_rest(training))
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             step = Step(number, state, batch, values)
             yield step
@@ -138,20 +139,31 @@ def take_steps(training: Training, source: Source, state: TrainState, last: int)
         local.close()
 
 
+def _stage_of(training: Training, number: int) -> Stage:
+    """The stage of step `number`, counted from 1."""
+    return next(stage for stage in training.stages if number <= stage.stop)
+
+
+def _rest(training: Training) -> list[Any]:
+    """What a step takes beside state and batch: the peak of its rate, a teacher's parameters."""
+    teacher = [training.teacher.place()] if training.teacher else []
+    return [jnp.float32(training.config.schedule.peak), *teacher]
+
+
 def examine(training: Training, step: Step) -> tuple[Origin | None, dict]:
     """Where the step's first value that isn't finite comes from; its layers' activations."""
-    given = (step.state, step.batch, jnp.float32(training.config.schedule.peak))
-    examination = Examination()
-    outputs = examination.run(jax.make_jaxpr(training.step)(*given), examination.arguments(given))
+    during = training.during(_stage_of(training, step.number))
+    given, examination = (step.state, step.batch, *_rest(training)), Examination()
+    outputs = examination.run(jax.make_jaxpr(during.step)(*given), examination.arguments(given))
     origins = [value.origin for value in outputs if value.origin]
     first = min(origins, key=lambda origin: origin.order, default=None)
     return first, examination.activations
 
 
 def batch_losses(training: Training, step: Step, microbatch: int) -> np.ndarray:
-    """The loss of each example, float32 [B]."""
-    config = training.config
-    losses = make_losses(training.model, config.loss, config.masked_patches)
+    """The loss of each example, float32 [B], without a teacher's part."""
+    config, model = training.config, _stage_of(training, step.number).model
+    losses = make_losses(model, config.loss, config.masked_patches)
     batch, keys = with_draws(config.augmentation, config.seed, step.state.step, step.batch)
     compute, size = jax.jit(lambda *given: losses(*given)[0]), 2 * -(-microbatch // 2)
     parts = [
@@ -274,4 +286,8 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_integer("step", None, "The step to look into, the last one that is taken again.")
+    flags.DEFINE_string("output", "replay.html", "The page.")
+    flags.DEFINE_integer("shown", 32, "Images on the page, those with the largest losses.")
     run(main, "workdir", "step")

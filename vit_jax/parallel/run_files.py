@@ -23,7 +23,7 @@ from absl import logging
 from vit_jax.config import InputError
 from vit_jax.parallel.claims import Claims
 
-# What file systems without locks answer.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -47,13 +47,13 @@ def as_path(name: str | os.PathLike) -> Path:
 
 
 class Lock:
-    """Keeps other processes out of a folder for as long as the object lives.
+    """Keeps other processes out of a folder while the object lives.
 
-    On a disk the lock belongs to the operating system: it ends with the process, however that ends.
-    In a bucket it is a claim that is renewed all the time, and taken over from a process that
-    has ended, of this machine at once, of another one after `_LEASE` seconds. A process that locks
-    a folder again gets the same lock. Raises OSError that names the process which has it. On a file
-    system without locks a warning is all.
+    On a disk the operating system holds the lock and releases it when the process ends, even if
+    killed. In a bucket it is a claim that the process renews; the claim of a process that has ended
+    is free on its machine at once, elsewhere after `_LEASE` seconds. Locking a folder again in the
+    same process returns the same lock. Raises OSError that names the process which holds the lock.
+    On a file system without locks it only logs a warning.
     """
 
     _held: ClassVar[weakref.WeakValueDictionary[str, "Lock"]] = weakref.WeakValueDictionary()
@@ -107,11 +107,18 @@ def _claim(folder: Path) -> Callable[[], None]:
     return give_back
 
 
-def lock_file(file: IO, busy: str) -> None:
-    """Locks an open file until it is closed; OSError that begins with `busy` if another has it."""
+def lock_file(file: IO, busy: str, wait: bool = False) -> None:
+    """Locks an open file until it is closed; if it is locked, waits or raises OSError.
+
+    `busy` is the warning before it waits, and the beginning of the error.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        if wait:
+            logging.warning("%s: waiting for it", busy)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return
         file.seek(0)
         owner = file.readline(200) if "b" not in file.mode else ""
         raise OSError(_busy(busy, owner)) from error
@@ -120,7 +127,7 @@ def lock_file(file: IO, busy: str) -> None:
             raise
         logging.log_first_n(
             logging.WARNING,
-            "%s: this file system has no locks (%s). Nothing keeps a second process out",
+            "%s: this file system has no locks (%s). Do not start a second process on the folder",
             1,
             *(file.name, error.strerror),
         )
@@ -132,7 +139,7 @@ def _busy(busy: str, owner: str) -> str:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file so that readers, and whoever comes after a kill, see all of it or none."""
+    """Writes a file atomically: readers see all of it or none, even after a kill."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     if not isinstance(file, Path):
         file.write_bytes(data)
@@ -245,10 +252,46 @@ def read_locally(path: Path) -> Iterator[Path]:
         yield Path(folder) / path.name
 
 
+@contextmanager
+def locked_output(file: Path) -> Iterator[Callable[[str], None]]:
+    """Locks a result's file until the block ends; yields the function that writes it atomically.
+
+    Raises OSError, before anything is computed, if the file can't be written or another process is
+    about to write it.
+    """
+    if not isinstance(file, Path):
+        yield lambda text: write_whole(file, text)
+        return
+    if file.is_dir():
+        raise IsADirectoryError(f"output {file} is a folder: expected a file")
+    if file.exists() and not file.is_file():  # /dev/stdout
+        yield file.write_text
+        return
+    file = Path(os.path.realpath(file))
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "a+") as opened:
+        lock_file(opened, f"another process writes {file}")
+
+        def fill(text: str) -> None:
+            opened.truncate(0)
+            opened.write(text)
+            opened.flush()
+
+        def write(text: str) -> None:
+            fill(text)
+            partial.replace(file)
+
+        fill(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield write
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:
     """Reads a JSON file: a dict with these keys, or a list of such dicts.
 
-    Raises ValueError that names the file and says what to do if it isn't one.
+    Otherwise raises ValueError that names the file and ends with `remedy`, which says what to do.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -257,6 +300,6 @@ def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] 
         for entry in [content] if kind is dict else content:
             if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
                 raise InputError(f"it lacks {', '.join(missing)}")
-    except ValueError as error:  # JSON's and UTF-8's are of this class too
+    except ValueError as error:  # includes JSON's and UTF-8's errors
         raise InputError(f"{file} is damaged ({error}): {remedy}") from error
     return content
