@@ -40,6 +40,7 @@ from vit_jax.evaluation.protocols.classification import Config as Classification
 from vit_jax.parallel import multihost
 from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.parallel.run_files import as_path
 from vit_jax.recipes import merge, recipe
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, read_starts
@@ -84,7 +85,9 @@ def transfer(
         given["init"] = init
     values = merge(values, given)
     dataset = values["data"].get("dataset", "")
-    if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
+    if (
+        is_path(dataset) and not as_path(dataset).expanduser().exists()
+    ):  # before a download of `init`
         raise FileNotFoundError(f"there is no {dataset}")
     config = build(TransferConfig, complete(values, _first_device(workdir)))
     if config.workflow is None:
@@ -92,7 +95,9 @@ def transfer(
         return loop.Trained(run.workdir, loop.train(run))
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
-    return run_workflow(config, Path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})")
+    return run_workflow(
+        config, as_path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})"
+    )
 
 
 def default_workdir(dataset: str) -> Path:
@@ -120,7 +125,7 @@ def _first_device(workdir: str | os.PathLike) -> str | None:
     """The device whose defaults a workflow began with; None for one that begins."""
     if not workdir:
         return None
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
     return "earlier" if _is_earlier(workdir) else None

@@ -34,7 +34,7 @@ from vit_jax.parallel.mesh import (
 )
 from vit_jax.parallel.multihost import all_agree, check_agreement, check_shared
 from vit_jax.parallel.preemption import PREEMPTED, Preemption
-from vit_jax.parallel.run_files import Lock
+from vit_jax.parallel.run_files import Lock, saved_steps
 from vit_jax.parallel.watchdog import Watchdog, waits_for
 from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
@@ -55,7 +55,7 @@ from vit_jax.training.same_data import (
 )
 from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
-from vit_jax.weights.trained import find_checkpoint, saved_steps
+from vit_jax.weights.trained import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +134,7 @@ def _prepare(
         raise InputError(
             f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
         )
-    if config.loss.class_weights:
-        names = source.class_names or tuple(map(str, range(source.num_classes)))
-        counts = source.class_counts() if config.loss.class_weights == "balanced" else ()
-        config = dataclasses.replace(config, loss=config.loss.weigh(names, counts))
+    config = config.weighed(source)
     training = build_training(config, mesh, source.num_classes, len(source))
     model = training.model
     evaluators = {
@@ -373,6 +370,9 @@ def _take_steps(
                 recorder.flush()
             if evaluates:
                 _evaluate(run, state, done, metrics)
+            if evaluates or saves:
+                metrics.flush()
+            if evaluates:
                 last |= has_waited(*patience)
             checkpoints.poll()
             if saves or last:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vit_jax.config import InputError
 from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, timm
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
@@ -21,6 +22,19 @@ _SIDECAR = ".json"  # suffix of the description beside a plain .npz
 _FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
 _FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
 FORMATS = (*_FILES, *_FOLDERS, "onnx")
+
+
+def is_foreign(path: str) -> bool:
+    """Whether an address is for `read`, and not of one of our Orbax folders."""
+    if _is_file_elsewhere(path):
+        return True
+    return as_path(path).is_file() or (as_path(path) / WEIGHTS).is_file()
+
+
+def _is_file_elsewhere(path: str) -> bool:
+    """Whether an address is downloaded: its site isn't asked what is there."""
+    named = path.endswith((".npz", ".safetensors"))
+    return path.startswith(("hf://", "https://")) or ("://" in path and named)
 
 
 def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
@@ -41,7 +55,7 @@ def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
       FileNotFoundError: there is no such file.
     """
     path = os.fspath(path)
-    if Path(path).is_dir():
+    if not _is_file_elsewhere(path) and as_path(path).is_dir():
         path = os.path.join(path, WEIGHTS)
     arrays = files.read_arrays(path)
     try:
@@ -80,9 +94,12 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     Reading it back gives the same bits, except ONNX, which `read` doesn't support. Raises
     ValueError, and writes nothing, for models that the format can't hold.
     """
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    path, flat = Path(path), unstack(flatten(params))
+    flat = unstack(flatten(params))
+    with written_locally(as_path(path)) as local:
+        _write(local, flat, description, format)
+
+
+def _write(path: Path, flat: dict, description: dict, format: str) -> None:
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
     elif format in _FOLDERS:
