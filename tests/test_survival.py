@@ -26,6 +26,7 @@ from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
 from vit_jax.training import checkpoint, loop
+from vit_jax.training import run as training_run
 from vit_jax.training.metrics import Metrics, read_metrics
 from vit_jax.weights import checksums
 from vit_jax.weights.trained import load
@@ -176,7 +177,7 @@ def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypat
     for path, content in good.items():
         path.write_bytes(content)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_data", more_classes)
+        patch.setattr(training_run, "open_data", more_classes)
         refused("train: 10 classes then, 11 now", evaluators={})
         (tmp_path / "data.json").unlink()  # as the run of an earlier version
         refused(r"params.head.bias: \(10,\) in the checkpoint, \(11,\) in the", evaluators={})
