@@ -1,4 +1,4 @@
-"""The analytic count against XLA's, and against the paper."""
+"""The analytic FLOPs count against XLA's, and against the paper."""
 
 import functools
 import re
@@ -17,6 +17,7 @@ from vit_jax.costs.flops import (
     pretraining_exaflops,
 )
 from vit_jax.models.variants import KNOWN, ModelConfig, build_model
+from vit_jax.training.stages import StageConfig, build_stages
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,13 +28,13 @@ def make(variant, image_size=(224, 224), num_classes=1000, **options):
 
 @functools.cache
 def xla_macs(primitive, shapes, params):
-    """XLA's own count of one product or convolution: it doesn't count taps on padding."""
+    """Returns XLA's own count of one matmul or convolution, without taps on padding."""
     lowered = jax.jit(lambda *x: primitive.bind(*x, **dict(params))).lower(*shapes)
     return lowered.cost_analysis()["flops"] / 2
 
 
 def traced_macs(jaxpr):
-    """The sum over every matrix product and convolution of a traced program."""
+    """Sums over every matmul and convolution of a traced program."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
@@ -47,9 +48,9 @@ def traced_macs(jaxpr):
 
 
 def forward(model):
-    """One image's forward pass, traced together with its initialisation, which has no product.
+    """Traces one image's forward pass with its initialisation, which has no matmul.
 
-    With the intermediate values, all of which the formulas count, read or not.
+    Includes the intermediate values, which the formulas count whether they are read or not.
     """
     image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
     run = lambda key, image: model.module.init_with_output(key, image, mutable=True)[0].logits  # noqa: E731
@@ -116,6 +117,28 @@ def test_padding(image_size, preactivation):
 def test_every_option(variant, options):
     model = make(variant, (96, 160), num_classes=7, **options)
     assert traced_macs(forward(model)) == forward_macs(model)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        StageConfig(1.0, image_size=48, keep=0.5),
+        StageConfig(1.0, patch=8, keep=0.3),
+        StageConfig(1.0, image_size=160),
+    ],
+)
+@pytest.mark.parametrize("pool", ["map", "gap"])
+def test_every_stage(stage, pool):
+    model = make("ViT-Ti/16", (96, 96), num_classes=7, pool=pool, registers=2, scan=True)
+    (stage,) = build_stages([stage], model, 10)
+    small = stage.model
+    shapes = (
+        jax.eval_shape(small.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, *small.image_size, 3), jnp.float32),
+    )
+    run = lambda p, x: small.module.apply({"params": p}, x, jax.random.split(jax.random.key(0), 1))  # noqa: E731
+    traced = jax.make_jaxpr(lambda *args: run(*args).logits)(*shapes)
+    assert traced_macs(traced) == forward_macs(small) != forward_macs(model)
 
 
 # XLA counts element-wise work (softmax, norms, GELU) too: under 1% of large models, though 1.3% of

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.scaling.claims import LEASE, Claims, write_atomically
 from experiments.scaling.study import (
     Run,
     Study,
@@ -27,7 +26,8 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import InputError, covered
-from vit_jax.parallel.run_files import read_json
+from vit_jax.parallel.claims import LEASE, Claims, write_atomically
+from vit_jax.parallel.run_files import read_json, saved_steps
 
 DEATHS = 3  # a run over which this many processes died is tried after all others
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -59,9 +59,7 @@ class Store:
 
     def checkpoint(self, name: str) -> int:
         """Returns the step of a run's newest checkpoint; 0 without one."""
-        folder = self.workdir(name) / "checkpoints"
-        found = folder.iterdir() if folder.is_dir() else ()
-        return max((int(p.name) for p in found if p.name.isdigit()), default=0)
+        return max(saved_steps(self.workdir(name)), default=0)
 
     def is_kept(self, record: Mapping[str, Any]) -> bool:
         """Whether a finished run's last checkpoint exists, for other runs to start from."""
@@ -270,8 +268,8 @@ def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str]
 
 def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
     """Yields (name, split, data_dir) of all datasets of a run."""
-    evaluators = {**config.get("classification", {}), **config.get("fewshot", {})}.values()
-    for group in (config, *evaluators):
+    kinds = ("classification", "fewshot", "evaluators")
+    for group in (config, *(e for kind in kinds for e in config.get(kind, {}).values())):
         data = group["data"]
         for split in {data.get("split", "train"), group.get("test_split", "")} - {""}:
             yield data["dataset"], split, data.get("data_dir")
@@ -332,7 +330,6 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     from vit_jax.classifier.recipe import TransferConfig
     from vit_jax.classifier.start import prepare
     from vit_jax.config import build
-    from vit_jax.costs.flops import training_flops
     from vit_jax.training import loop
     from vit_jax.training.metrics import read_metrics
 
@@ -350,7 +347,8 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     result = {
         "steps": last["step"],
         "batch_size": prepared.config.batch_size,
-        "flops_per_image": training_flops(prepared.model),
+        "flops_per_image": prepared.flops(0, prepared.scheduled)
+        / (prepared.scheduled * prepared.config.batch_size),
         "parameters": sum(leaf.size for leaf in shapes),
         "evaluations": list(evaluations.values()),
         "loss": last.get("loss"),

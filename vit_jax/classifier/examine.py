@@ -1,6 +1,6 @@
-"""A classifier looked at closely: its test predictions, worst mistakes, and where it looks."""
+"""Examines a classifier: test predictions, most confident errors, attention."""
 
-import os
+import io
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ from vit_jax.evaluation.features import make_batches, make_extractor
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.models.variants import Model
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
+from vit_jax.parallel.run_files import write_whole
 from vit_jax.pictures.attention import attention_maps
 from vit_jax.pictures.figures import heat
 
@@ -54,15 +55,15 @@ def write_outputs(
 ) -> None:
     """Writes what `read_outputs` reads, as a whole or not at all."""
     if is_main():
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, **{output: outputs}, labels=labels)
-        os.replace(partial, file)
+        content = io.BytesIO()
+        np.savez(content, **{output: outputs}, labels=labels)
+        write_whole(file, content.getvalue())
 
 
 def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.ndarray, np.ndarray]:
     """(outputs, labels) that `keep_outputs` kept; ValueError if the file is damaged."""
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             return arrays[output], arrays["labels"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file} is damaged ({error}): {remedy}") from error
@@ -102,7 +103,7 @@ def worst_mistakes(
     return [
         Picture(
             decode_image(source[int(i)]["image"]),
-            f"{names[labels[i]]}, taken for {names[predicted[i]]} ({confidence[i]:.1%}): "
+            f"{names[labels[i]]}, predicted as {names[predicted[i]]} ({confidence[i]:.1%}): "
             f"{Path(source.name(int(i))).name}",
         )
         for i in wrong
@@ -117,9 +118,7 @@ def where_it_looks(
         return []
     prepare = parse_preprocess(preprocess, model.image_size)
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
-    images = np.stack(
-        [prepare(decode_image(source[int(i)]["image"]), np.random.default_rng(0)) for i in indices]
-    )
+    images = np.stack([prepare(source[int(i)]["image"], np.random.default_rng(0)) for i in indices])
     maps = np.asarray(jax.jit(attention_maps, static_argnums=0)(model, params, images))
     factor = max(1, 192 // max(model.image_size))  # small images: the map is finer than pixels
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -124,10 +124,10 @@ class ModelConfig:
     mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
     norm_epsilon: float = 1e-6  # of LayerNorm
 
-    # Predictions per patch; set by masked patch prediction.
-    patch_outputs: int | None = None
-    # Initial bias of the head, for example -10 for a sigmoid loss over many classes.
-    head_bias: float = setting(0.0, inherited=False)
+    lora_rank: int = setting(0, inherited=False)  # of LoRA's adapters of attention; 0: none
+    lora_alpha: float = setting(16.0, inherited=False)  # they are scaled by alpha / rank
+    patch_outputs: int | None = None  # predictions per patch; set by masked patch prediction
+    head_bias: float = setting(0.0, inherited=False)  # initial; -10 for a sigmoid of many classes
     # Implementation of attention (`models.attention`): auto | xla | pallas | cudnn. Results agree
     # within rounding.
     attention: str = setting("auto", changes="speed")
@@ -141,6 +141,8 @@ class ModelConfig:
 
 _COMMON = {"variant", "head_bias", "dtype", "remat"}
 _STEM = {"stages", "stem_width"}
+_SIZES = ("width", "depth", "mlp_dim", "num_heads", "token_mlp_dim", "stem_width", "patch_outputs")
+_LEAST = dict.fromkeys(_SIZES, 1) | {"registers": 0, "representation_size": -1}
 _RESNET = {"preactivation", "zero_padded_pool"}
 _VIT = {f.name for f in dataclasses.fields(ModelConfig)} - _STEM - _RESNET - {"token_mlp_dim"}
 _MIXER = {"width", "depth", "mlp_dim", "token_mlp_dim", "dropout", "stochastic_depth", "mlp"}
@@ -354,16 +356,16 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     for rate in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0.0 <= getattr(config, rate) < 1.0:
             raise InputError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
-    if config.registers < 0:
-        raise InputError(f"registers = {config.registers}: expected 0 or more")
+    for name, least in _LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise InputError(f"{name} = {value}: expected {least} or more")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")
-        unit = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
-        if config.width % unit.get(config.position, 1):
+        units = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
+        if config.width % (unit := units.get(config.position, 1)):
             raise InputError(
-                f"width {config.width}: {config.position} positions need a multiple of "
-                f"{unit[config.position]}"
+                f"width {config.width}: {config.position} positions need a multiple of {unit}"
             )
         _check_attention(config)
     if config.zero_padded_pool and not config.preactivation:
@@ -376,11 +378,8 @@ def _check_attention(config: ModelConfig) -> None:
     if config.attention in ("auto", "xla"):
         return
     problem = misfit(config.attention, config.width // config.num_heads, config.dtype)
-    if config.attention_dropout:
-        problem = (
-            f"attention_dropout = {config.attention_dropout} needs the weights, which it never "
-            "stores"
-        )
+    if rate := config.attention_dropout:
+        problem = f"attention_dropout = {rate} needs the weights, which it never stores"
     elif config.position == "relative":
         problem = "it doesn't support relative positions"
     if problem:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from vit_jax.config import InputError
 from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, timm
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
+from vit_jax.weights.published import BUCKET
 
 WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
 _SIDECAR = ".json"  # suffix of the description beside a plain .npz
@@ -22,13 +24,26 @@ _FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
 FORMATS = (*_FILES, *_FOLDERS, "onnx")
 
 
+def is_foreign(path: str) -> bool:
+    """Whether an address is for `read`, and not of one of our Orbax folders."""
+    if _is_file_elsewhere(path):
+        return True
+    return as_path(path).is_file() or (as_path(path) / WEIGHTS).is_file()
+
+
+def _is_file_elsewhere(path: str) -> bool:
+    """Whether an address is downloaded: its site isn't asked what is there."""
+    named = path.endswith((".npz", ".safetensors"))
+    return path.startswith(("hf://", "https://")) or ("://" in path and named)
+
+
 def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
     """Reads a checkpoint of any format except our Orbax folders.
 
     Args:
       path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
         a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
-        local, `gs://` or `hf://`.
+        local, `gs://`, `hf://` or `https://`.
       image_size: (height, width) in pixels, if the file doesn't tell: for position embeddings of a
         grid that isn't square, and for ResNets (default 224 x 224).
 
@@ -40,7 +55,7 @@ def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
       FileNotFoundError: there is no such file.
     """
     path = os.fspath(path)
-    if Path(path).is_dir():
+    if not _is_file_elsewhere(path) and as_path(path).is_dir():
         path = os.path.join(path, WEIGHTS)
     arrays = files.read_arrays(path)
     try:
@@ -57,19 +72,20 @@ def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tuple[dict, dict]:
     renamed = bit.from_bit(arrays) if "resnet/group_norm/gamma" in arrays else None
     params = unstack(renamed or official.from_official(arrays))
-    described = files.read_json(path.removesuffix(".npz") + _SIDECAR) or {}
+    ours = not path.startswith(BUCKET)  # a description is beside none of the published files
+    described = (ours and files.read_json(path.removesuffix(".npz") + _SIDECAR)) or {}
     return params, described if "model" in described else describe(params, image_size)
 
 
 def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
     folder = path if path.count("/") == 3 and path.startswith("hf://") else os.path.dirname(path)
-    configs = {
-        name: content
-        for name in ("config.json", "preprocessor_config.json")
-        if (content := files.read_json(os.path.join(folder, name))) is not None
-    }
-    reader = timm.from_timm if "architecture" in configs.get("config.json", {}) else None
-    return (reader or hugging_face.from_hugging_face)(arrays, configs)
+    configs = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        if (content := files.read_json(os.path.join(folder, name))) is not None:
+            configs[name] = content
+        if "architecture" in configs.get("config.json", {}):
+            return timm.from_timm(arrays, configs)
+    return hugging_face.from_hugging_face(arrays, configs)
 
 
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
@@ -78,9 +94,12 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     Reading it back gives the same bits, except ONNX, which `read` doesn't support. Raises
     ValueError, and writes nothing, for models that the format can't hold.
     """
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    path, flat = Path(path), unstack(flatten(params))
+    flat = unstack(flatten(params))
+    with written_locally(as_path(path)) as local:
+        _write(local, flat, description, format)
+
+
+def _write(path: Path, flat: dict, description: dict, format: str) -> None:
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
     elif format in _FOLDERS:
