@@ -98,6 +98,6 @@ def by_hand(path: str) -> str:
     return (
         f"fetch {what} where there is a network, {command}, and give {given} instead, or put what "
         f"you fetch into {cache_path(url).parent}; or choose other weights (a transfer's "
-        "--config.init=embedded are in this package; with nothing behind the = it starts from random "
-        "ones)"
+        "--config.init=embedded are in this package; with nothing behind the = it starts from "
+        "random ones)"
     )
