@@ -85,9 +85,8 @@ def transfer(
         given["init"] = init
     values = merge(values, given)
     dataset = values["data"].get("dataset", "")
-    if (
-        is_path(dataset) and not as_path(dataset).expanduser().exists()
-    ):  # before a download of `init`
+    # Before a download of `init`.
+    if is_path(dataset) and not as_path(dataset).expanduser().exists():
         raise FileNotFoundError(f"there is no {dataset}")
     config = build(TransferConfig, complete(values, _first_device(workdir)))
     if config.workflow is None:
@@ -95,9 +94,8 @@ def transfer(
         return loop.Trained(run.workdir, loop.train(run))
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
-    return run_workflow(
-        config, as_path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})"
-    )
+    command = command or f"vit_jax.transfer({data!r}, {init!r})"
+    return run_workflow(config, as_path(workdir), command)
 
 
 def default_workdir(dataset: str) -> Path:

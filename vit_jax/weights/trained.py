@@ -30,7 +30,7 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.parallel.run_files import as_path, is_complete, saved_steps
+from vit_jax.parallel.run_files import as_path, check_holds_checkpoints, is_complete, saved_steps
 from vit_jax.weights import formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
 from vit_jax.weights.prediction import Prediction
@@ -229,7 +229,7 @@ class TrainedModel:
         check_output(path)
         params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(as_path(path), params, description)
+            _write_orbax(check_holds_checkpoints(as_path(path)), params, description)
         else:
             formats.write(path, params, description, format)
 
@@ -351,7 +351,7 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """Returns the folder of one checkpoint: `path` itself, or the newest of a run's workdir."""
-    folder = as_path(path).absolute()
+    folder = check_holds_checkpoints(as_path(path)).absolute()
     if (folder / "checkpoints").is_dir():
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
