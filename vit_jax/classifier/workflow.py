@@ -34,6 +34,7 @@ from vit_jax.classifier.sweep import (
     with_values,
 )
 from vit_jax.config import InputError, build, printable
+from vit_jax.costs.chips import GIB
 from vit_jax.data.sources import is_path, open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
@@ -44,7 +45,7 @@ from vit_jax.parallel.run_files import as_path
 from vit_jax.recipes import merge, recipe
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, read_starts
-from vit_jax.training.memory import GIB, device_memory, fit_memory
+from vit_jax.training.memory import device_memory, fit_memory
 from vit_jax.training.recipe import build_training
 from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
 

@@ -57,7 +57,8 @@ class TrainConfig:
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
       distill: a teacher whose logits the model learns from, too.
-      stages: parts of the run with fewer tokens, see `stages`.
+      stages: parts of the run with fewer tokens: mappings of share, image_size, keep and patch,
+        see `stages.StageConfig`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
       skip_spikes: leaves out an update whose gradients' norm is above so many times its running
