@@ -6,7 +6,7 @@ An operation is a function (image, rng, size, *arguments) -> image on uint8 [H, 
 Images are resized bilinearly without antialiasing, as TensorFlow does and therefore the published
 pipelines: it is what their weights have seen, and the quickest. `method` says otherwise:
 
-- `bilinear_antialias`, `bicubic_antialias`: Pillow's; the way of Hugging Face's and timm's weights;
+- `bilinear_antialias`, `bicubic_antialias`, `lanczos_antialias`: Pillow's, as timm has them;
 - `area`: means over rectangles, big_vision's default for resizing to the smaller side.
 """
 
@@ -32,6 +32,7 @@ METHODS = {
     "area": cv2.INTER_AREA,
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
+    "lanczos_antialias": Image.Resampling.LANCZOS,
 }
 
 
@@ -121,6 +122,32 @@ def central_crop(
     return _crop(resize(image, rng, covering, method), size)
 
 
+def torchvision_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    fraction: float = 1.0,
+    method: str = "bicubic_antialias",
+    squash: bool = False,
+) -> np.ndarray:
+    """The centre of the resized image, with the sizes of torchvision's `Resize` and `CenterCrop`.
+
+    timm's and Hugging Face's evaluation. The image just covers size / fraction, rounded down, with
+    its aspect ratio kept, or with `squash` has that size.
+    """
+    _enlarge(size, fraction)
+    enlarged = (math.floor(size[0] / fraction), math.floor(size[1] / fraction))
+    if not squash:
+        height, width = image.shape[:2]
+        if enlarged[0] * width >= enlarged[1] * height:
+            enlarged = (enlarged[0], int(enlarged[0] * width / height))
+        else:
+            enlarged = (int(enlarged[1] * height / width), enlarged[1])
+    image = resize(image, rng, enlarged, method)
+    top, left = (round((a - b) / 2) for a, b in zip(enlarged, size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
     """A random crop of the image with a black border of `pixels` on each side; for small images."""
     if not (isinstance(pixels, int) and pixels >= 0):
@@ -171,7 +198,8 @@ def affine(
 OPS = {
     op.__name__: op
     for op in (
-        *(resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine),
+        *(resize, inception_crop, random_crop, central_crop, torchvision_crop, pad_crop, flip),
+        affine,
         *(randaugment, autoaugment, random_erasing),
     )
 }

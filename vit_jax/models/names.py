@@ -36,6 +36,7 @@ ATTENTION = "MultiHeadDotProductAttention_0"
 HEAD_KERNEL, HEAD_BIAS = "head/kernel", "head/bias"
 CLASS_TOKEN, DISTILLATION, REGISTERS = "cls", "distillation", "registers"
 PROBE, PROBE_BIAS = "MAPHead_0/probe", "MAPHead_0/MlpBlock_0/Dense_0/bias"
+PROBE_QUERY = f"MAPHead_0/{ATTENTION}/query/kernel"
 PRE_NORM, FINAL_NORM, POOLED_NORM = (
     "pre_norm/scale",
     "Transformer/encoder_norm/scale",
