@@ -45,7 +45,7 @@ def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
     arrays = files.read_arrays(path)
     try:
         if any("." in name for name in arrays):  # PyTorch's names
-            params, description = _read_pytorch(path, arrays)
+            params, description = _read_pytorch(path, arrays, image_size)
         else:
             params, description = _read_npz(path, arrays, image_size)
         params, _ = pytorch.checked(params, description)
@@ -61,7 +61,7 @@ def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tu
     return params, described if "model" in described else describe(params, image_size)
 
 
-def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
+def _read_pytorch(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tuple[dict, dict]:
     folder = path if path.count("/") == 3 and path.startswith("hf://") else os.path.dirname(path)
     configs = {
         name: content
@@ -69,7 +69,7 @@ def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
         if (content := files.read_json(os.path.join(folder, name))) is not None
     }
     reader = timm.from_timm if "architecture" in configs.get("config.json", {}) else None
-    return (reader or hugging_face.from_hugging_face)(arrays, configs)
+    return (reader or hugging_face.from_hugging_face)(arrays, configs, image_size)
 
 
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:

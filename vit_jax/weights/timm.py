@@ -43,7 +43,7 @@ _READ = {
     *("scale_attn_inner", "use_abs_pos_emb", "use_rot_pos_emb", "rope_type", "rope_grid_offset"),
     *("rope_grid_indexing", "rope_temperature", "rope_rotate_half", "ref_feat_shape"),
     *("use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"),
-    *("attn_pool_num_heads", "attn_pool_mlp_ratio"),
+    *("attn_pool_num_heads", "attn_pool_mlp_ratio", "stem_type", "stem_chs", "channels"),
 }
 _BLOCKS = r"blocks\.(\d+)\."
 _POOLS = {"token": "token", "avg": "gap", "map": "map"}

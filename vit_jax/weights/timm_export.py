@@ -4,7 +4,6 @@
 config.json holds the options that the architecture's name doesn't.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -134,7 +133,7 @@ def _describe_vit(params: dict, config: ModelConfig, image_size: list[int], eva:
         "embed_dim": width,
         "depth": config.depth,
         "num_heads": config.num_heads,
-        "mlp_ratio": _ratio(config.mlp_dim * (2 if gated and not eva else 1), width),
+        "mlp_ratio": timm_names.ratio(config.mlp_dim * (2 if gated and not eva else 1), width),
     }
     for field, value, possible in (
         ("pool", config.pool, tuple(_POOLS)),
@@ -231,7 +230,9 @@ def _eva_arguments(config: ModelConfig) -> dict[str, Any]:
     if config.pool == "map":
         width = config.width
         arguments["attn_pool_num_heads"] = config.pool_heads or config.num_heads
-        arguments["attn_pool_mlp_ratio"] = _ratio(config.pool_mlp_dim or config.mlp_dim, width)
+        arguments["attn_pool_mlp_ratio"] = timm_names.ratio(
+            config.pool_mlp_dim or config.mlp_dim, width
+        )
     return arguments
 
 
@@ -264,12 +265,9 @@ def _describe_mixer(params: dict, config: ModelConfig, image_size: list[int]) ->
             f"timm can't hold this model: mlp = {config.mlp!r}, timm's Mixers have the exact "
             "'gelu' and its config.json has no field for it"
         )
-    ratios = [_ratio(config.token_mlp_dim, width), _ratio(config.mlp_dim, width)]
+    ratios = [
+        timm_names.ratio(config.token_mlp_dim, width),
+        timm_names.ratio(config.mlp_dim, width),
+    ]
     arguments = {"img_size": list(image_size), "mlp_ratio": ratios}
     return f"mixer_{size.lower()}{patch}_224", arguments, timm_names.mixer_pairs(config.depth)
-
-
-def _ratio(mlp_dim: int, width: int) -> float:
-    """Returns a ratio with int(width * ratio) == mlp_dim, as timm computes it."""
-    ratio = mlp_dim / width
-    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)

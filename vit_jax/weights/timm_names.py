@@ -1,5 +1,6 @@
 """Tables of timm's tensor names and ours: ViT, hybrid stems, BiT ResNets, Mixer."""
 
+import math
 import re
 from collections.abc import Collection
 
@@ -74,7 +75,8 @@ def vit_pairs(
         norm("Transformer/encoder_norm", "norm"),
         norm("pooled_norm", "fc_norm"),
         [probe, *attention_and_mlp("MAPHead_0/", "attn_pool.", _MAP_HEAD)],
-        linear("head", "head"),
+        [Pair("head/kernel", "head.weight", "dense")],
+        [Pair("head/bias", "head.bias")],
         linear("head_distillation", "head_dist"),
     ]
     if side == "theirs":  # only in files of older timm versions
@@ -214,3 +216,9 @@ def rotary_order(head_dim: int, *, half: bool, columns_first: bool) -> np.ndarra
     pair = np.roll(pair, head_dim // 4) if columns_first else pair
     first, second = (pair, pair + head_dim // 2) if half else (2 * pair, 2 * pair + 1)
     return np.concatenate([first, second])
+
+
+def ratio(mlp_dim: int, width: int) -> float:
+    """Returns a ratio with int(width * ratio) == mlp_dim, as timm computes it."""
+    exact = mlp_dim / width
+    return exact if int(width * exact) == mlp_dim else math.nextafter(exact, math.inf)
