@@ -227,7 +227,7 @@ def test_heads_and_activation_of_published_timm_models():
         arrays, _ = to_timm(params, description)
         pretrained = {"input_size": [3, 32, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
         config = {"architecture": name, "pretrained_cfg": pretrained}
-        with pytest.raises(ValueError, match="depth = .* where the tensors have 2"):
+        with pytest.raises(ValueError, match=r"depth = .* where the tensors have 2"):
             from_timm(arrays, {"config.json": config})
         sizes = {"embed_dim": 96, "depth": 2, "mlp_ratio": 2, "patch_size": 8}
         config["model_args"] = {**sizes, "num_heads": heads}

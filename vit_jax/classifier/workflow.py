@@ -40,12 +40,13 @@ from vit_jax.evaluation.protocols.classification import Config as Classification
 from vit_jax.parallel import multihost
 from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.parallel.run_files import read_json
 from vit_jax.recipes import merge, recipe
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, read_starts
 from vit_jax.training.memory import GIB, device_memory, fit_memory
 from vit_jax.training.recipe import build_training
-from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
+from vit_jax.training.workdir import CONFIG, compiled_kept, keep_same, lock_workdir
 
 
 def transfer(
@@ -86,7 +87,7 @@ def transfer(
     dataset = values["data"].get("dataset", "")
     if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
         raise FileNotFoundError(f"there is no {dataset}")
-    config = build(TransferConfig, complete(values, _first_device(workdir)))
+    config = build(TransferConfig, complete(values, _first_device(workdir), _folded(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
@@ -124,6 +125,13 @@ def _first_device(workdir: str | os.PathLike) -> str | None:
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
     return "earlier" if _is_earlier(workdir) else None
+
+
+def _folded(workdir: str | os.PathLike) -> bool:
+    """Whether a version began the run whose models had no mean and deviation of pixels."""
+    files = [Path(workdir) / CONFIG, *sorted(Path(workdir).glob(f"trials/*/{CONFIG}"))[:1]]
+    first = next((file for file in files if workdir and file.exists()), None)
+    return first is not None and "mean" not in read_json(first, "copy it back").get("model", {})
 
 
 def _is_earlier(workdir: Path) -> bool:

@@ -171,6 +171,8 @@ def to_hugging_face(params: dict, description: dict) -> tuple[dict[str, np.ndarr
         kind = kind._replace(heads_of_classes=("visual_projection",))
         if not params["head/bias"].any():  # it has no bias
             del params["head/bias"]
+        else:
+            raise InputError(f"{target} can't hold this model: head/bias, and it isn't zero")
     elif model_type in ("dinov3_vit", "siglip_vision_model") and classes:
         raise InputError(f"{target} has no classifier: write features, or another format")
     own = _own_fields(model_type, architecture, config, classes)

@@ -62,6 +62,7 @@ def by_hand(address: str) -> str:
     repository = "/".join(rest.split("/")[:2])
     url = f"https://huggingface.co/{repository}/resolve/main"
     return (
-        "fetch both files where there is a network, "
-        f"curl -LO {url}/model.safetensors -LO {url}/config.json, and give their folder instead"
+        "fetch all files where there is a network, "
+        f"curl -LO {url}/model.safetensors -LO {url}/config.json -LO "
+        f"{url}/preprocessor_config.json (Hugging Face's have it), and give their folder instead"
     )

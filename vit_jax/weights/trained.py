@@ -30,37 +30,12 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.weights import formats, published
+from vit_jax.weights import folders, formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
+from vit_jax.weights.prediction import Prediction
 
 FORMATS = ("orbax", *formats.FORMATS)
 BATCH = 64  # images per batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The prediction for one image, or the reason why it can't be read."""
-
-    image: str
-    classes: tuple[str, ...]
-    probabilities: np.ndarray | None  # [C]; None if the image can't be read
-    error: str = ""
-
-    @property
-    def label(self) -> str | None:
-        """The most probable class; None for an error."""
-        return self.top(1)[0][0] if self.probabilities is not None else None
-
-    def top(self, count: int = 3) -> list[tuple[str, float]]:
-        """Returns the most probable classes with their probabilities; none for an error."""
-        if self.probabilities is None:
-            return []
-        best = np.argsort(-self.probabilities, kind="stable")[:count]
-        return [(self.classes[i], float(self.probabilities[i])) for i in best]
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{name} {p:.1%}" for name, p in self.top()) or f"error: {self.error}"
-        return f"{self.image}: {found}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -74,6 +49,7 @@ class TrainedModel:
       preprocessing: converts images to the network's input: see `data.augment.parse_preprocess`.
       temperature: divides the logits to calibrate probabilities.
       origin: the argument of `load`.
+      notes: what `load` passed over or assumed, a sentence each.
     """
 
     architecture: Model
@@ -82,6 +58,7 @@ class TrainedModel:
     preprocessing: str = "resize"
     temperature: float = 1.0
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_description(
@@ -95,6 +72,7 @@ class TrainedModel:
             preprocessing=description.get("preprocess", "resize"),
             temperature=description.get("temperature", 1.0),
             origin=origin,
+            notes=tuple(description.get("notes", ())),
         )
 
     @property
@@ -332,7 +310,11 @@ def create_model(
     return TrainedModel(architecture, {}).with_random_weights(seed)
 
 
-def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> TrainedModel:
+def load(
+    path: str | os.PathLike,
+    image_size: tuple[int, int] | None = None,
+    variant: str | None = None,
+) -> TrainedModel:
     """Reads a trained model.
 
     Args:
@@ -340,6 +322,7 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
         that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
         hf://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
+      variant: the architecture of safetensors without a config.json, such as "ViT-B/16".
 
     Loads the exponential moving average (EMA) of the parameters if the run kept one.
 
@@ -349,8 +332,10 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
     """
     resolved = published.resolve(path)
     folder = Path(resolved).absolute()
-    if "://" in str(resolved) or folder.is_file() or (folder / formats.WEIGHTS).is_file():
-        params, description = formats.read(resolved, image_size)
+    if "://" in str(resolved) or folder.is_file() or folders.holds_weights(folder):
+        params, description = formats.read(resolved, image_size, variant)
+    elif image_size is not None or variant is not None:
+        raise InputError(f"{path} says what its model is: leave out image_size and variant")
     else:
         params, description = _read_orbax(find_checkpoint(resolved))
     return TrainedModel.from_description(params, description, os.fspath(path))
@@ -364,10 +349,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
     if not (folder / "params").is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
-            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
-        )
+        raise FileNotFoundError(folders.explain(path))
     return folder
 
 
