@@ -45,7 +45,7 @@ def from_hugging_face(
     config = Stated(files.get("config.json", {}), "config.json")
     if not config.fields:
         raise InputError("no config.json beside the weights: it tells the number of heads")
-    architecture = (config.fields.get("architectures") or ["unknown"])[0]
+    architecture = ", ".join(config.names("architectures") or ["unknown"])
     model_type = config.text("model_type", "vit")
     if model_type in TWO_TOWERS:
         model_type, config = TWO_TOWERS[model_type], config.part("vision_config")
@@ -96,19 +96,19 @@ def from_hugging_face(
     return params, description
 
 
-def _pool(architecture: Any) -> str:
+def _pool(architecture: str) -> str:
     """Returns "Mean" for classifiers that average the patches."""
     means = ("CLIPForImageClassification", "SiglipForImageClassification")
     return "Mean" if architecture in means else ""
 
 
-def _of_this_task(arrays: dict, kind: Kind, architecture: Any) -> dict:
+def _of_this_task(arrays: dict, kind: Kind, architecture: str) -> dict:
     """Leaves out layers that a classifier of a tower doesn't run."""
     unused = {
         "CLIPForImageClassification": f"{kind.prefix}post_layernorm.",
         "SiglipForImageClassification": f"{kind.prefix}head.",
     }
-    prefix = unused.get(architecture) if isinstance(architecture, str) else None
+    prefix = unused.get(architecture)
     return {n: a for n, a in arrays.items() if prefix is None or not n.startswith(prefix)}
 
 

@@ -199,13 +199,12 @@ def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tu
     gated = model.mlp == "swiglu"
     # A gated MLP's ratio may be that of both its layers, and its width is rounded up.
     found = (model.mlp_dim, 2 * model.mlp_dim) if gated else (model.mlp_dim,)
+    close = any(abs(m - mlp_dim) <= 8 for m in found)
     registers = arguments.whole("num_reg_tokens", known.registers)
     rows = [
         ("embed_dim", width, model.width),
         ("depth", arguments.whole("depth", known.depth), model.depth),
-        ("the MLP's width", min(found, key=lambda m: abs(m - mlp_dim)), found[0])
-        if any(abs(m - mlp_dim) <= 8 for m in found)
-        else ("the MLP's width", int(mlp_dim), found[0]),
+        ("the MLP's width", found[0] if close else int(mlp_dim), found[0]),
         ("reg_tokens", arguments.whole("reg_tokens", registers), model.registers),
         ("LayerScale", "init_values" in arguments or None, model.layer_scale is not None),
     ]

@@ -348,7 +348,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
-    if not (folder / "params").is_dir():
+    if not ((folder / "params").is_dir() and (folder / "model").is_dir()):
         raise FileNotFoundError(folders.explain(path))
     return folder
 
