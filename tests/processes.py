@@ -1,4 +1,4 @@
-"""Starts the commands as their users do, and reads what they left behind."""
+"""Starts the commands as users do, and reads the files they leave."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TINY = (
 
 
 def start(module, *arguments, **environment):
-    """A command on its way."""
+    """Starts a command."""
     return subprocess.Popen(
         [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
         cwd=ROOT,
@@ -39,7 +39,7 @@ def start(module, *arguments, **environment):
 
 
 def command(module, *arguments):
-    """A command run to its end: (exit code, output, errors)."""
+    """Runs a command to its end: (exit code, output, errors)."""
     process = start(module, *arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -62,7 +62,7 @@ for module, arguments, out, err in json.load(sys.stdin):
 
 
 def commands(folder, cases):
-    """Several commands run to their ends: [(exit code, output, errors)]; `folder` is for logs."""
+    """Runs commands to their ends: [(exit code, output, errors)]; `folder` is for logs."""
     files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(cases))]
     rows = [
         [module, list(map(str, arguments)), *map(str, pair)]
@@ -85,14 +85,14 @@ def commands(folder, cases):
 
 
 def free_port():
-    """A port of this machine that nobody listens at."""
+    """Returns a free port of this machine."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 def cluster(processes, devices, arguments_of, environment_of=lambda i: {}):
-    """Several processes of one run on this machine; arguments_of(i) are those of process i."""
+    """Starts the processes of one run on this machine; arguments_of(i) are those of process i."""
     port = free_port()
     return [
         start(
@@ -110,19 +110,19 @@ def cluster(processes, devices, arguments_of, environment_of=lambda i: {}):
 
 
 def finish(processes, timeout=300):
-    """Their exit codes and what they wrote to stderr."""
+    """Waits for processes; returns their exit codes and standard errors."""
     outputs = [process.communicate(timeout=timeout) for process in processes]
     return [process.returncode for process in processes], [err for _, err in outputs]
 
 
 def pretrain(workdir, steps, *arguments):
-    """Arguments of a small pretraining."""
+    """Returns the arguments of a small pretraining."""
     config = f"--config=configs/pretrain/formula.py:classes=10,steps={steps}"
     return ("pretrain", config, f"--workdir={workdir}", *TINY, *arguments)
 
 
 def checkpoint_arrays(workdir):
-    """Every array of the newest checkpoint: parameters and optimizer state."""
+    """Reads every array of the newest checkpoint: parameters and optimizer state."""
     folder = workdir / "checkpoints"
     newest = folder / max((p.name for p in folder.iterdir() if p.name.isdigit()), key=int)
     arrays = {"step": newest.name}
@@ -138,7 +138,7 @@ def checkpoint_arrays(workdir):
 
 
 def records(workdir):
-    """What metrics.jsonl has, without what the clock measured."""
+    """Reads the records of metrics.jsonl, without measured times."""
     clock = {*CLOCK, "seconds"}
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
 
@@ -146,7 +146,7 @@ def records(workdir):
 def equal_runs(workdir, other, gradients=0.0):
     """Asserts that two runs ended with the same state and recorded the same, up to rounding.
 
-    `gradients`: how far apart these may be, relative to the largest; SGD's momentum sums them up.
+    `gradients`: tolerance relative to the largest gradient; SGD's momentum sums gradients up.
     """
     expected, found = checkpoint_arrays(other), checkpoint_arrays(workdir)
     assert expected.keys() == found.keys()

@@ -1,4 +1,4 @@
-"""Fitting a checkpoint to another model: every tensor accounted for."""
+"""Fitting a checkpoint to another model: every tensor is accounted for."""
 
 import chex
 import jax
@@ -30,7 +30,7 @@ LAW = settings(deadline=None, max_examples=50)  # the first example may compile
 
 
 def make(num_classes=5, size=32, seed=0, **options):
-    """A model, and random parameters of it."""
+    """Returns a model and random parameters."""
     config = ModelConfig(
         **{**({} if "variant" in options else NANO), "dtype": "float32", **options}
     )
@@ -45,7 +45,7 @@ def params(*args, **options):
 
 
 def between(source, target, **options):
-    """`adapt` from one (model, parameters) to another, whose grids are known."""
+    """Calls `adapt` from one (model, parameters) to another, with their grids."""
     (was, arrays), (model, fresh) = source, target
     return adapt(arrays, fresh, grid=model.grid, source_grid=was.grid, **options)
 
@@ -78,7 +78,7 @@ def test_same_architecture_new_head(options):
 
 
 def test_pre_logits_are_dropped_with_the_head():
-    """Fine-tuning takes off the whole pretraining head (section 3.2 of the paper)."""
+    """Fine-tuning removes the whole pretraining head (section 3.2 of the paper)."""
     source = params(representation_size=20)
     _, report = adapt(source, params(), grid=(4, 4))
     assert "pre_logits/kernel" in report.dropped
@@ -145,7 +145,7 @@ def test_another_resolution_resizes_position_embeddings(options, size):
 @pytest.mark.parametrize("position", ["learned_1d", "learned_2d"])
 @pytest.mark.parametrize(("at", "scan"), [("stem", False), ("layers", False), ("layers", True)])
 def test_every_learned_table_at_every_place(position, at, scan):
-    """To and from grids that aren't square, as one table a layer would be."""
+    """Resizes to and from grids that aren't square, each layer's table alike."""
     options = {"position": position, "position_at": at}
     source, target = make(size=(16, 48), **options), make(size=(32, 24), scan=scan, **options)
     adapted, report = between(source, target)
@@ -170,7 +170,7 @@ def test_every_learned_table_at_every_place(position, at, scan):
 
 
 def test_as_many_patches_in_another_grid_are_resized_too():
-    """The shapes agree, the places do not."""
+    """The shapes agree, but the grids do not."""
     tall, wide = make(size=(48, 32)), make(size=(32, 48), seed=1)
     adapted, report = between(tall, wide)
     assert report.resized == ("pos_embedding (1, 6, 4, 96) -> (1, 4, 6, 96)",)
@@ -217,7 +217,7 @@ def test_fixed_positions_have_nothing_to_resize(position):
 @pytest.mark.parametrize("slot", [False, True])
 @pytest.mark.parametrize("side", [5, 12, 24])
 def test_resize_reference(golden, side, slot):
-    """With a class slot as published: it goes into the class token, and stays as it is."""
+    """The class slot of published tables goes to the class token unchanged; the grid is resized."""
     _, io = golden("posemb_resize")
     table, expected = io["posemb_7x7"], io[f"to_{side}x{side}"]
     if slot:
@@ -242,7 +242,7 @@ SIDES = st.integers(1, 30)
 @LAW
 @given(r=SIDES, c=SIDES, rows=SIDES, columns=SIDES, seed=st.integers(0, 9))
 def test_resizing_positions_law(r, c, rows, columns, seed):
-    """Planes go to the same planes, corners to corners, and all to what scipy makes of it."""
+    """Planes stay the same planes, corners stay corners, and the result equals scipy's."""
     down, along = np.random.default_rng(seed).normal(size=(2, 3))
 
     def plane(rows, columns):  # of places from 0 to 1; a single row is the first
@@ -268,7 +268,7 @@ def test_resizing_positions_law(r, c, rows, columns, seed):
 
 
 def resize_patches(patches, side):
-    """Bilinear, edges on edges: [..., P, P, C] -> [..., side, side, C]."""
+    """Resizes bilinearly, aligning edges: [..., P, P, C] -> [..., side, side, C]."""
     old = patches.shape[-2]
     at = (np.arange(side) + 0.5) * old / side - 0.5
     for axis in (-3, -2):
@@ -291,7 +291,7 @@ def test_larger_patches_give_the_same_tokens(old, more, seed):
 @LAW
 @given(old=st.integers(1, 10), new=st.integers(1, 10), seed=st.integers(0, 9))
 def test_patch_kernels_are_the_least_squares_solution(old, new, seed):
-    """Of tokens over all pixels' unit patches; by numpy's solver, on the whole patch."""
+    """Minimises the tokens' squared error over all unit patches; equals numpy's solver."""
     kernel = np.random.default_rng(seed).normal(size=(old, old, 2, 3)).astype(np.float32)
     unit = np.eye(old * old).reshape(-1, old, old, 1)
     resized = resize_patches(unit, new).reshape(old * old, new * new)
@@ -302,7 +302,7 @@ def test_patch_kernels_are_the_least_squares_solution(old, new, seed):
 
 @pytest.mark.parametrize("family", ["ViT-nano/{}", "Mixer-S/{}"])
 def test_a_model_of_larger_patches_computes_the_same(family):
-    """The whole network on images whose patches are resized as the kernel was."""
+    """Compares whole networks, on images whose patches are resized as the kernel was."""
     sizes = MIXER if "Mixer" in family else NANO
     source = make(size=32, **{**sizes, "variant": family.format(8)})
     target = make(size=48, **{**sizes, "variant": family.format(12)})
@@ -395,7 +395,7 @@ TREES = st.dictionaries(st.sampled_from(NAMES), SHAPES)
 @LAW
 @given(source=TREES, target=TREES, drop=st.booleans(), afresh=st.booleans())
 def test_all_is_accounted_for_or_all_that_is_not_is_listed(source, target, drop, afresh):
-    """Of any two trees: nothing is half-loaded, nothing passed over."""
+    """For any two trees, nothing is half-loaded and nothing is left out silently."""
     drop = tuple(source) if drop else ()
     afresh = tuple(target) if afresh else ()
     arrays = unflatten({name: np.ones(shape, np.float32) for name, shape in source.items()})

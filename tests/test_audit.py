@@ -1,4 +1,4 @@
-"""What is seen before training, and how splits are cut: of folders with everything wrong."""
+"""The audit before training, and how splits are cut, with folders full of faults."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from vit_jax.data.sources import Source, open_source
 
 
 def paint(path, number):
-    """Writes an image that the number decides."""
+    """Writes an image that depends on the number alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (6, 4 + number % 3, 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -54,7 +54,7 @@ def test_everything_is_noticed(folder):
     assert "bee/03.png" in text and "in several classes, the same to the pixel, 1" in text
     assert "ant/01.png (ant) = bee/taken.png (bee)" in text
     assert "ant/00.png = ant/again.png" in text
-    assert "no images by their names, or in no class, 1: bee/notes.txt" in text
+    assert "not images by name, or in no class, 1: bee/notes.txt" in text
     assert "classes with fewer than 10 images in train, 1: cat (3)" in text
     assert "imbalanced: 41 images of ant, 3 of cat" in text
     assert seen.sizes == {"width": [4, 5, 6], "height": [6, 6, 6]}
@@ -107,7 +107,7 @@ def test_splits_that_are_there_are_used(tmp_path):
 
 
 def test_names_of_folders_survive_the_cut(tmp_path):
-    """Also those that a table, a list or a terminal would take for something else."""
+    """Also names that have a special meaning in a table, a list or a terminal."""
     names = (" ant", "be\u2028e", "caf\udce9", "7", 'qu"ote', "=1")
     for i in range(12 * len(names)):
         paint(tmp_path / "images/training_set" / names[i % len(names)] / f"{i}\x85.png", i)
@@ -133,7 +133,7 @@ def test_exif_is_spoken_of(folder):
     ):
         image.save(folder / f"ant/{name}.jpg", exif=data)
     text = str(settle(folder)[1])
-    assert "magick mogrify -auto-orient), 1: ant/turned.jpg\n" in text + "\n"
+    assert "data.preprocess likewise), 1: ant/turned.jpg\n" in text + "\n"
     assert "damaged EXIF data, which are ignored, 1: ant/damaged.jpg\n" in text + "\n"
 
 

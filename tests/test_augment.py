@@ -1,5 +1,8 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from vit_jax.data.augment import OPS, parse_preprocess
 
@@ -24,7 +27,7 @@ def noise(height, width, seed=0):
 
 
 def ramp(height, width):
-    """Red is the row, green the column, blue is constant."""
+    """Makes an image: red is the row, green the column, blue constant."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.full_like(rows, 77)], axis=2).astype(np.uint8)
 
@@ -34,7 +37,7 @@ def run(spec, image, seed=0, size=SIZE):
 
 
 def test_every_op_is_tested():
-    assert {op.split("|")[-1].split("(")[0] for op in ALL_OPS} == set(OPS)
+    assert {op.split("|")[-1].split("(")[0] for op in ALL_OPS} == set(OPS) - {"upright"}
 
 
 @pytest.mark.parametrize("spec", ALL_OPS)
@@ -130,7 +133,7 @@ def test_pad_crop_shifts_and_fills_with_black():
 
 
 def boxes(spec, height, width, count=300):
-    """Top, left, height, width of random crops, measured on a ramp."""
+    """Measures top, left, height and width of random crops on a ramp."""
     found = []
     for seed in range(count):
         out = run(spec, ramp(height, width), seed, (64, 64)).astype(float)
@@ -254,3 +257,25 @@ def test_keyword_and_positional_arguments_agree():
 def test_crop_of_too_small_an_image_says_to_resize():
     with pytest.raises(ValueError, match=r"24 x 16 out of 10 x 10 pixels: add `resize`"):
         run("pad_crop(1)", noise(8, 8))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_upright_is_what_a_viewer_shows(kind):
+    """All eight orientations, and damaged EXIF data, which viewers ignore."""
+    image = Image.fromarray(np.add.outer(np.arange(24), 3 * np.arange(40)).astype(np.uint8))
+    prepare = parse_preprocess("upright|resize", (24, 40))
+    plain = parse_preprocess("resize", (24, 40))
+    for turn in range(1, 9):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = turn
+        image.save(file, kind, exif=exif.tobytes())
+        with Image.open(file) as stored:
+            expected = plain(np.asarray(ImageOps.exif_transpose(stored).convert("RGB")), None)
+        np.testing.assert_allclose(prepare(file.getvalue(), None), expected, atol=2)
+        ignored = plain(file.getvalue(), None)
+        assert (turn == 1) == np.array_equal(prepare(file.getvalue(), None), ignored)
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif.tobytes()[:16])
+    assert np.array_equal(prepare(file.getvalue(), None), plain(file.getvalue(), None))
+    with pytest.raises(ValueError, match="upright comes first"):
+        parse_preprocess("resize|upright", (24, 40))

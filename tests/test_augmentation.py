@@ -126,7 +126,7 @@ def test_draws_are_a_function_of_seed_step_and_row():
 
 
 def test_no_image_crosses_the_network():
-    """Of a batch split over 8 devices; rolling it by a row would permute."""
+    """With a batch split over 8 devices. Rolling it by a row would need communication."""
     mesh = make_mesh(MeshConfig())
     images = jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.uint8, sharding=batch_sharding(mesh))
     targets = jax.ShapeDtypeStruct((32, 5), jnp.float32, sharding=batch_sharding(mesh))
@@ -139,7 +139,7 @@ def test_no_image_crosses_the_network():
 
     config = AugmentationConfig(0.8, 1.0, brightness=0.2, contrast=0.2)
     assert not collectives(lambda x, y: augment(x, y, draw(config, 0, 1, 32)))
-    assert collectives(lambda x, y: (jnp.roll(x, 1, axis=0), y))  # the measure works
+    assert collectives(lambda x, y: (jnp.roll(x, 1, axis=0), y))  # shows that the check can fail
 
 
 def test_color_jitter_against_pillow():

@@ -1,4 +1,4 @@
-"""What a classifier is compared with, and metrics that weigh classes alike."""
+"""Baselines of a classifier, and metrics that give classes equal weight."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_metrics_are_scikit_learns():
     found = measure_predictions(labels, predicted)
     assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
-    labels[labels == 2] = 3  # a class that is predicted alone, of no recall
+    labels[labels == 2] = 3  # a class that is predicted but has no example
     found = measure_predictions(labels, predicted)
     recalls = [np.mean(predicted[labels == c] == c) for c in (0, 1, 3)]
     assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))

@@ -1,4 +1,4 @@
-"""Every second has a state; what a restart costs; input that is waited for while devices idle."""
+"""Run time by state, the cost of restarts, and waits for input while devices idle."""
 
 import time
 
@@ -13,7 +13,7 @@ from vit_jax.training.clock import Clock, Starts, add_up, process_age, shares
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that moves when it is told to: now[0]."""
+    """A clock that the test sets: now[0]."""
     moment = [100.0]
     monkeypatch.setattr(clock_module.time, "perf_counter", lambda: moment[0])
     monkeypatch.setattr(clock_module.time, "time", lambda: moment[0])
@@ -66,14 +66,14 @@ def start(began, ended, from_step, to_step, train):
 
 
 def test_steps_made_again_are_lost_and_pauses_told():
-    """To 100, back to 80, to 120, back to 60 (a damaged checkpoint), to the end."""
+    """Runs to step 100, resumes at 80, runs to 120, resumes at 60 (damaged checkpoint), ends."""
     starts = [
         start(0, 150, 0, 100, 100),
         start(200, 300, 80, 120, 80),
         start(310, 400, 60, 130, 70),
     ]
     seconds = add_up(starts)
-    # Of the first start's steps 60 to 100 are lost, of the second's all.
+    # The first start loses steps 60 to 100, the second all of its steps.
     assert seconds["lost"] == pytest.approx(40 + 80)
     assert seconds["train"] == pytest.approx(60 + 70)
     assert seconds["compile"] == pytest.approx(50 + 20 + 20)
@@ -112,7 +112,7 @@ def test_starts_are_kept_from_process_to_process(tmp_path, now):
 
 
 def make_recorder(workdir, clock, log_every):
-    """Of a run on 8 chips."""
+    """Makes a recorder of a run on 8 chips."""
     return metrics.Recorder(
         metrics.Metrics(workdir, steps=100),
         clock,
@@ -120,7 +120,7 @@ def make_recorder(workdir, clock, log_every):
         start=0,
         log_every=log_every,
         batch_size=8,
-        flops_per_image=1,
+        flops=lambda start, stop: 8 * (stop - start),
         devices=8,
     )
 

@@ -21,7 +21,7 @@ SHORT = (
 
 
 def commands(folder, upstream):
-    """Pretraining, two evaluations of what it made, and transfer of it; each with a name."""
+    """Returns commands by name: pretraining, two evaluations of the result, and its transfer."""
     evaluate = (
         "evaluate",
         f"--checkpoint={upstream}",
@@ -57,7 +57,7 @@ def commands(folder, upstream):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process with two devices makes of them."""
+    """Returns the results of one process with two devices."""
     folder = tmp_path_factory.mktemp("alone")
     for arguments in commands(folder, folder / "pretrain").values():
         codes, errors = finish([start(*arguments, JAX_NUM_CPU_DEVICES="2")])
@@ -71,21 +71,21 @@ def test_several_processes_equal_one(alone, tmp_path, processes):
     for arguments in commands(tmp_path, alone / "pretrain").values():
         codes, errors = finish(cluster(processes, 4, lambda i, a=arguments: a))
         assert codes == [0] * processes, errors
-    # At first the class token is nearly zero, so that its LayerNorm magnifies rounding.
+    # At first the class token is nearly zero, so its LayerNorm magnifies rounding errors.
     equal_runs(tmp_path / "pretrain", alone / "pretrain", gradients=1e-4)
     equal_runs(tmp_path / "transfer", alone / "transfer")
     for name in ("classification", "fewshot"):
         ours, theirs = (json.loads((f / f"{name}.json").read_text()) for f in (tmp_path, alone))
         intervals = [measured.pop("accuracy_interval", []) for measured in (ours, theirs)]
         assert intervals[0] == pytest.approx(intervals[1])
-        # Of 599 digits one on a border may fall to its other side by rounding, in either draw.
+        # By rounding, the prediction of one borderline digit of 599 may change, in either draw.
         border = 2 / 599 if name == "fewshot" else 1e-5
         assert ours == pytest.approx(theirs, abs=border)
 
 
 @pytest.mark.slow
 def test_processes_whose_devices_share_their_rows(tmp_path):
-    """A head on each of eight devices, four in either process: both read all of the batch."""
+    """With tensor=8, four devices per process, each process reads the whole batch."""
     heads = ("--config.model.num_heads=8", "--config.eval_every=4", *SPREAD)
     alone = pretrain(tmp_path / "alone", 8, *heads, "--config.mesh.fsdp=1")
     codes, errors = finish([start(*alone, JAX_NUM_CPU_DEVICES="1")])

@@ -39,6 +39,7 @@ CASES = {  # arguments -> exit code, what is printed
     ("evaluate", "model", "digits"): (1, "no checkpoint at model"),
     ("evaluate", "model", "digits", "more"): (1, "unexpected more"),
     ("predict", "model", "tests/golden"): (1, "no images: name files"),
+    ("convert", "hf:a/b", "nowhere", "--offline"): (1, "offline, as --offline"),
     **{(verb, "--help"): (0, f"usage: vit_jax {verb}") for verb in VERBS},
 }
 
@@ -59,7 +60,7 @@ def test_the_command(tmp_path):
 
 @pytest.mark.parametrize("verb", ["doctor", "models", "recipes"])
 def test_a_reader_that_has_read_enough_is_no_error(verb):
-    """As `| head -1`."""
+    """As with `| head -1`: the reader closes the pipe."""
     command = [sys.executable, "-m", "vit_jax", verb]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, **pipes)

@@ -24,7 +24,7 @@ def up(tmp_path_factory):
 
 @pytest.mark.long
 def test_pretrain_transfer_evaluate(up, tmp_path):
-    """The main job: the checkpoint walks through all three commands."""
+    """The main use: a checkpoint passes through all three commands."""
     last = read_metrics(up)[-1]
     assert last["step"] == 12 and last["validation/examples"] == 20
     resolved = json.loads((up / "config.json").read_text())
@@ -65,7 +65,7 @@ def test_pretrain_transfer_evaluate(up, tmp_path):
 
 @pytest.mark.long
 def test_killed_at_any_moment_resumes_exactly(tmp_path):
-    """SIGKILL between steps, during a save and at random; then bit-identical to never killed."""
+    """SIGKILL between steps, during a save and at random; the result is bit-identical."""
     steps = 60
     code, _, err = command(*pretrain(tmp_path / "whole", steps))
     assert code == 0, err

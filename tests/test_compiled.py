@@ -1,4 +1,4 @@
-"""What is read from a compiled program: against formulas, on CPU devices and in a TPU's text."""
+"""Costs read from compiled programs, against formulas: on CPU devices, and from a TPU's text."""
 
 import re
 from functools import partial
@@ -41,12 +41,12 @@ def fsdp_step(devices):
     return step.lower(weights, x)
 
 
-# Of one device: a product forward and two backward in each layer, on a quarter of the rows.
+# Per device and layer: one matmul forward and two backward, on a quarter of the rows.
 STEP_FLOPS = LAYERS * 3 * 2 * (ROWS // 4) * WIDTH * WIDTH
 
 
 def test_a_tpus_program():
-    """The text that libtpu 0.0.42 gave for v5e:2x2: the products are convolutions in there."""
+    """Reads libtpu 0.0.42's text for v5e:2x2, in which matmuls are convolutions."""
     program = Program(TPU.read_text())
     assert program.flops == STEP_FLOPS
     whole = WIDTH * WIDTH * 2  # bytes of a layer's weights
@@ -64,7 +64,7 @@ def test_a_tpus_program():
 
 
 def test_what_the_compiler_has_no_estimate_of_is_not_added_up():
-    """It then says 2^63 - 1, as of a copy in ViT-G/14's program for TPU7x."""
+    """The compiler then says 2^63 - 1, as for a copy in ViT-G/14's program for TPU7x."""
     text = TPU.read_text()
     first = re.search(r'"estimated_cycles":"(\d+)"', text)
     changed = Program(text.replace(first[0], f'"estimated_cycles":"{2**63 - 1}"', 1))
@@ -137,7 +137,7 @@ ENTRY %main (x: f32[8,8]) -> (s32[], f32[8,8]) {
     ],
 )
 def test_trips_by_the_loops_condition(change, trips, unknown):
-    """As TPUs' compiler leaves them: from a constant, or a copy of it, while it is less."""
+    """Loops as the TPU compiler writes them: from a constant, or its copy, while below a bound."""
     program = Program(LOOP.replace(*change))
     assert (program.flops, program.unknown_loops) == (trips * 2 * 8**3, unknown)
 
@@ -244,7 +244,7 @@ def test_a_kernels_roofline():
 
 
 def test_what_crosses_between_slices():
-    """As libtpu 0.0.42 writes it: a pair of transfers through the host, of one all-reduce."""
+    """libtpu 0.0.42 writes one all-reduce as a pair of transfers through the host."""
     host = (
         ", channel_id={}, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_"
         'name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",'
@@ -275,7 +275,7 @@ def test_a_collective_that_cannot_be_read_is_an_error():
 
 
 def test_rooflines():
-    """An all-reduce of V bytes over n devices sends 2 (n - 1) / n V; over slices, a part of it."""
+    """An all-reduce of V bytes over n devices sends 2 (n - 1) / n V; a part crosses slices."""
     v5e, v3 = CHIPS["v5e"], CHIPS["v3"]
     reduce = Collective("all-reduce", 10**9, tuple(range(4)), times=2)
     assert reduce.seconds(v5e, 4) == pytest.approx(2 * 1.5e9 / v5e.link_bandwidth)
@@ -319,7 +319,7 @@ def test_other_errors_of_the_compiler_pass():
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_the_table_of_chips(chip):
-    """Orders of magnitude and relations: a slipped digit or a swapped column shows."""
+    """Checks orders of magnitude and ratios, which catch a wrong digit or a swapped column."""
     assert chip.name in CHIPS and all(kind in PEAK_FLOPS for kind in chip.device_kinds)
     assert 40e12 < chip.peak_flops < 3e15
     assert 50 < chip.peak_flops / chip.hbm_bandwidth < 700  # FLOPs a byte
@@ -332,6 +332,6 @@ def test_the_table_of_chips(chip):
 
 
 def test_published_clocks():
-    """MHz, of Norrie et al. 2021 (v2, v3) and arXiv 2304.01433 (v4): not in the table."""
+    """Clocks in MHz from Norrie et al. 2021 (v2, v3) and arXiv 2304.01433 (v4) fit the table."""
     clocks = [CHIPS[name].clock / 1e6 for name in ("v2", "v3", "v4")]
     np.testing.assert_allclose(clocks, [700, 940, 1050], rtol=0.025)

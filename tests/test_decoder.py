@@ -1,4 +1,4 @@
-"""The decoder's laws: causality, cached decoding equals the parallel pass, the encoder is heard."""
+"""The decoder's laws: causality, cached decoding equals the parallel pass, encoder attention."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
-"""A disk that fills up and one that becomes read-only, under the real command: file systems of its
-own, in a namespace that only this test sees."""
+"""Runs the real command on a disk that fills up, and on one that becomes read-only: file systems
+in a mount namespace of this test."""
 
 import re
 import subprocess
@@ -39,7 +39,7 @@ cp -r {workdir} {copy}
 
 
 def namespaces():
-    """Whether this system lets us mount file systems of our own."""
+    """Whether this system allows mounting file systems in a namespace."""
     try:
         tried = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
         return subprocess.run(tried, check=False, capture_output=True).returncode == 0

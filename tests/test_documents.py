@@ -1,4 +1,4 @@
-"""What README, docstrings, comments and recipes name exists: files, modules, fields of recipes."""
+"""Files, modules and recipe fields that README, docstrings, comments and recipes name exist."""
 
 import dataclasses
 import importlib.util

@@ -27,7 +27,7 @@ SPLIT = "test[:100]"
 
 @pytest.fixture(scope="module")
 def by_hand(model, params):
-    """Logits, features and labels of all examples, in one batch."""
+    """Computes logits, features and labels of all examples in one batch."""
     source = open_source("digits", SPLIT)
     images = np.stack([np.repeat(source[i]["image"][..., None], 3, -1) for i in range(100)])
     output = jax.jit(model.apply)(params, images)

@@ -20,7 +20,7 @@ def test_reference(golden, seed, shots, l2):
 
 
 def test_both_sides_of_the_solution_agree():
-    """Fewer examples than features, and as many copies of them as make it more."""
+    """Compares fewer examples than features with enough copies of them to be more."""
     rng = np.random.default_rng(0)
     x, y, test = rng.normal(size=(20, 30)), np.arange(20) % 4, rng.normal(size=(50, 30))
     x, test = x.astype(np.float32), test.astype(np.float32)

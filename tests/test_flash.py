@@ -1,4 +1,4 @@
-"""Every way to compute attention gives the plain way's numbers, and is chosen by a rule."""
+"""Every implementation of attention equals plain attention, and is chosen by a rule."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def kernel(query, key, value, biases=None):
 
 
 def value_and_gradients(function, qkv):
-    """Of a sum that weighs every output differently."""
+    """Differentiates a sum that weighs every output differently."""
 
     def loss(qkv):
         y = function(*qkv)
@@ -52,7 +52,7 @@ def value_and_gradients(function, qkv):
 
 @pytest.mark.parametrize("tokens", [5, 8])
 def test_the_token_that_cudnn_needs_changes_nothing(tokens):
-    """The code around cuDNN's call, with XLA in its place: there is no GPU here."""
+    """Tests the code around cuDNN's call with XLA in its place, without a GPU."""
     qkv = inputs(tokens)
     expected = value_and_gradients(plain, qkv)
     found = value_and_gradients(lambda *x: even_attention(*x, implementation="xla"), qkv)
@@ -74,7 +74,7 @@ def test_the_token_that_cudnn_needs_changes_nothing(tokens):
 def test_the_kernel_equals_plain_attention(
     monkeypatch, queries, tokens, heads, head_dim, images, chunk
 ):
-    """Outputs and gradients, also those of the biases, one per image."""
+    """Compares outputs and gradients, also those of the biases, of which each image has one."""
     monkeypatch.setattr(flash_plan, "MAX_CHUNK", chunk)
     biases = np.random.default_rng(1).normal(size=(3, images, 1, heads * head_dim))
     biases = jnp.asarray(biases, jnp.float32)
@@ -99,7 +99,7 @@ def test_heads_that_do_not_fit_together_are_padded(monkeypatch):
 
 
 def test_large_scores_neither_overflow_nor_vanish():
-    """All scores of a query far above, or far below, what an exponential can hold."""
+    """All scores of a query are far above or below the range of an exponential."""
     query, key, value = inputs(9, heads=2, head_dim=64)
     signs = jnp.array([1.0, -1.0])[:, None, None, None]  # of the two images
     large = 300.0 * signs * jnp.abs(query), jnp.abs(key), value
@@ -132,7 +132,7 @@ def gradients(attention, mesh_config):
 
 
 def test_bfloat16_gradients_are_within_its_noise_of_float32s():
-    """And no farther with the kernel than with plain attention."""
+    """The kernel's error is no larger than plain attention's."""
     qkv = inputs(50, heads=2, head_dim=64, dtype=jnp.bfloat16)
     exact = jax.tree.leaves(value_and_gradients(plain, qkv.astype(jnp.float32)))
 

@@ -1,4 +1,4 @@
-"""The analytic count against XLA's, and against the paper."""
+"""The analytic FLOPs count against XLA's, and against the paper."""
 
 import functools
 import re
@@ -27,13 +27,13 @@ def make(variant, image_size=(224, 224), num_classes=1000, **options):
 
 @functools.cache
 def xla_macs(primitive, shapes, params):
-    """XLA's own count of one product or convolution: it doesn't count taps on padding."""
+    """Returns XLA's own count of one matmul or convolution, without taps on padding."""
     lowered = jax.jit(lambda *x: primitive.bind(*x, **dict(params))).lower(*shapes)
     return lowered.cost_analysis()["flops"] / 2
 
 
 def traced_macs(jaxpr):
-    """The sum over every matrix product and convolution of a traced program."""
+    """Sums over every matmul and convolution of a traced program."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
@@ -47,9 +47,9 @@ def traced_macs(jaxpr):
 
 
 def forward(model):
-    """One image's forward pass, traced together with its initialisation, which has no product.
+    """Traces one image's forward pass with its initialisation, which has no matmul.
 
-    With the intermediate values, all of which the formulas count, read or not.
+    Includes the intermediate values, which the formulas count whether they are read or not.
     """
     image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
     run = lambda key, image: model.module.init_with_output(key, image, mutable=True)[0].logits  # noqa: E731

@@ -51,7 +51,7 @@ def make(name, num_classes=5):
 
 
 def rebuild(description):
-    """The model of a description; the initial value of a layer scale no longer matters."""
+    """Builds the model of a description; the initial value of a layer scale no longer matters."""
     fields = {k: v for k, v in description["model"].items() if k != "layer_scale"}
     if "stages" in fields and fields["stages"] is not None:
         fields["stages"] = tuple(fields["stages"])
@@ -122,7 +122,7 @@ def test_official_files_hold_nothing_that_their_readers_would_not_see(field, val
 
 @pytest.mark.parametrize("format", ["timm", "hugging_face", "npz", "official"])
 def test_an_export_that_is_broken_off_leaves_no_model(format, model, params, tmp_path, monkeypatch):
-    """Killed before its weights are whole: nothing there is taken for a model."""
+    """Killed before its weights are complete: nothing there is taken for a model."""
 
     def killed(*_):
         raise KeyboardInterrupt

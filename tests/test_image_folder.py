@@ -26,7 +26,7 @@ def fill(root, *names):
 
 
 def contents(source):
-    """(class name, number of the picture) of each example."""
+    """Returns (class name, number of the picture) of each example."""
     numbers = {picture(i).tobytes(): i for i in range(30)}
     return [
         (
@@ -79,7 +79,7 @@ def test_litter_links_and_names_of_any_script(tmp_path, caplog, monkeypatch):
         ("linked", 1),
         ("犬", 1),
     ]
-    assert "2 files are no images" in caplog.text
+    assert "2 files are not images" in caplog.text
     assert "readme.txt, 犬/notes.md" in caplog.text
     monkeypatch.chdir(tmp_path)
     assert contents(open_source("./set", "train")) == contents(source)
@@ -114,11 +114,11 @@ def test_what_is_passed_over_is_counted_by_reason(tmp_path, caplog):
     assert contents(source) == [("a", 0), ("b", 1)]
     assert [str(file.relative_to(tmp_path)) for file in listed] == ["a/1.png", "b/2.png"]
     for text in (
-        "5 files are hidden, or a system's own",
+        "5 files are hidden or system files",
         "1 files are HEIC photographs, which aren't read (convert",
         "1 files are cameras' raw files",
         "3 files are pipes, sockets or devices: pipe, a/pipe.png, b/linked.png",
-        "1 files are no images by their names, or in no class: b/old.tar",
+        "1 files are not images by name, or in no class: b/old.tar",
     ):
         assert text in caplog.text
     with pytest.raises(ValueError, match=r"pipe.png is a named pipe: expected a file"):
@@ -139,11 +139,11 @@ def test_one_spelling_of_a_class(tmp_path):
         (["a.png"], "holds no folders: expected images as class/name.jpg"),
         (["a/0.png", "b/readme.txt"], "/b holds no images: expected .jpg"),
         (["train/a/0.png", "val/b/1.png"], "val has classes that .*/train hasn't: b"),
-        (["train/a/0.png", "extra/b/1.png"], "expected either classes, or one folder a split"),
-        (["val/a/0.png", "dev/a/1.png"], "one folder a split"),
+        (["train/a/0.png", "extra/b/1.png"], "expected either classes, or one folder per split"),
+        (["val/a/0.png", "dev/a/1.png"], "one folder per split"),
         (["train/a/0.png", "val/1.png"], "val holds no class folders"),
         (["train/0.png", "test/1.png"], r"test holds no class folders \(1 images lie in it\)"),
-        (["set/a/0.png", "set/b/1.png"], "holds one folder, set, and that the folders a, b"),
+        (["set/a/0.png", "set/b/1.png"], "holds one folder, set, which holds the folders a, b"),
         (["train/x/a/0.png", "train/x/b/1.png"], "train holds one folder, x"),
         (["a/0.png", "b\n/1.png"], "line break in its name: rename it"),
     ],
@@ -166,7 +166,7 @@ def test_links_that_lead_nowhere(tmp_path):
         open_source(path, "train")
     link.unlink()
     link.symlink_to(tmp_path / "set", target_is_directory=True)
-    with pytest.raises(ValueError, match="link to a folder that it lies in"):
+    with pytest.raises(ValueError, match="link to a folder that contains it"):
         open_source(path, "train")
 
 
@@ -183,7 +183,7 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def write_table(folder, name, rows):
-    """Rows of dicts as CSV, TSV or JSON Lines."""
+    """Writes rows (dicts) as CSV, TSV or JSON Lines."""
     if name.endswith(".jsonl"):
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
     else:
@@ -332,5 +332,5 @@ def test_labels_beyond_the_classes(tmp_path):
     with pytest.raises(ValueError, match=r"t.csv is not UTF-8 text"):
         open_source(str(tmp_path / "t.csv"), "train")
     (tmp_path / "t.jsonl").write_text('{"path": "0.png", "label": 1}\n{"path": \n')
-    with pytest.raises(ValueError, match="line 2 is no JSON"):
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
         open_source(path, "train")

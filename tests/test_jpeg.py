@@ -1,4 +1,4 @@
-"""JPEG crops that decode less than the whole: the same pixels as decoding it whole with Pillow."""
+"""Partially decoded JPEG crops have the same pixels as the whole image decoded by Pillow."""
 
 import io
 import struct
@@ -66,7 +66,7 @@ def test_any_crop_equals_the_whole_decoded_by_pillow(kind):
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["420", "422", "444"])
 def test_large_crops_are_decoded_smaller(kind, scale):
-    """As Pillow decodes the whole at the same scale, rows below the crop or not."""
+    """Equals Pillow's decoding of the whole at the same scale, with and without rows below."""
     data = encode(photo().resize((480, 321)), **JPEGS[kind])
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (480 // scale, 321 // scale))
@@ -105,7 +105,7 @@ def test_preprocessing_is_the_same_for_both(kind):
 
 
 def test_smaller_decoding_is_nearer_to_antialiasing():
-    """Mean grey levels from an antialiased resize of the whole, for a reduction by more than 4."""
+    """Compares mean grey levels with an antialiased resize, at a reduction by more than 4."""
     data = encode(photo("astronaut").resize((480, 480), Image.Resampling.BICUBIC), quality=95)
     size = (96, 96)
     best = parse_preprocess("resize('bilinear_antialias')", size)(decode_image(data), None)
@@ -125,11 +125,11 @@ def test_smaller_decoding_is_nearer_to_antialiasing():
     assert distance(open_image(data)) < distance(decode_image(data))
 
 
-# What isn't for the quick path, and what the quick path must not take for whole.
+# What the fast path must leave to Pillow, and what it must not accept as complete.
 
 
 def without_adobe(data):
-    """A CMYK JPEG whose inks aren't inverted: Pillow writes Adobe's negatives."""
+    """Makes a CMYK JPEG with inks that aren't inverted: Pillow inverts them, as Adobe does."""
     at = data.index(b"\xff\xee")
     (length,) = struct.unpack_from(">H", data, at + 2)
     return data[:at] + data[at + 2 + length :]
@@ -190,7 +190,7 @@ def test_a_truncated_jpeg_is_an_error_whatever_the_crop(kind):
 
 
 def write_size(data, height, width):
-    """Whatever the pixels, the header says height x width."""
+    """Writes height x width into the header, whatever the pixels."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
@@ -223,7 +223,7 @@ def test_a_jpeg_takes_seconds_and_not_minutes():
 
 @pytest.mark.slow
 def test_large_photographs_are_decoded_at_half_their_size(monkeypatch):
-    """100 megapixels are people's; the limit may be set."""
+    """Photographs of 100 megapixels are real; the limit may be changed."""
     data = encode(Image.new("RGB", (12_000, 8_500), (9, 200, 77)), "JPEG")
     pixels = decode_image(data)
     assert pixels.shape == (4250, 6000, 3)
@@ -234,7 +234,7 @@ def test_large_photographs_are_decoded_at_half_their_size(monkeypatch):
 
 
 def crops(data):
-    """Refused, or the pixels, by every way to read it."""
+    """Returns the pixels, or that they were refused, for each way to read the file."""
     for read in (
         decode_image,
         lambda data: open_image(data).crop((0, 0, 40, 40), (40, 40)),
@@ -250,7 +250,7 @@ def crops(data):
 
 @pytest.mark.parametrize("kind", ["420", "progressive"])
 def test_one_verdict_on_damaged_files(kind):
-    """What `predict` and `prepare` refuse isn't trained on."""
+    """Training refuses the same files as `predict` and `prepare`."""
     whole, verdicts = jpeg(kind), []
     start = whole.index(b"\xff\xda") + 20
     for i, at in enumerate(np.linspace(start, len(whole) - 40, 40).astype(int)):
@@ -275,7 +275,7 @@ def test_files_that_call_programs_are_not_opened():
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_resizing_is_tensorflows(name):
-    """Within a grey level of tf.image's floats, rounding (up to 0.5) included."""
+    """Equals tf.image's floats within one grey level, including rounding (up to 0.5)."""
     image = open_image(GOLDEN[f"{name}/jpeg"].tobytes())
     whole = image.decode()
     for method in ("bilinear", "area", "bilinear_antialias"):

@@ -34,7 +34,7 @@ HEIGHT, WIDTH = 107, 158
 
 
 def pair(kind, interval=1):
-    """A JPEG, and the same with indexed restart markers, as Pillow writes both."""
+    """Returns a JPEG as Pillow writes it, without and with indexed restart markers."""
     options = dict(KINDS[kind][1])
     image = photo().crop((0, 0, WIDTH, HEIGHT)).convert(options.pop("mode", "RGB"))
     marked = encode(image, quality=90, restart_marker_blocks=interval, **options)
@@ -81,7 +81,7 @@ def test_crops_decoded_smaller_are_the_same(kind, scale):
 
 
 def test_what_a_crop_parses():
-    """The segments under the box and its margin, with a header: not a byte of the others."""
+    """A crop parses the header and the segments under the box and its margin, nothing else."""
     _, marked = pair("420", interval=2)
     frame = open_image(marked).height_at - 5
     part, origin, size = jpeg_markers.cut(marked, frame, (65, 33, 95, 47), margin=1)
@@ -180,7 +180,7 @@ sys.stdout.buffer.write(after.getvalue())
 
 @pytest.mark.parametrize("program", [pytest.param("jpegtran", marks=needs_jpegtran), "stand-in"])
 def test_a_dataset_with_markers(tmp_path, monkeypatch, program):
-    """Pixels as they came, for us and for TFDS; only JPEGs are written anew."""
+    """Pixels are unchanged for us and for TFDS; only JPEGs are rewritten."""
     names = [f"a/{i}.jpg" for i in range(4)] + ["b/4.png"]
     path = fill(tmp_path / "in", *names)
     for i, name in enumerate(names[:4]):
@@ -217,7 +217,7 @@ def test_a_dataset_with_markers(tmp_path, monkeypatch, program):
 
 
 def test_what_jpegtran_cannot_do_stays_as_it_came(tmp_path, monkeypatch):
-    """It fails, or it changes a pixel: either way the file is written as it was."""
+    """If jpegtran fails or changes a pixel, the original file is written."""
     path = fill(tmp_path / "in", "a/0.jpg", "b/1.jpg")
     data = encode(photo())
     for name in ("a/0.jpg", "b/1.jpg"):

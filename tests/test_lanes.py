@@ -1,4 +1,4 @@
-"""Several runs in one process: at the same time, apart, and ended together."""
+"""Several runs in one process: concurrent, independent, and stopped together."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ def test_devices_are_apart():
 
 
 def test_at_the_same_time():
-    """Two wait for each other; the third comes when a lane is free again."""
+    """Two jobs wait for each other; the third starts when a lane is free again."""
     meeting, seen = threading.Barrier(2), {}
 
     def job(lane):
@@ -50,7 +50,7 @@ def test_one_that_fails_ends_the_others():
 
 @pytest.mark.parametrize("others", [[until_told], []])
 def test_told_to_end_they_all_do(others):
-    """By SIGTERM, whose handler calls `tell`: also when it comes as the last one ends anyway."""
+    """SIGTERM's handler calls `tell`; also tests a signal that comes as the last job ends."""
     jobs = {str(i): job for i, job in enumerate([lambda lane: lane.preemption.tell(), *others])}
     with pytest.raises(SystemExit) as ended:
         side_by_side(jobs, make_lanes(4))

@@ -1,4 +1,4 @@
-"""The loop, in this process: resuming, stopping, keeping, evaluating."""
+"""The training loop in this process: resuming, stopping, saving, evaluating."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, step):
-    """Breaks the loop off after `step`, as an error of any kind would."""
+    """Interrupts the loop after `step`, as any error would."""
     add = loop.Recorder.add
 
     def stopping(self, done, values):
@@ -90,7 +90,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, mesh, ema_decay
 
 
 def check_times(records, workdir):
-    """Of a run that was stopped after step 5 and went on from step 3."""
+    """Checks the times of a run that stopped after step 5 and resumed from step 3."""
     trained = [r for r in records if "loss" in r]
     for record in trained:
         assert {*CLOCK} - {"mfu", "seconds"} <= record.keys()  # no peak of a CPU is known
@@ -130,7 +130,7 @@ def test_nothing_is_compiled_after_the_first_steps(tmp_path, monkeypatch):
 
 
 def test_an_implicit_transfer_is_an_error(tmp_path, monkeypatch):
-    """A batch that is still on the host goes no further: TPUs would wait for it in every step."""
+    """A batch that is still on the host is rejected: TPUs would wait for it in every step."""
     put, calls = loop.put_batch, []
 
     def forgetful(mesh, batch):
@@ -151,7 +151,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 
 def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    """The update of step 5 breaks; it is found at step 6 at the latest, before the save."""
+    """The update of step 5 is not finite; the loop finds it by step 6, before the save."""
     step = loop._compile
 
     def breaking(run, state, batch):
@@ -215,7 +215,7 @@ def test_what_matters_may_not_change(tmp_path):
 
 
 def test_fields_newer_than_a_run_have_their_defaults(tmp_path):
-    """A run that was begun by an older version goes on."""
+    """A run that an older version began resumes."""
     file = tmp_path / "config.json"
     workdir.keep_same(file, config())
     there = json.loads(file.read_text())
@@ -231,7 +231,7 @@ def test_fields_newer_than_a_run_have_their_defaults(tmp_path):
 
 
 def test_speed_may_change(tmp_path, monkeypatch):
-    """Another mesh, remat and accumulation go on with the same run."""
+    """Another mesh, remat and accumulation resume the same run."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 5)
         run(tmp_path / "a", devices=8)

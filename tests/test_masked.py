@@ -37,7 +37,7 @@ def test_half_of_the_patches_are_corrupted_as_the_paper_says():
     assert (another.sum(axis=1) == 10).all()
     assert (corrupted[(sources == MASK) | another]).all()
     assert sources.max() < 200
-    # Everywhere, and not the same patches in each image.
+    # Patches everywhere are chosen, and not the same in each image.
     assert (np.abs(corrupted.mean(axis=0) - 0.5) < 0.35).all()
     assert (sources[0] != sources[1]).any()
     taken = np.asarray(sources)[another]

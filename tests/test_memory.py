@@ -1,4 +1,4 @@
-"""Microbatches and remat by the compiled program's own account."""
+"""Microbatches and remat, chosen by the compiled program's memory."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def training():
 
 @pytest.fixture(scope="module")
 def whole(training):
-    """Memory without anything done."""
+    """Returns the memory without microbatches and remat."""
     return memory(compile_step(training))
 
 

@@ -94,7 +94,7 @@ def shape(*dims):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_heads_and_hidden_width_over_tensor(scanned):
-    """Columns before the nonlinearity, rows behind it; with a leading axis of layers alike."""
+    """Splits columns before the nonlinearity and rows after it, also with a leading layer axis."""
     layers = (3,) * scanned
     block = {
         "MultiHeadDotProductAttention_0": {

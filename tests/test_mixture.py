@@ -32,13 +32,13 @@ def test_parts_come_in_proportion_and_each_goes_through_its_own_epochs(sizes, we
     for part, size in enumerate(sizes):
         seen = np.bincount(stream[parts == part] - starts[part], minlength=size)
         assert len(seen) == size
-        # Whole blocks hold an uninterrupted piece of the part's stream: all of its epochs but the
+        # Whole blocks hold a contiguous piece of the part's stream: all of its epochs but the
         # last are complete.
         assert seen.max() - seen.min() <= 1
 
 
 def test_parts_are_spread_at_random():
-    """Not in turn: rows that a mixup pairs, or a process holds, would always be of one part."""
+    """Not in turns: then the rows that mixup pairs, or a process holds, would be of one part."""
     parts = part_of(mixture_stream(0, range(4096), (100, 100), (0.5, 0.5)), (100, 100))
     assert np.mean(parts[1:] == parts[:-1]) == pytest.approx(0.5, abs=0.05)
     assert np.mean(parts[::-1] == parts) == pytest.approx(0.5, abs=0.05)
@@ -52,7 +52,7 @@ def test_the_stream_is_a_function_of_seed_and_position():
     alone = [mixture_stream(7, [p], sizes, weights)[0] for p in reversed(positions)]
     np.testing.assert_array_equal(together, alone[::-1])
     assert not np.array_equal(together, mixture_stream(8, positions, sizes, weights))
-    # Of equally large sets with equal weights, no two go through the same order.
+    # Equally large datasets with equal weights have different orders.
     stream = mixture_stream(1, range(2048), (64, 64), (1, 1))
     first, second = (stream[part_of(stream, (64, 64)) == part][:64] % 64 for part in (0, 1))
     assert not np.array_equal(first, second)

@@ -1,4 +1,4 @@
-"""The models agree with the reference code, and with themselves whatever changes only speed."""
+"""The models agree with the reference code, and options that change only speed change no number."""
 
 import dataclasses
 import functools
@@ -180,7 +180,7 @@ def test_initial_values():
     assert (query != other["kernel"]).all()
 
 
-# What a block may have beside the published; every one has its law below or in test_positions.py.
+# A block's options beside the published ones; each has a law below or in test_positions.py.
 OPTIONS = {
     "published": {},
     "beside": {
@@ -197,7 +197,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_scan_and_remat_change_no_number(options):
-    """The same initial values, and the same gradients with dropout on."""
+    """Initial values are the same, and so are gradients with dropout on."""
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3), minval=-1)
     keys = jax.random.split(jax.random.key(2), 4)
     results = {}
@@ -260,7 +260,7 @@ def test_cpus_compute_the_same_with_less_in_memory(monkeypatch):
 
 @pytest.mark.parametrize("where", ["cpu", "tpu"])
 def test_what_a_scan_keeps_of_attention(monkeypatch, where):
-    """A loop over all layers but the last: of plain attention its result, and never N x N."""
+    """The scan over all layers but the last keeps plain attention's result, and never N x N."""
     monkeypatch.setattr(hardware, "platform", lambda: where)
     model, images = small(depth=3, scan=True), jnp.zeros((2, 32, 32, 3))
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -275,14 +275,14 @@ def test_what_a_scan_keeps_of_attention(monkeypatch, where):
 
 
 def test_ways_to_remat_that_differ():
-    """A scan does with "none" what "dots" does: nobody is to compile both."""
+    """A scan does with "none" what "dots" does, so a search must not compile both."""
     assert further_remat("none", scan=False) == ["none", "dots", "full"]
     assert further_remat("none", scan=True) == ["none", "full"]
     assert further_remat("dots", scan=True) == ["dots", "full"]
 
 
 def test_dots_keep_products_and_the_attention_kernel():
-    """Forward and backward of each: the kernel twice, and no product a third or fourth time."""
+    """Forward and backward run the kernel once each; no matmul is recomputed."""
     images = jnp.zeros((2, 32, 32, 3))
 
     def count(remat):
@@ -323,7 +323,7 @@ def test_dropout_rate_and_scale():
 
 
 def test_what_drops_is_independent_of_its_row_column_and_image():
-    """Sums of products of two, and of rectangles of four, are no larger than chance makes them."""
+    """Correlations of two entries, and of four in a rectangle, are no larger than by chance."""
     keys = jax.random.split(jax.random.key(3), 32)
     signs = 2.0 * (np.asarray(random_words(keys, (98, 256))) >> 31) - 1
     rows, columns = signs[:, ::2] * signs[:, 1::2], signs[..., ::2] * signs[..., 1::2]
@@ -349,7 +349,7 @@ def test_attention_dropout_and_stochastic_depth_are_on():
 
 
 def test_stochastic_depth_drops_whole_branches_more_in_deeper_layers():
-    """An image's branch is dropped or scaled; the first block's never, the last one's at 1/2."""
+    """An image's branch is dropped or scaled: in the first block never, in the last at 1/2."""
     y = jnp.ones((400, 3, 2))
     keys = jax.random.split(jax.random.key(0), 400)
     kept = np.asarray(drop_branch(y, 0.5, keys))
@@ -509,6 +509,9 @@ def test_layers_stack_and_unstack():
         ({"dropout": 1.0}, r"dropout = 1.0: expected a rate"),
         ({"stochastic_depth": -0.1}, r"stochastic_depth = -0.1: expected a rate"),
         ({"registers": -1}, "registers = -1: expected 0 or more"),
+        ({"depth": 0}, "depth = 0: expected 1 or more"),
+        ({"num_heads": -1}, "num_heads = -1: expected 1 or more"),
+        ({"mlp_dim": 0}, "mlp_dim = 0: expected 1 or more"),
         ({"mlp": "gelu_erf"}, "did you mean 'gelu'"),
         ({"position": "1d"}, "unknown position '1d'"),
         ({"position_at": "layer"}, "did you mean 'layers'"),

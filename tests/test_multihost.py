@@ -1,4 +1,4 @@
-"""Processes that find each other, or are told why not: here as threads."""
+"""Processes find each other or are told why not; here they are threads."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from vit_jax.parallel import multihost
 
 
 def roll_call(monkeypatch, *told, patience=20):
-    """What (process, of) make of it, each: "" or the error."""
+    """Runs the roll call of each (process, of); returns "" or the error for each."""
     monkeypatch.setattr(multihost, "_LINGER_SECONDS", 0.3)
     address = f"localhost:{free_port()}"
 
@@ -71,7 +71,7 @@ def test_versions_that_differ(monkeypatch):
 
 
 def test_something_else_at_the_address(monkeypatch):
-    """An older run's server closes the connection; it has this long to end."""
+    """An older run's server closes the connection; the roll call waits for it to end."""
     monkeypatch.setattr(multihost, "HEARTBEAT_SECONDS", 0.4)
     with socket.create_server(("localhost", 0)) as server, ThreadPoolExecutor(1) as pool:
 
@@ -88,7 +88,7 @@ def test_something_else_at_the_address(monkeypatch):
 
 
 def test_strangers_are_left_alone(monkeypatch):
-    """A port scan, a health check."""
+    """A port scan or a health check is ignored."""
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         main = pool.submit(multihost._roll_call, f"localhost:{port}", 2, 0)

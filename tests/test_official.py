@@ -1,4 +1,4 @@
-"""Official names <-> ours: every naming generation, and round trips to the bit."""
+"""Official names <-> ours: every naming generation, and bit-identical round trips."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def shapes(variant="ViT-nano/8", **options):
 
 
 def ours(**options):
-    """Random parameters, zeros of both signs among them."""
+    """Returns random parameters, including zeros of both signs."""
     rng = np.random.default_rng(0)
     return {
         name: np.where(rng.random(leaf.shape) < 0.1, -0.0, rng.normal(size=leaf.shape)).astype("f4")
@@ -68,7 +68,7 @@ def test_scanned_layers_are_unstacked():
 
 @pytest.mark.parametrize("name", ["vit_token", "vit_token_prelogits", "vit_gap", "vit_nonsquare"])
 def test_original_names(golden, name):
-    """Generation (a); what goes back differs in the class slot alone, whose sum is what counts."""
+    """Generation (a); the round trip differs only in the class slot, of which the sum matters."""
     published, _ = golden(name)
     read = from_official(published)
     position, cls = published[POSITION], published.get("cls")
@@ -122,7 +122,7 @@ def test_stacked_layers_of_big_vision(golden):
 
 
 def generations(published, modern):
-    """Names of one model in every generation of which the golden files have none."""
+    """One model's names in every generation that the golden files lack."""
     with_prefix = {
         prefix: {prefix + name: array for name, array in modern.items()}
         for prefix in ("params/", "params/img/", "img/", "opt/target/params/")
@@ -219,7 +219,7 @@ def test_what_the_official_models_lack_is_not_written(options, name):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("pool", ["token", "gap", "map"])
 def test_timm_reads_the_files(tmp_path, pool, scan):
-    """With its own npz loader, and computes the same (needs torch, torchvision and timm)."""
+    """timm's own npz loader gives the same logits (needs torch, torchvision and timm)."""
     torch = pytest.importorskip("torch")
     timm = pytest.importorskip("timm.models", exc_type=ImportError)
     config = ModelConfig("ViT-nano/8", depth=2, pool=pool, dtype="float32", scan=scan)

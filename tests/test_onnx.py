@@ -1,4 +1,4 @@
-"""An ONNX file computes what the model does, for any batch, or isn't written."""
+"""An ONNX file computes what the model does, for any batch size, or isn't written."""
 
 import json
 import os
@@ -33,7 +33,7 @@ MODELS = {
 
 
 def make(fields, num_classes=5):
-    """The model in float32, parameters that are all noise, and the description of `fields`."""
+    """Returns the float32 model, random parameters, and the description of `fields`."""
     config = ModelConfig(**{**fields, "dtype": "float32"})
     model = build_model(config, num_classes, SIZE)
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def make(fields, num_classes=5):
 
 
 def agree(path, model, params, names):
-    """Asserts that the file's outputs are the model's, for batches of 1 and 3."""
+    """Asserts that the file's outputs equal the model's, for batches of 1 and 3."""
     ort = pytest.importorskip("onnxruntime")
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == names
@@ -127,7 +127,7 @@ write_onnx(sys.argv[1], params, description)
 
 
 def test_nothing_is_written_elsewhere(tmp_path):
-    """onnxruntime would keep an identifier of the device below the home folder."""
+    """onnxruntime would otherwise write a device identifier into the home folder."""
     pytest.importorskip("jax2onnx")
     home = tmp_path / "home"
     home.mkdir()

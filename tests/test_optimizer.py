@@ -31,14 +31,14 @@ def stepwise(step):
 
 
 def tree(seed, shape=(8, 4)):
-    """Parameters or gradients: float32 {"stem": {"kernel"}, "head": {"kernel", "bias"}}."""
+    """Makes parameters or gradients: float32 {"stem": {"kernel"}, "head": {"kernel", "bias"}}."""
     rng = np.random.default_rng(seed)
     stem, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in (shape, shape, shape[1:]))
     return {"stem": {"kernel": stem}, "head": {"kernel": kernel, "bias": bias}}
 
 
 def train(config, *, steps=5, grads=lambda t: tree(1 + t), params=None, peak=0.5):
-    """Takes jitted updates: the parameters after 0, 1, ... `steps` of them, and the last state."""
+    """Runs jitted updates; returns parameters after 0 to `steps` updates, and the last state."""
     params = jax.tree.map(jnp.asarray, tree(0) if params is None else params)
     optimizer = make_optimizer(config, stepwise, peak, params)
     state, history = optimizer.init(params), [params]
@@ -273,7 +273,7 @@ def test_conventions_agree(name):
 
 
 def test_decay_is_decoupled():
-    """Without gradients the decay alone is left: p <- (1 - lr * weight_decay * factor) * p."""
+    """Without gradients only decay remains: p <- (1 - lr * weight_decay * factor) * p."""
     rules = ((".*/bias", 0.0), ("head/.*", 2.0), (".*", 1.0))
     config = OptimizerConfig(weight_decay=0.125, weight_decay_rules=rules)
     zeros = jax.tree.map(jnp.zeros_like, tree(0))
@@ -285,7 +285,7 @@ def test_decay_is_decoupled():
 
 
 def test_rate_follows_the_count_in_the_state():
-    """The state alone says which rate is next: no argument, no counter outside."""
+    """The state alone determines the next rate, without an argument or outside counter."""
     schedule = make_schedule(ScheduleConfig(peak=0.5, warmup=3, decay="linear"), 7)
     config = OptimizerConfig(name="sgd", b1=0.0, clip_norm=None)
     params = {"w": jnp.zeros(())}
@@ -332,7 +332,7 @@ def test_frozen_parameters(name):
     paths = [path for path, _ in paths_and_leaves(state)]
     assert not any("stem" in path for path in paths)
     assert any(path.endswith("/head/kernel") for path in paths)
-    # Frozen is as if it weren't there: the norm, hence the rest, doesn't see it.
+    # Frozen parameters don't count in the norm, hence don't change the others.
     alone = {"head": tree(0)["head"]}
     without = dataclasses.replace(config, lr_multipliers=((".*", 1.0),))
     expected = train(without, grads=lambda t: {"head": tree(1 + t)["head"]}, params=alone)[0]

@@ -31,7 +31,7 @@ def source_of(num_examples, num_classes=10):
 
 
 class Endless:
-    """As long as the formula-driven sets can be; the label tells the index."""
+    """As long as the largest formula-driven datasets; the label is the index."""
 
     def __len__(self):
         return BILLIONS
@@ -108,7 +108,7 @@ def test_each_example_once_around_powers_of_two(num_examples):
 
 @pytest.mark.parametrize("k", range(8, 31))
 def test_no_two_places_of_a_large_epoch_share_an_example(k):
-    """Where a number doesn't fit in the bits that are permuted, it is taken for a smaller one."""
+    """Numbers that exceed the permuted bits would be taken for smaller ones."""
     for extra in (1, 2, 4, 1001):
         first, last = (global_indices(3, place, 1, 4**k + extra) for place in (0, 4**k))
         assert first != last
@@ -161,7 +161,7 @@ def chi_square(counts):
 
 @pytest.mark.parametrize("num_examples", [5, 1000, 100_000, BILLIONS])
 def test_the_order_is_uniform_over_seeds(num_examples):
-    """Where an example lands, and how far apart two neighbours land, is uniform."""
+    """An example's position, and the distance of two neighbours' positions, are uniform."""
     bins, seeds = 5, 2000
     pairs = np.array([global_indices(seed, 0, 2, num_examples) for seed in range(seeds)])
     landed = np.bincount(pairs[:, 0] * bins // num_examples, minlength=bins)
@@ -200,7 +200,7 @@ def test_processes_share_the_global_batch(num_examples):
 
 
 def test_rows_need_not_be_neighbours():
-    """A mesh laid out for the network may give a process any rows."""
+    """A mesh that follows the network may give a process any rows."""
     whole = train(source_of(100), 2)
     rows = np.array([1, 2, 6])
     expected = [{key: value[rows] for key, value in batch.items()} for batch in whole]
@@ -214,7 +214,7 @@ def test_threads_do_not_change_the_batches():
 
 
 def jpegs(num_examples, broken=()):
-    """Photographs of noise, one of them in CMYK; those that are broken have one byte each."""
+    """Makes JPEGs of noise, one of them in CMYK; broken ones have one byte each."""
     records = []
     for i in range(num_examples):
         pixels = np.random.default_rng(i).integers(256, size=(40 + i, 60, 3), dtype=np.uint8)
@@ -225,7 +225,7 @@ def jpegs(num_examples, broken=()):
 
 
 def mixed():
-    """All that the order depends on: parts with weights, JPEGs, broken ones that are replaced."""
+    """Makes a mixture with weights, JPEGs, and broken examples that are replaced."""
     records = jpegs(12, broken=(2, 9))
     return Mixture(records, 10, sizes=(8, 4), weights=(2.0, 1.0))
 
@@ -243,7 +243,7 @@ def test_worker_processes_do_not_change_the_batches():
 @pytest.mark.parametrize("num_threads", [0, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_global_batch_depends_on_seed_and_step_alone(processes, num_threads):
-    """Ids, pixels and replacements; another start is another process count with other threads."""
+    """Compares ids, pixels and replacements for other process counts, threads and start steps."""
     whole = train(mixed(), 6, **MIXED)
     assert sum(batch["skipped"].sum() for batch in whole) > 3
     options = MIXED | {"start_step": 8, "num_threads": num_threads}
@@ -377,7 +377,7 @@ def test_a_mixtures_part_mends_itself():
 
 def test_what_is_all_broken_is_an_error():
     source = Source(jpegs(8, broken=range(1, 8)), 10)
-    with pytest.raises(ValueError, match="16 others in its place are broken as well, such as exam"):
+    with pytest.raises(ValueError, match="16 examples to replace it are broken too, such as ex"):
         train(source, 40, image_size=(8, 8), preprocess="resize", skip_broken=10_000)
 
 
@@ -420,7 +420,7 @@ def test_the_cache_reads_the_first_examples_once():
     ("change", "message"),
     [
         ({"rows": np.arange(0)}, "rows [] of a batch of 8"),
-        ({"rows": np.array([3, 8])}, "rows [3 8] of a batch of 8: expected some, each within it"),
+        ({"rows": np.array([3, 8])}, "rows [3 8] of a batch of 8: expected some, all in the batch"),
         ({"batch_size": 0}, "batch size 0"),
         ({"image_size": (8, 8), "preprocess": "flip"}, "image of 4 x 4, expected 8 x 8: add `res"),
         ({"preprocess": "resise"}, "did you mean 'resize'"),

@@ -219,7 +219,7 @@ def too_large(**changes):
 
 
 def test_what_would_make_it_fit():
-    """16 GiB of activations in 8 GiB beside the state: half of them fit."""
+    """16 GiB of activations in 8 GiB beside the state: half of the activations fit."""
     found = " | ".join(remedies(too_large()))
     assert "model.remat=full" in found
     assert "--config.accumulation=2" in found
@@ -287,7 +287,7 @@ def test_the_table_labels_estimates():
 
 
 def test_it_compiles_for_chips_that_are_not_here(tmp_path):
-    """The real command and compiler: memory, FLOPs as by formula, and the ranking of a search."""
+    """Runs the real command and compiler: memory, FLOPs as by formula, and a search's ranking."""
     pytest.importorskip("libtpu")
     plan = ("plan", CONFIG, "--topology=v5e:2x2", "--config.model.dtype=bfloat16")
     plan += ("--config.model.scan=true", "--config.model.pool=gap")  # all of the last block too
@@ -320,7 +320,7 @@ def test_it_compiles_for_chips_that_are_not_here(tmp_path):
 
 
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
-    """With jax's plugin for CUDA (5 GB; no GPU): memory and collectives, and time from an MFU."""
+    """Uses jax's CUDA plugin (5 GB; no GPU): memory, collectives, and time from an MFU."""
     pytest.importorskip("jax_plugins.xla_cuda12")
     plan = ("plan", CONFIG, "--topology=h100:2x8", f"--output={tmp_path / 'plan.json'}")
     code, out, err = command(*plan)

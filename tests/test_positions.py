@@ -1,4 +1,4 @@
-"""Position embeddings: the whole grid of the paper's Table 8, and what each kind promises."""
+"""Position embeddings: every cell of the paper's Table 8, and the laws of each kind."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def features(model, params, images=IMAGES):
 
 
 def move_patches(images):
-    """The same patches of 8x8 in another order."""
+    """Reorders the patches of 8 x 8 pixels."""
     patches = images.reshape(2, 2, 8, 3, 8, 3).swapaxes(2, 3).reshape(2, 6, 8, 8, 3)
     patches = patches[:, [3, 0, 5, 1, 4, 2]]
     return patches.reshape(2, 2, 3, 8, 8, 3).swapaxes(2, 3).reshape(images.shape)
@@ -82,11 +82,11 @@ def test_where_the_parameters_are(kind):
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_the_three_places_differ(kind):
-    """With every table the same, the stem has it once and the others have it twice."""
+    """With equal tables, the stem adds the table once and the other places add it twice."""
     results = {}
     for place in PLACES:
         model, params = vit(kind, place)
-        # Drawn by size: a table is then the same in every place that has one.
+        # Drawn by size, so that a table is the same in every place.
         params = jax.tree.map(
             lambda p: 0.3 * np.random.default_rng(p.size).normal(size=p.shape).astype("f"), params
         )

@@ -1,4 +1,4 @@
-"""Labels for files: broken ones are listed, batches don't matter, the classes' names are kept."""
+"""Labels for files: broken files are listed, batches don't matter, class names are kept."""
 
 import csv
 import io
@@ -79,7 +79,7 @@ def test_command(model, params, folder, tmp_path):
 
 
 def test_names_are_text(tmp_path):
-    """Of files and classes: neither formulas nor escape codes, and none is lost."""
+    """Names of files and classes are neither formulas nor escape codes, and none is lost."""
     files = ["caf\udce9.png", "b\x1b[1m.png", "c\u202ed.png", "-d.png"]
     rows = [{"file": file, "labels": [["=1+1", 0.5], ["\x1b[31mred", 0.2]]} for file in files]
     rows.append({"file": "@e", "error": "broken"})

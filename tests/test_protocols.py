@@ -45,7 +45,7 @@ def logits(model, params, images):
 
 
 def evaluate(monkeypatch, model, params, images, labels, most=None, **options):
-    """What `make_classification` says of these images on a mesh of eight devices."""
+    """Evaluates these images with `make_classification` on a mesh of eight devices."""
     records = [{"image": i, "label": y} for i, y in zip(images, labels, strict=True)]
     source = Source(records, CLASSES, labels_per_example=most)
     monkeypatch.setattr(classification, "open_data", lambda *_: source)
@@ -57,7 +57,7 @@ def evaluate(monkeypatch, model, params, images, labels, most=None, **options):
 
 
 def test_several_labels_or_none(monkeypatch, model, params, images, logits):
-    """ImageNet-ReaL's rule: right if among the labels; images without a label aren't counted."""
+    """ImageNet-ReaL: right if among the labels; images without a label aren't counted."""
     rng = np.random.default_rng(1)
     labels = [list(rng.choice(CLASSES, size=i % 4, replace=False)) for i in range(50)]
     labels[1] = [int(logits[1].argmax())]
@@ -85,7 +85,7 @@ def test_only_the_classes_that_are_present(monkeypatch, model, params, images, l
 
 
 def test_calibration(monkeypatch, model, params, images, logits):
-    """Confidences by hand, and a temperature that makes them honest."""
+    """Compares with confidences by hand; the fitted temperature minimises the loss."""
     sharp = logits * 5
     rng = np.random.default_rng(3)
     labels = np.array([rng.choice(CLASSES, p=p) for p in softmax(logits, axis=1)])
@@ -111,7 +111,7 @@ def test_calibration(monkeypatch, model, params, images, logits):
 
 
 def test_interval():
-    """Wilson's, by its formula; never empty and never beyond 0 and 1."""
+    """Equals Wilson's formula; never empty and always within 0 and 1."""
     low, high = accuracy_interval(8, 10)
     z, p, n = 1.959964, 0.8, 10
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -122,7 +122,7 @@ def test_interval():
 
 @pytest.fixture(scope="module")
 def blobs():
-    """Three overlapping classes, called 1, 4 and 6: (train, dev, test) of features and labels."""
+    """Makes three overlapping classes, 1, 4 and 6: (train, dev, test) of features and labels."""
     rng = np.random.default_rng(0)
     centres = 0.8 * rng.normal(size=(3, 10))
 
@@ -171,7 +171,7 @@ def test_linear_probe_chooses_on_dev(blobs):
 
 
 def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):
-    """One choice for each number of shots, from its mean over the seeds on the rest of train."""
+    """Chooses once per number of shots, by the mean over seeds on the rest of train."""
     (x, y), _, (test, test_y) = blobs
     sets = {"train": (x, y), "test": (test, test_y)}
     monkeypatch.setattr(
@@ -216,10 +216,10 @@ def test_stratified_split():
     other = stratified_split(labels, fractions, seed=1)
     assert all((parts[n] == again[n]).all() for n in fractions)
     assert any((parts[n] != other[n]).any() for n in fractions)
-    # A class that goes leaves the others where they were.
+    # Removing a class changes no other class.
     fewer = stratified_split(labels[:111], fractions, seed=0)
     assert all({*fewer[n]} == {i for i in parts[n] if i < 111} for n in fractions)
-    with pytest.raises(ValueError, match="make 1"):
+    with pytest.raises(ValueError, match="sum to 1"):
         stratified_split(labels, {"train": 0.8, "dev": 0.1}, seed=0)
 
 

@@ -1,6 +1,6 @@
 """Weights for and from PyTorch's ecosystems: names, shapes, round trips, and the same logits.
 
-The tests of logits need what this package never does, and are skipped without it:
+The tests of logits need packages that vit_jax doesn't, and are skipped without them:
 
     pip install torch transformers        # and, for timm's: pip install timm
     python -m pytest tests/test_pytorch.py
@@ -54,7 +54,7 @@ MODELS = {
     "mixer": {"variant": "Mixer-S/16", "token_mlp_dim": 40, "mlp": "gelu"},
 }
 HUGGING_FACE = ("token", "gelu", "named")
-# Deviations that let differences through. Standardised kernels have no scale of their own: at much
+# Standard deviations that make differences show. Standardised kernels have no scale: at much
 # smaller ones timm's other epsilon would show (see `to_timm`).
 SCALES = {
     "kernel": 0.1,
@@ -100,7 +100,7 @@ def pixels(description, count=3):
 
 
 def ours(params, description, images):
-    """Logits and features of our model."""
+    """Returns logits and features of our model."""
     with jax.default_matmul_precision("highest"):
         return jax.device_get(network(description).apply(unflatten(params), images))
 
@@ -136,7 +136,7 @@ def test_hugging_face_and_back_loses_nothing(kind):
 
 
 def test_hugging_face_names_and_layouts():
-    """Those of google/vit-base-patch16-224's file, whatever transformers calls its modules."""
+    """Names as in google/vit-base-patch16-224's file, however transformers calls its modules."""
     params, description = case("token")
     arrays, files = to_hugging_face(params, description)
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -432,7 +432,7 @@ def read(folder):
 
 
 def compare(theirs, expected, atol=1e-4):
-    """Logits and features agree, and are of order 1, so that this means something."""
+    """Asserts that logits and features agree and are of order 1, so that differences show."""
     for a, b in zip(theirs[:2], expected[:2], strict=True):
         assert 0.1 < np.abs(b).max() < 10
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
@@ -544,7 +544,7 @@ def test_we_compute_the_logits_of_timm(architecture, options, tmp_path):
 
 
 def test_architectures_read_are_timms_plain_blocks():
-    """Of all of timm's names, those that are read mean what they are taken to mean."""
+    """For every timm name that is read, timm builds the architecture that is assumed."""
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     names = [name for name in timm.list_models() if (name, architecture(name))[1] is not None]
     assert len(names) > 210

@@ -31,8 +31,8 @@ def test_quickstart(tmp_path):
     for row in table:
         assert row["accuracy on 599 held-out digits"] in done.stdout
         assert 0 <= float(row["pretrained"]) <= 100 and 0 <= float(row["random weights"]) <= 100
-    # Closed form, so always the same: 1, 5, 10 and 25 shots of raw pixels. But it is computed in
-    # float32, in which one digit of 25 shots goes one way on one processor and another on the next.
+    # 1, 5, 10 and 25 shots of raw pixels, in closed form and so always the same. But computed in
+    # float32, in which the class of one digit at 25 shots depends on the processor.
     *raw, last, none = [row["raw pixels"] for row in table]
     assert raw == ["52.9", "81.4", "87.2"] and last in ("90.2", "90.3") and not none
     for name in ("pretraining", "transfer", "fewshot"):

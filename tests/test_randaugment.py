@@ -1,7 +1,7 @@
 """Each operation against the formula of the published TensorFlow code, written out in numpy.
 
-Pillow and TensorFlow round a few intermediate values differently: those may differ by one. Those
-that Pillow no longer does itself equal its own to the bit.
+Pillow and TensorFlow round a few intermediate values differently; their results may differ by one.
+Operations that no longer call Pillow equal Pillow's to the bit.
 """
 
 import platform
@@ -25,7 +25,7 @@ HEIGHT, WIDTH = 210, 231
 
 @pytest.fixture(scope="module")
 def image():
-    """Smooth colours of little contrast, and noise in a corner."""
+    """Makes an image of smooth colours with little contrast, and noise in a corner."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     image = np.stack([30 + rows * 0.8, 20 + columns * 0.8, 128 + 60 * np.sin(rows / 9)], axis=2)
@@ -47,7 +47,7 @@ def grey(image):
 
 
 def smooth(image):
-    """The 3 x 3 mean with the middle counted five times; the border stays."""
+    """Returns the 3 x 3 mean with the middle counted five times; keeps the border."""
     out = image.astype(float)
     height, width = image.shape[:2]
     shifted = [
@@ -201,7 +201,7 @@ MOVES = {
 
 
 def moved(image, matrix):
-    """Nearest pixels with grey outside, and how far each is from a tie."""
+    """Returns nearest pixels with grey outside, and each one's distance from a tie."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     from_x, from_y = np.einsum("ij,jhw->ihw", np.array(matrix), np.stack([x, y, np.ones_like(x)]))
     column, row = np.floor(from_x + 0.5).astype(int), np.floor(from_y + 0.5).astype(int)
@@ -274,7 +274,7 @@ def test_autoaugment_is_one_of_25_sub_policies(image, monkeypatch):
     drawn = []
 
     class Recorder:
-        """A generator that draws all 25 in turn and applies all that may be."""
+        """A generator that draws all 25 in turn and applies operations of non-zero probability."""
 
         def __init__(self, choice):
             self.choice = choice

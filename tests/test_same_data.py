@@ -1,4 +1,4 @@
-"""Data that changed between starts, or differs between hosts, is noticed."""
+"""Data that changed between starts, or that differ between hosts, are an error."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def as_records(root, files, classes):
 
 @pytest.mark.parametrize("make", [as_folder, as_table, as_tars, as_records])
 def test_every_kind_of_source(make, tmp_path):
-    """The same data in another folder is the same; each change is named."""
+    """The same data in another folder have the same fingerprint; each change is named."""
 
     def seen(name, files=FILES, classes=None, split="train"):
         path = make(tmp_path / name, files, classes or {"a": "cat", "b": "dog"})

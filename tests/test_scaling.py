@@ -1,4 +1,4 @@
-"""The study's grid, claims and runner, with a loop that trains nothing; one real run."""
+"""The study's grid, claims and runner, with a fake training loop; one real run."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def store(folder, **kwargs):
 
 
 def fake(log=None, fails=()):
-    """A loop that leaves a checkpoint and nothing else."""
+    """A training loop that only writes a checkpoint."""
 
     def train(run, config, workdir):
         if log is not None:
@@ -84,7 +84,7 @@ def test_names_are_stable_and_say_what_defines_a_run():
     runs = expand(STUDY)
     assert len(runs) == 8 == len({run.name for run in runs})
     assert runs[0].name == "ViT_8_4_steps_seed_0-" + runs[0].hash
-    # Golden: a name must never change for a study that was begun.
+    # Golden: the name of a run must never change once its study has begun.
     assert runs[0].hash == "b87f36eeb1"
     config = runs[0].config
     for field, same in (("mesh.fsdp", True), ("data.data_dir", True), ("optimizer.b2", False)):
@@ -119,7 +119,7 @@ def test_what_others_write_at_the_same_time_is_collected_and_read(tmp_path, monk
     work(STUDY, where, fake(), only=run.name, say=quiet)
     read = where.records
 
-    def late():  # between the look and the writing another process records a run
+    def late():  # another process records a run between the reading and the writing
         monkeypatch.setattr(where, "records", read)
         found = read()
         work(STUDY, store(tmp_path), fake(), only=expand(STUDY)[1].name, say=quiet)
@@ -160,7 +160,7 @@ def test_all_is_made_once_in_order_and_recorded(tmp_path):
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert record["labels"]["family"] in ("ViT", "ResNet")
     assert record["evaluations"][0]["test/accuracy"] == 0.5
-    # The records alone say what is done: the folder of the runs may be gone.
+    # The records alone tell which runs are done: the runs' folder may be gone.
     elsewhere = store(tmp_path / "new", results=tmp_path / "results.jsonl")
     assert set(states(STUDY, elsewhere).values()) == {"done"}
 
@@ -263,7 +263,7 @@ def test_what_another_ended_before_the_claim_is_not_made_again(tmp_path, monkeyp
     where, log = store(tmp_path), []
     take = where.claims.take
 
-    def late(name, progress):  # another process makes it between the look and the claim
+    def late(name, progress):  # another process makes it between the reading and the claim
         if not log:
             monkeypatch.setattr(where.claims, "take", take)
             work(STUDY, store(tmp_path), fake(log), only=name, say=quiet)
@@ -402,7 +402,7 @@ def real_study(folder, arg=""):
 
 @pytest.mark.long
 def test_a_real_study_from_the_command_line(tmp_path):
-    """Pretraining, few-shot and fine-tuning in the package's own loops; figures from records."""
+    """Runs pretraining, few-shot and fine-tuning with the real loops, and draws figures."""
     paths, where = real_study(tmp_path / "one")
     done = scaling("run", *paths, **where)
     assert done.returncode == 0, done.stderr
@@ -434,7 +434,7 @@ def test_one_run_of_a_cluster_that_is_not_made_is_no_success(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_branch_is_what_a_run_from_the_beginning_would_be(tmp_path):
-    """Bit for bit, evaluations too."""
+    """A branch is bit-identical to a separate run, including evaluations."""
     evaluations = []
     for name, budgets in (("branches", "4,8"), ("alone", "8")):
         paths, where = real_study(tmp_path / name, budgets)

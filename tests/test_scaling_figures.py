@@ -1,4 +1,4 @@
-"""A study's own figures: which models they compare, and what stands in them."""
+"""A study's own figures: the models they compare and the numbers they show."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ from experiments.scaling.study_figures import draw_study, drawings, make_looks
 from experiments.scaling.style import label_ends, new_figure
 from experiments.scaling.table import points
 
-# Made up: the depth 1 model has half of the base's accuracy at a third of its compute.
+# Invented: the depth 1 model has half of the base's accuracy at a third of its compute.
 VALUES = {"ViT-S/4": (3e6, 0.8), "depth 1": (1e6, 0.4), "ViT-S/4 GAP": (3e6, 0.6)}
 
 
 def records(study, models):
-    """Of runs that weren't made, two evaluations each."""
+    """Makes records of runs that never ran, with two evaluations each."""
     found = {}
     for run in expand(study):
         if run.labels["model"] not in models or run.kind == "trunk":

@@ -1,4 +1,4 @@
-"""Fits recover laws that are known, and say when the data don't determine them."""
+"""Fits recover known laws, and say when the data don't determine them."""
 
 import numpy as np
 import pytest

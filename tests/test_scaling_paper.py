@@ -17,6 +17,7 @@ from experiments.scaling.table import Point, average_tasks, points, read_csv
 from vit_jax.config import build
 from vit_jax.costs.topology import parse_topology
 from vit_jax.models.variants import build_model
+from vit_jax.recipes import recipe
 from vit_jax.training.recipe import TrainConfig
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -44,8 +45,21 @@ def test_every_run_of_a_shipped_study_builds(name, counts):
             build_model(config.model, 10, (config.image_size, config.image_size))
 
 
+def test_the_papers_studies_train_as_the_shipped_recipes():
+    runs = {run.key: run for run in expand(load_study("paper_models"))}
+    run = runs["ViT-H/14 | jft300m | 14 epochs | seed 0"]
+    shipped = recipe("pretrain/jft:ViT-H/14,dataset=jft300m").to_dict()
+    found = {k: v for k, v in run.config.items() if shipped.get(k) != v}
+    assert found.pop("data")["split"] == "train[50000:]"
+    assert found.pop("evaluators")["validation"]["data"]["split"] == "train[:50000]"
+    assert found == {"seed": 0}
+    key = "ViT-B/16 | jft300m | 7 epochs | seed 0 | Flowers | lr 0.03"
+    assert runs[key].config["data"]["split"] == "train+validation[:80%]"
+    assert runs[key].config["evaluators"]["validation"]["data"]["split"] == "validation[80%:]"
+
+
 def test_cost_agrees_with_table_6():
-    """3.5%: the paper rounds, and leaves out the head; its one misprint is known."""
+    """Within 3.5%: the paper rounds, and leaves out the head; its one misprint is known."""
     topology = parse_topology("v3:16x16", 1)
     rows = {(r["name"].replace("ResNet", "R"), r["epochs"]): r for r in paper("table6")}
     costs = []
@@ -75,7 +89,7 @@ def test_a_branch_costs_what_it_computes_itself():
 
 
 def test_the_papers_numbers():
-    """Table 6's average is that of its columns; every row says how far it can be trusted."""
+    """Table 6's average is that of its columns; every row states its confidence."""
     for row in paper("table6"):
         tasks = [float(row[t]) for t in ("ImageNet", "CIFAR10", "CIFAR100", "Pets", "Flowers")]
         np.testing.assert_allclose(np.mean(tasks), float(row["avg5_computed"]), atol=1e-3)
@@ -112,7 +126,7 @@ def test_a_point_of_table_6_stands_where_it_should():
 
 
 def test_no_label_of_figure_5_covers_another_or_a_point():
-    """At the figure's own size, as it is saved."""
+    """Checks the figure at the size at which it is saved."""
     figure, panels = new_figure(2, 5.2, 4.4)
     figures.figure_5_panel(panels[0], "avg5_computed", "average of 5 tasks", (88, 97))
     figures.figure_5_panel(panels[1], "ImageNet", "ImageNet top-1", (75, 90))

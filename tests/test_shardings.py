@@ -1,4 +1,4 @@
-"""Where every array of a train state lies: golden, for the models that are pretrained.
+"""Golden shardings of every array of a train state, for the models that are pretrained.
 
 A change of rules, names or shapes shows as a difference of tests/golden/shardings.json; where it is
 meant, `python tests/test_shardings.py` writes the file again.
@@ -30,10 +30,11 @@ from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.step import start_state
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
-# Model, optimizer, fields of the model, mesh: 128 devices.
+# Model (and another optimizer), optimizer, fields of the model, mesh: 128 devices.
 MODELS = {
     "ViT-B/16": ("adamw", {"scan": True}, (4, 16, 2)),
     "ViT-L/16": ("adamw", {"scan": True}, (4, 16, 2)),
+    "ViT-L/16 muon": ("muon", {"scan": True}, (4, 16, 2)),
     "ViT-H/14": ("adamw", {"scan": True}, (1, 32, 4)),
     "ViT-G/14": ("adafactor", {"scan": True, "pool": "map"}, (1, 64, 2)),
     "R50x1": ("sgd", {}, (8, 16, 1)),
@@ -43,9 +44,9 @@ MODELS = {
 
 @lru_cache
 def shapes_and_shardings(variant, min_size=MeshConfig.min_size):
-    """The train state of 1,000 classes: (shapes, shardings), by path."""
+    """Returns the train state for 1,000 classes: (shapes, shardings), by path."""
     optimizer, options, sizes = MODELS[variant]
-    model = build_model(ModelConfig(variant, **options), 1000, (224, 224))
+    model = build_model(ModelConfig(variant.split()[0], **options), 1000, (224, 224))
     params = jax.eval_shape(model.init, jax.random.key(0))
     made = make_optimizer(OptimizerConfig(optimizer), lambda step: step, 1.0, params)
     state = jax.eval_shape(partial(start_state, optimizer=made, use_ema=False), params)
@@ -58,7 +59,7 @@ def shapes_and_shardings(variant, min_size=MeshConfig.min_size):
 
 
 def described(variant):
-    """As the file has it."""
+    """Formats shapes and shardings as in the golden file."""
     shapes, shardings = shapes_and_shardings(variant)
     return {
         "optimizer": MODELS[variant][0],
@@ -77,7 +78,7 @@ def test_shardings(variant):
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_nothing_large_is_whole_anywhere(variant):
-    """A device has its part and little more: no large array escapes the rules."""
+    """A device holds little more than its share: the rules split every large array."""
     min_size = 2**19  # of a B/16's attention kernels in the block that isn't stacked, too
     shapes, shardings = shapes_and_shardings(variant, min_size)
     whole = part = 0
@@ -92,7 +93,7 @@ def test_nothing_large_is_whole_anywhere(variant):
 
 
 def test_a_state_is_born_sharded():
-    """While it is made, too, a device holds little more than its eighth."""
+    """During initialization, too, a device holds little more than its eighth."""
     config = TrainConfig(
         model=ModelConfig("ViT-G/14", width=256, depth=4, mlp_dim=1024, scan=True),
         data=DataConfig("strokes/10"),

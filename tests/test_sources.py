@@ -31,7 +31,7 @@ def png(pixels):
 
 
 def fill_folder(root, count):
-    """An image folder of two classes."""
+    """Writes an image folder of two classes."""
     for i in range(count):
         path = root / NAMES[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def fill_folder(root, count):
 
 
 def write_tfds(name, data_dir, label_features, examples):
-    """Prepares a TFDS dataset whose builder is then forgotten, as if someone else had made it."""
+    """Prepares a TFDS dataset and unregisters its builder, as if someone else had made it."""
     features = {"image": tfds.features.Image(), "id": tfds.features.Text(), **label_features}
 
     def info(self):
@@ -119,6 +119,17 @@ def test_formula_splits(name):
     for i in range(3):
         np.testing.assert_array_equal(part[i]["image"], train[5 + i]["image"])
         assert part[i]["label"] == train[5 + i]["label"]
+
+
+def test_synthetic_images_are_large_and_in_imagenets_splits():
+    """`test` is nobody else's, `full` and `train` begin with the same images."""
+    names = ("train[:20]", "full[:20]", "validation[:20]", "test[:20]", "train[99%:]+test")
+    train, full, validation, test, joined = (open_source("synthetic/7", name) for name in names)
+    images = [{s[i]["image"].tobytes() for i in range(20)} for s in (train, full, validation, test)]
+    assert images[0] == images[1] and len(set.union(*images)) == 60
+    assert train[3]["image"].shape == (256, 256, 3) and train[8]["label"] == 1
+    assert len(open_source("synthetic", "full[51200:]")) == 14_197_122 - 51_200
+    assert len(joined) == 14_197_122 - 14_055_151 + 100_000
 
 
 def test_no_training_split_reaches_the_validation_examples():
@@ -237,7 +248,7 @@ def test_tfds_by_name_and_split(name, data_dir):
 
 
 def test_shards_missing_truncated_or_damaged(data_dir, tmp_path):
-    """Found when the split is opened, or, inside a record, when that is read."""
+    """Damage is found when the split is opened; damage inside a record, when it is read."""
     shutil.copytree(f"{data_dir}/pets/1.0.0", tmp_path, dirs_exist_ok=True)
     shard = tmp_path / "pets-train.array_record-00000-of-00001"
     source = open_source(str(tmp_path), "train[5:]")  # the folder's path will do for the name
@@ -279,7 +290,7 @@ CLASS_LABEL = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
     ],
 )
 def test_metadata_import_nothing(data_dir, tmp_path, monkeypatch, before, after, by):
-    """A class that features.json names is one of TFDS's own, at any depth."""
+    """Classes named in features.json, at any depth, must be TFDS's own."""
     folder = tmp_path / "data/pets/1.0.0"
     shutil.copytree(f"{data_dir}/pets/1.0.0", folder)
     file = folder / "features.json"
@@ -298,7 +309,7 @@ def test_metadata_import_nothing(data_dir, tmp_path, monkeypatch, before, after,
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("features.json", "[" * 200_000, "no JSON that can be read"),
+        ("features.json", "[" * 200_000, "is not readable JSON"),
         ("features.json", "{}", "cannot open"),
         ("features.json", '{"numClasses": "1000000000"}', "1000000000 classes: expected up to"),
         ("dataset_info.json", '{"name": 3}', "cannot open"),
@@ -328,7 +339,7 @@ def test_a_pipe_for_a_file_is_refused(data_dir, tmp_path):
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
-    """A few readers are open at a time, and none left to open is no broken example."""
+    """Few readers are open at a time; too many open files are not a broken example."""
     folder = fill_folder(tmp_path / "in", 40)
     write_dataset(open_path(folder), tmp_path, "many", None, WriteConfig(shards=40))
     program = f"""

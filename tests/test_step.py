@@ -41,8 +41,8 @@ ALL_DATA = MeshConfig()
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 SOFTMAX = LossConfig()
 MIXUP = AugmentationConfig(mixup=0.2)
-# The softmax doesn't see the keys' biases: their gradients are rounding errors, which AdamW would
-# scale up to whole steps but for an epsilon above them.
+# The softmax doesn't depend on the keys' biases: their gradients are rounding errors, which AdamW
+# would scale up to whole steps without an epsilon above them.
 ADAMW = OptimizerConfig(weight_decay=0.1, eps=1e-6)
 SMALL = {"variant": "ViT-nano/8", "width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
 BLOCK = "Transformer/encoderblock_0/MlpBlock_0"
@@ -51,7 +51,7 @@ RANDOM = {"dropout": 0.2, "attention_dropout": 0.1, "stochastic_depth": 0.1}
 
 @lru_cache
 def initial_params(config, num_classes):
-    """Computed once for each model: a step's laws are not those of its initial state."""
+    """Computes the initial parameters once per model: the tests are on steps, not on them."""
     model = build_model(config, num_classes, (16, 16))
     return jax.device_get(jax.jit(model.init)(jax.random.key(0)))
 
@@ -70,9 +70,9 @@ def run(
     each=None,
     **model_options,
 ):
-    """Trains a small model for a few steps: (final state, metrics of every step, the program).
+    """Trains a small model for a few steps: returns (final state, each step's metrics, program).
 
-    `each` sees every state, the first one before any step.
+    `each` is called with every state, first with the one before any step.
     """
     mesh_config = dataclasses.replace(mesh, min_size=2**8)
     config = TrainConfig(
@@ -118,7 +118,7 @@ def plain():
 
 
 def assert_same(a, b):
-    """Equal up to the order of float32 sums."""
+    """Asserts equality up to the order of float32 sums."""
     for left, right in zip(a[1], b[1], strict=True):
         for name in left:
             np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -157,7 +157,7 @@ def test_every_mesh_computes_the_same(plain, mesh):
 
 
 def assert_no_activation_is_gathered(result):
-    """The program sums over `tensor` as Megatron-LM does and gathers parameters, nothing else."""
+    """The program only sums over `tensor`, as Megatron-LM does, and gathers parameters."""
     collectives = Program(result[2]).collectives
     assert {c.kind for c in collectives} <= {
         "all-gather", "all-reduce", "reduce-scatter", "collective-permute",
@@ -165,7 +165,7 @@ def assert_no_activation_is_gathered(result):
     tensor, fsdp = (0, 1), (0, 2)
     tokens = 32 // 4 * (2 * 2 + 1) * 32 * 4  # bytes of a device's [B, N, D]
     summed = sum(c.bytes for c in collectives if (c.kind, c.group) == ("all-reduce", tensor))
-    # Two sums a block forward; backward one for the MLP and one to three for query, key and value.
+    # Per block two sums forward; backward one for the MLP, one to three for query, key and value.
     assert 2 * 4 * tokens <= summed < 2 * 6 * tokens + tokens
     gathered = sum(c.bytes for c in collectives if (c.kind, c.group) == ("all-gather", fsdp))
     blocks = jax.tree.leaves(result[0].params["Transformer"])
@@ -270,7 +270,7 @@ def test_several_labels_an_image():
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_the_loss_of_mixed_targets_is_the_mixed_loss(name):
-    """With two labels on one image and one on the other."""
+    """Mixes an image with two labels and an image with one."""
     config = LossConfig(name, label_smoothing=0.1)
     logits = jnp.array([[1.0, -2.0, 0.5, 3.0]])
     one, other = (

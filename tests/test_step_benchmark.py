@@ -19,7 +19,7 @@ def test_bundles_are_multiplied_by_the_trips_of_their_loops():
 
 
 def report(what, cycles):
-    """As experiments.benchmarks.step writes it, of what the table reads."""
+    """Makes a report like experiments.benchmarks.step's, with the fields that the table reads."""
     compiled = {"temporary_gib": 1.0, "peak_gib": 2.0, "compile_seconds": 9.0, "collectives": []}
     place = {"model": "ViT-B/16", "topology": "v5e:4x4", "per_chip": 64, "image_size": 224}
     return {

@@ -1,7 +1,8 @@
-"""The house keeps its plan: imports run one way, and some packages have one door."""
+"""The package's structure: imports run one way, and few modules import some packages."""
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vit_jax"
 
-# A module may import from its own floor and from those below it.
+# A module may import from its own layer and from those below it.
 FLOORS = [
     {
         *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
-        *("visualize", "list_recipes", "list_models", "doctor"),
+        *("visualize", "embed", "list_recipes", "list_models", "doctor"),
     },
     {"classifier"},
     {"training"},
@@ -72,7 +73,7 @@ def test_imports_run_one_way(name, path):
 
 
 def test_imports_have_no_circles():
-    """Neither between floors nor on one: the modules can be sorted topologically."""
+    """No cycles between layers or within one: the modules can be sorted topologically."""
     names = {name for name, _ in modules()}
     graph = {}
     for name, path in modules():
@@ -84,6 +85,16 @@ def test_imports_have_no_circles():
 def test_no_file_is_a_house_of_its_own():
     lengths = {name: len(path.read_text().splitlines()) for name, path in modules()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def test_each_dependency_is_explained():
+    """Those of the default install, in the table of CONTRIBUTING.md."""
+    setup = (ROOT / "setup.py").read_text().split("install_requires=[")[1].split("]")[0]
+    needed = {re.match(r"[\w-]+", text)[0] for text in re.findall('"([^"]+)"', setup)}
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*) \|[^|]+\| [\d.]+", page, re.MULTILINE)
+    explained = [name for row in rows for name in re.findall("`([^`]+)`", row)]
+    assert len(needed) > 15 and sorted(explained) == sorted(needed)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)

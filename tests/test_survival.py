@@ -1,4 +1,4 @@
-"""What a run outlives: preemption, damaged checkpoints, dead neighbours; and branching off."""
+"""What a run survives: preemption, damaged checkpoints, dead processes; and branching off."""
 
 import asyncio
 import dataclasses
@@ -55,7 +55,7 @@ def prepare(workdir, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to."""
+    """Returns an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     run(workdir)
     return workdir
@@ -73,7 +73,7 @@ def preempt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
-    """Also at step 3, of whose evaluation there was no time left; at step 4 by Ctrl-C."""
+    """Also at step 3 without time left for its evaluation, and at step 4 by Ctrl-C."""
     with monkeypatch.context() as patch:
         preempt_at(patch, step)
         if step == 4:
@@ -92,7 +92,7 @@ def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
 
 @pytest.mark.long
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    """The real signal to the real command."""
+    """Sends the real signal to the real command."""
     code, _, err = command(*pretrain(tmp_path / "whole", 40))
     assert code == 0, err
     workdir = tmp_path / "preempted"
@@ -197,7 +197,7 @@ def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypat
 
 
 def with_nan(workdir, prepared):
-    """Step 8 again, with one value of the optimizer's state that isn't finite."""
+    """Saves step 8 again, with one value of the optimizer's state that isn't finite."""
     folder = workdir / "checkpoints" / "8"
     state = checkpoint.restore(folder, prepared.placed_shapes)
     leaves, tree = jax.tree.flatten(state.opt_state)
@@ -210,7 +210,7 @@ def with_nan(workdir, prepared):
 
 
 def without_checksums(workdir, prepared):
-    """Step 8 as an earlier version would have saved it, and a file of it is cut off."""
+    """Saves step 8 as an earlier version did, and truncates one of its files."""
     folder = workdir / "checkpoints" / "8"
     (folder / checksums.FILE).unlink()
     file = largest_file(folder / "training")
@@ -227,7 +227,7 @@ def test_damage_that_no_checksum_tells(whole, tmp_path, capsys, damage):
 
 
 def test_what_is_no_damage_is_reported_as_itself(whole, tmp_path, monkeypatch):
-    """Out of memory, or a disk that doesn't answer: nothing is moved."""
+    """If memory runs out or a disk doesn't answer, no checkpoint is moved."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path)
 
@@ -249,7 +249,7 @@ def test_what_is_no_damage_is_reported_as_itself(whole, tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_is_no_model(whole, tmp_path):
-    """What a damaged checkpoint holds isn't taken for a model: load, evaluate, convert, predict."""
+    """load, evaluate, convert and predict reject a damaged checkpoint."""
     shutil.copytree(whole, tmp_path / "run")
     flip(tmp_path / "run" / "checkpoints" / "8" / "params")
     good = tmp_path / "run" / "checkpoints" / "6"
@@ -263,7 +263,7 @@ def test_a_flipped_bit_is_no_model(whole, tmp_path):
 
 
 def test_two_processes_do_not_share_a_workdir(tmp_path):
-    """The second, whichever command it is, names the first; a kill frees the folder."""
+    """The second process, of any command, names the first; a kill frees the folder."""
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -290,15 +290,15 @@ def more_classes(data):
 
 
 def contents(workdir):
-    """What a refusal must leave as it is."""
+    """Reads the files that a refusal must leave unchanged."""
     files = (path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
     return {path: path.read_bytes() for path in files if path.parent.name != "tensorboard"}
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, monkeypatch):
-    """From the save of step 6 on no file can grow beyond 30 kB, as on a disk that is nearly full.
+    """From the save of step 6 no file can grow beyond 30 kB, as on a nearly full disk.
 
-    It fails in the background; the run ends before the next would begin.
+    The save fails in the background; the run ends before the next one begins.
     """
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = loop.Checkpoints.save
@@ -323,12 +323,12 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, mo
 
 
 def reported(capsys):
-    """The steps that the run said to have saved."""
+    """Returns the steps that the run reported as saved."""
     return [int(step) for step in re.findall(r"step (\d+) is saved", capsys.readouterr().err)]
 
 
 def test_what_a_slow_store_was_said_to_hold_is_there(whole, tmp_path, monkeypatch):
-    """Every checkpoint gets its name late: until then nothing is said of it."""
+    """Every checkpoint gets its final name late; it isn't reported before."""
     rename, say = atomicity.async_path.rename, Metrics.say
     said = []
 
@@ -354,7 +354,7 @@ def test_what_a_slow_store_was_said_to_hold_is_there(whole, tmp_path, monkeypatc
 
 
 def test_a_step_that_comes_again_is_saved_again(whole, tmp_path, monkeypatch, capsys):
-    """Preempted, damaged, and preempted at the very same step."""
+    """A run is preempted, its checkpoint damaged, and it is preempted at the same step again."""
     with monkeypatch.context() as patch:
         preempt_at(patch, 5)
         for _ in range(2):
@@ -369,7 +369,7 @@ def test_a_step_that_comes_again_is_saved_again(whole, tmp_path, monkeypatch, ca
 
 
 def test_branching_off_a_checkpoint(whole, tmp_path, capsys):
-    """The same recipe in a workdir of its own ends as the run; a longer one goes on from there."""
+    """The same recipe in another workdir ends like the run; a longer recipe continues it."""
     step = whole / "checkpoints" / "6"
     run(tmp_path / "same", resume=str(step))
     ours, theirs = (load(path).params for path in (tmp_path / "same", whole))
@@ -408,10 +408,10 @@ SPREAD = (
 
 @pytest.mark.long
 def test_two_processes_equal_one_which_goes_on_where_they_ended(tmp_path):
-    """One process with two devices; two with one each, the clock of one of which is a day ahead.
+    """Compares one process with two devices, and two with one each, one clock a day ahead.
 
-    Preempted, the run of the two is ended by one process on four devices: another mesh, another
-    number of processes and of hosts.
+    After preemption one process on four devices finishes the run of the two: another mesh, another
+    number of processes and hosts.
     """
     process = start(*pretrain(tmp_path / "one", STEPS, *SPREAD), JAX_NUM_CPU_DEVICES="2")
     (code,), (err,) = finish([process])

@@ -1,4 +1,4 @@
-"""Trials: their product, their folders, the choice among them; what is done isn't done again."""
+"""Trials: their product, their folders, the choice among them; finished work isn't repeated."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_product():
 
 
 def test_finished_trials_are_not_repeated(tmp_path):
-    """And one that was killed is asked to go on, in its folder."""
+    """A killed trial resumes in its folder."""
     trials, ran = SweepConfig((0.1, 0.2, 0.3)).trials(), []
     accuracy = {0.1: 0.5, 0.2: 0.7, 0.3: 0.7}
 
@@ -118,7 +118,7 @@ def test_a_dev_split_too_small_for_the_grid():
     ],
 )
 def test_devices_are_kept_busy(trials, mesh, batch_size, expected):
-    """Of the eight that there are."""
+    """Trials use as many of the eight devices as they can."""
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(**mesh), batch_size=batch_size)
     assert devices_of_a_trial(config, SweepConfig(), trials) == expected
     assert devices_of_a_trial(config, SweepConfig(devices=3), trials) == 3

@@ -1,4 +1,4 @@
-"""Tars read without unpacking: WebDataset's and ImageNet's."""
+"""Reading WebDataset's and ImageNet's tars without unpacking them."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from vit_jax.data.writer import WriteConfig, write_dataset
 
 
 def tar_bytes(files):
-    """A tar of {name: bytes}, or of the pictures with these numbers; also given as pairs."""
+    """Makes a tar of {name: bytes} or pairs; a number stands for the picture with this number."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, data in files.items() if isinstance(files, dict) else files:
@@ -106,10 +106,10 @@ def test_damaged_tars(tmp_path):
         last = tar.getmembers()[-1]
     source = open_source(str(tmp_path), "train")
     for size, message in (
-        (last.offset_data, "truncated|no whole tar"),
+        (last.offset_data, "truncated|not a whole tar"),
         (last.offset, "lacks the end mark of a tar"),
-        (last.offset + 100, "no whole tar|lacks the end mark"),
-        (1000, "truncated|no whole tar"),
+        (last.offset + 100, "not a whole tar|lacks the end mark"),
+        (1000, "truncated|not a whole tar"),
     ):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"{path}.*({message})"):
@@ -158,7 +158,7 @@ def test_imagenet_1k(tmp_path):
 
 
 def test_imagenet_21k(tmp_path):
-    """One tar a class, in a folder or in one tar."""
+    """One tar per class, in a folder or in one tar."""
     classes = {
         "n00000002.tar": {"n00000002_1.JPEG": 0, "n00000002_2.JPEG": 1, "notes.txt": b""},
         "n00000001.tar": {"n00000001_7.JPEG": 2},
@@ -176,5 +176,5 @@ def test_imagenet_21k(tmp_path):
     with pytest.raises(ValueError, match=r"n00000003.tar holds no images"):
         open_path(f"{tmp_path}/in")
     write_tar(tmp_path / "in" / "more.tar", {})
-    with pytest.raises(ValueError, match=r"more.tar: expected one tar a class, such as n01440764"):
+    with pytest.raises(ValueError, match=r"more.tar: expected one tar per class, such as n0144076"):
         open_path(f"{tmp_path}/in")

@@ -1,4 +1,4 @@
-"""One command from a folder of images to a report, however often it is interrupted."""
+"""One command goes from a folder of images to a report, however often it is interrupted."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ QUIET = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Bright and dark noise, 60 images of each, and a file that is no image."""
+    """Makes 60 images each of bright and dark noise, and a file that isn't an image."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name, low in (("bright", 60), ("dark", 0)):
@@ -82,14 +82,14 @@ def with_rates(config, *rates):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """The workdir of a whole run."""
+    """Returns the workdir of a complete run."""
     workdir = tmp_path_factory.mktemp("run")
     run_workflow(config, workdir, COMMAND)
     return workdir
 
 
 def test_results(finished, folder):
-    """What is written agrees with itself, and with what predict says of the test images."""
+    """The written results agree with each other and with predict on the test images."""
     results = json.loads((finished / "results.json").read_text())
     with np.load(finished / "test.npz") as file:
         logits, labels = file["logits"], file["labels"]
@@ -118,7 +118,7 @@ def test_results(finished, folder):
 
 @pytest.fixture(scope="module")
 def tested(finished):
-    """The test images as the model takes them, uint8 [N, 16, 16, 3], and its logits."""
+    """Returns the model's inputs for the test images, uint8 [N, 16, 16, 3], and its logits."""
     source = open_source(str(finished / "data" / "splits.csv"), "test")
     resize = parse_preprocess("resize", (16, 16))
     images = [decode_image(source[i]["image"]) for i in range(len(source))]
@@ -128,7 +128,7 @@ def tested(finished):
 
 
 def test_transformers_predicts_the_same(finished, tested):
-    """From the exported folder alone (needs torch and transformers)."""
+    """Uses the exported folder alone (needs torch and transformers)."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import torch
@@ -143,7 +143,7 @@ def test_transformers_predicts_the_same(finished, tested):
 
 
 def test_onnxruntime_predicts_the_same(finished, tested, tmp_path):
-    """From uint8 pixels (needs vit_jax[onnx])."""
+    """Takes uint8 pixels (needs vit_jax[onnx])."""
     pytest.importorskip("jax2onnx")
     import onnxruntime
 
@@ -154,7 +154,7 @@ def test_onnxruntime_predicts_the_same(finished, tested, tmp_path):
 
 
 def test_report(finished, tmp_path):
-    """Complete, without an address that is fetched, and rendered without a complaint."""
+    """The report is complete, fetches nothing, and renders without errors."""
     page = (finished / "report.html").read_text()
     card = (finished / "MODEL_CARD.md").read_text()
     for text in (COMMAND, "broken.png", "bright", "24 test images", "learning rate 0.003"):
@@ -177,7 +177,7 @@ HOSTILE = ("<script>alert(1)</script>", "$\\\\frac{", "*a* [b](javascript:1)", "
 
 
 def test_names_are_text_wherever_they_appear():
-    """Markup, mathematics and formulas in names of classes have no effect on page and card."""
+    """Markup, maths and formulas in class names have no effect on the report and model card."""
     labels = np.arange(10) % len(HOSTILE)
     probabilities = np.eye(len(HOSTILE))[labels] * 0.9 + 0.02
     scores = score(np.log(probabilities), labels, 1.0)
@@ -206,7 +206,7 @@ def test_names_are_text_wherever_they_appear():
 
 
 def browse(page, shot):
-    """What Chromium logs while it takes a picture of the page."""
+    """Returns what Chromium logs while it takes a screenshot of the page."""
     flags = (f"--user-data-dir={shot.parent / 'profile'}", "--enable-logging=stderr")
     flags += ("--window-size=1000,3000", f"--screenshot={shot}")
     ran = subprocess.run(
@@ -231,7 +231,7 @@ def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
 
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
-    """The run's folder in another place, with nothing left to train."""
+    """Copies the run's folder, with nothing left to train."""
     monkeypatch.setattr(loop, "_take_steps", None)
     return Path(shutil.copytree(finished, tmp_path / "copied"))
 
@@ -277,7 +277,7 @@ def test_a_damaged_file_is_named(config, copied, name, remedy, damage):
 
 @pytest.mark.long
 def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, monkeypatch):
-    """Stopped at every fifth step of the trials and of the final run: the same in the end."""
+    """Stops at every fifth step of the trials and of the final run; the result is the same."""
     taken, add = [], loop.Recorder.add
 
     def stop_now_and_then(self, step, values):
@@ -306,7 +306,7 @@ def test_interrupted_anywhere_equals_uninterrupted(config, finished, tmp_path, m
 
 
 def test_trials_side_by_side_equal_one_after_another(config, finished, tmp_path):
-    """To the bit, each on one device."""
+    """Trials on one device each give bit-identical results."""
     kept = json.loads((finished / "data" / "audit.json").read_text())
     sgd = OptimizerConfig("sgd")
     config = dataclasses.replace(config, steps=2, eval_every=1, log_every=1, optimizer=sgd)
@@ -358,7 +358,7 @@ def test_splits_may_change_until_something_was_trained(config, tmp_path, monkeyp
 
 
 def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
-    """Architecture and image size, but not how it was trained."""
+    """The checkpoint gives architecture and image size, but not the training settings."""
     fields = {"dropout": 0.1, "representation_size": 24, "pool": "gap", "dtype": "float32"}
     model = described_model(
         {"model": {"variant": "ViT-mu/8", **fields}, "num_classes": 5, "image_size": [16, 16]}
@@ -393,7 +393,7 @@ def test_what_a_recipe_leaves_open_is_the_checkpoints(config, tmp_path):
 
 
 def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
-    """It separates the training images at once, on the features of the checkpoint."""
+    """The head separates the training images on the checkpoint's features."""
     data = DataConfig(str(finished / "data" / "splits.csv"), num_threads=1)
     config = dataclasses.replace(config, workflow=None, data=data, init=str(finished), head="probe")
     run = prepare(config, str(tmp_path))
@@ -413,7 +413,7 @@ def test_a_probed_head_predicts_before_any_step(config, finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def probed(config, finished, tmp_path_factory):
-    """The workdir of a run from a checkpoint, whose fine-tuning learns nothing."""
+    """Returns the workdir of a run from a checkpoint, whose fine-tuning learns nothing."""
     sweep = WorkflowConfig(sweep=SweepConfig((1e-9,)), probe=True, minutes=5.0)
     config = dataclasses.replace(config, init=str(finished), workflow=sweep, steps=2)
     workdir = tmp_path_factory.mktemp("probed")
@@ -422,7 +422,7 @@ def probed(config, finished, tmp_path_factory):
 
 
 def test_the_probe_is_kept_where_fine_tuning_is_no_better(probed, finished):
-    """It is a trial, and the final model is the checkpoint with a head of train and dev."""
+    """The probe is a trial; the final model is the checkpoint with a head of train and dev."""
     _, workdir = probed
     results = json.loads((workdir / "results.json").read_text())
     assert [trial["values"] for trial in results["trials"]] == [VALUES, {"schedule.peak": 1e-9}]
@@ -444,7 +444,7 @@ def test_the_probe_is_kept_where_fine_tuning_is_no_better(probed, finished):
 
 
 def test_what_was_settled_stays(probed, monkeypatch):
-    """A restart measures nothing, trains nothing, and refuses other minutes."""
+    """A restart measures and trains nothing, and refuses another `minutes`."""
     config, workdir = probed
     before = (workdir / "budget.json").read_text(), checkpoint_arrays(workdir)
     monkeypatch.setattr(loop, "measure_step", None)
@@ -470,7 +470,7 @@ def test_what_was_settled_stays(probed, monkeypatch):
     ],
 )
 def test_what_fits_the_time(left, lanes, probe, trials, steps):
-    """A step takes a second, a run five more."""
+    """A step takes one second, a run five more."""
     values = [{"schedule.peak": peak} for peak in (1.0, 2.0, 3.0)]
     cost, whole = budget.Cost(1.0, 5.0, 10.0), budget.Budget(values, 100, 0.0, 1.0, "cpu")
     found = budget.fit(whole, cost, left, lanes, probe)
@@ -484,7 +484,7 @@ def test_what_fits_the_time(left, lanes, probe, trials, steps):
 
 @pytest.mark.parametrize(("spent", "steps"), [(100, 100), (200, 62), (600, 10)])
 def test_the_final_run_makes_up_for_slow_trials(tmp_path, spent, steps):
-    """Once: at a restart it is as it was settled."""
+    """The final run is shortened once; a restart keeps its length."""
     values = [{"schedule.peak": 1.0}]
     settled = budget.Budget(values, 100, 220.0, 6.0, "cpu", before=20.0 + 52.0)
     settled = dataclasses.asdict(dataclasses.replace(settled, minutes=440 / 60))
@@ -513,7 +513,7 @@ def test_steps_in_a_grid_leave_no_time_to_keep(config):
 
 
 def test_the_device_says_what_a_recipe_leaves_open():
-    """And only that."""
+    """The device changes only fields that the recipe leaves open."""
     values = named_recipe("transfer/folder", **{"data.dataset": "x", "steps": 7}).to_dict()
     scratch = build(TransferConfig, complete(values, "cpu"))
     assert (scratch.model.variant, scratch.steps, scratch.batch_size) == ("R26x1", 7, 32)
@@ -531,7 +531,7 @@ def test_the_device_says_what_a_recipe_leaves_open():
 
 
 def test_a_run_goes_on_with_the_defaults_that_it_began_with(finished, tmp_path):
-    """Those of its first device; before there were any, of none: and without a probe."""
+    """The defaults are its first device's; an older run has those of none, and no probe."""
     assert workflow._first_device("") is workflow._first_device(tmp_path) is None
     shutil.copy(finished / "sweep.json", tmp_path)
     assert workflow._first_device(tmp_path) == "earlier"
@@ -560,7 +560,7 @@ def test_open_recipes_are_explained(values, message):
 
 
 def test_command_explains_bad_input(folder, tmp_path):
-    """As a user sees it: no traceback."""
+    """A user sees an explanation and no traceback."""
     folder_of_one = tmp_path / "one"
     shutil.copytree(folder / "dark", folder_of_one / "dark")
     code, _, err = command(
@@ -575,7 +575,7 @@ def test_command_explains_bad_input(folder, tmp_path):
 
 
 def test_the_workflow_by_its_earlier_names(config):
-    """Its fields were outside the group; a `sweep` began it, and without one they did nothing."""
+    """Fields were once outside the group; without a `sweep` they did nothing."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     old = {**values, **{name: values["workflow"][name] for name in WORKFLOW}}
     del old["workflow"]
@@ -594,9 +594,9 @@ def test_the_workflow_by_its_earlier_names(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_killed_at_any_moment(folder, tmp_path, devices):
-    """The whole command, killed at random over and over, ends as one that never was.
+    """The whole command, killed at random repeatedly, ends like an uninterrupted one.
 
-    On two devices its trials run side by side.
+    On two devices its trials run concurrently.
     """
     arguments = (
         "transfer",
@@ -642,7 +642,7 @@ def test_killed_at_any_moment(folder, tmp_path, devices):
 
 @pytest.mark.slow
 def test_two_processes(folder, tmp_path):
-    """Trials one after another, each over both: as in one process with as many devices."""
+    """Trials run one after another over both processes, as in one with as many devices."""
     arguments = (
         "transfer",
         "--config=configs/transfer/folder.py:adamw,steps=4,batch=16",

@@ -1,4 +1,4 @@
-"""The 19 tasks: labels as the benchmark's own code derives them, and parts that don't overlap."""
+"""The 19 tasks: labels as the benchmark's code derives them, and disjoint splits."""
 
 from collections.abc import Sequence
 
@@ -42,7 +42,7 @@ def test_other_derived_labels():
 
 
 class Fake(Sequence):
-    """Examples that know where they are."""
+    """Examples that hold their own split and index."""
 
     def __init__(self, split, size):
         self.split, self.size = split, size
@@ -55,7 +55,7 @@ class Fake(Sequence):
 
 
 def test_parts(monkeypatch):
-    """800 and 200 examples, none in two parts; dSprites' 0 and 1 become black and white."""
+    """800 and 200 examples, none in two splits; dSprites' 0 and 1 become black and white."""
     sizes = {
         **{"cifar100": {"train": 50_000, "test": 10_000}, "dsprites": {"train": 737_280}},
         **{"smallnorb": {"train": 24_300, "test": 24_300}},

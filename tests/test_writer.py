@@ -72,7 +72,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, monkeypatch, mo
     whole = write_dataset(listing, tmp_path / "whole", "x", None, config)
 
     def kill_at(call, owner, name):
-        """Lets the function pass `call - 1` times."""
+        """Raises at call number `call` of the function."""
         original, calls = getattr(owner, name), iter(range(1, 100))
 
         def function(*args, **kwargs):
@@ -240,7 +240,7 @@ def idx(values):
 
 
 def write_idx(folder, compress=lambda data: data, ending=""):
-    """20 training and 10 test images of 6 x 5 pixels."""
+    """Writes 20 training and 10 test images of 6 x 5 pixels."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     arrays = {}
@@ -261,7 +261,7 @@ def test_idx_files_are_read_straight(tmp_path):
 
 
 def test_fashion_mnist_by_the_command(tmp_path):
-    """From IDX files, as the name that TFDS knows, so that plain tfds.builder(name) finds it."""
+    """Prepares IDX files under TFDS's name of the dataset, so that tfds.builder(name) finds it."""
     arrays = write_idx(tmp_path / "fashion-mnist", gzip.compress, ".gz")
     arguments = (f"--input={tmp_path}/fashion-mnist", f"--output={tmp_path}")
     code, out, err = command("prepare", *arguments)

@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vit_jax.classifier.workflow import transfer as transfer
+    from vit_jax.data.preparation import PreparedDataset as PreparedDataset
+    from vit_jax.data.preparation import prepare as prepare
     from vit_jax.evaluation.measure import Evaluation as Evaluation
     from vit_jax.evaluation.measure import evaluate as evaluate
     from vit_jax.models.variants import list_models as list_models
@@ -35,6 +37,7 @@ _HOMES = {  # public name -> its module
     "Evaluation": "evaluation.measure",
     "Plan": "training.plan",
     "Prediction": "weights.trained",
+    "PreparedDataset": "data.preparation",
     "Trained": "training.result",
     "TrainedModel": "weights.trained",
     "create_model": "weights.trained",
@@ -42,8 +45,9 @@ _HOMES = {  # public name -> its module
     "list_checkpoints": "weights.published",
     "list_models": "models.variants",
     "list_recipes": "recipes",
-    "plan": "training.plan",
     "load": "weights.trained",
+    "plan": "training.plan",
+    "prepare": "data.preparation",
     "pretrain": "training.loop",
     "recipe": "recipes",
     "transfer": "classifier.workflow",

@@ -5,9 +5,8 @@ vit_jax convert --input=runs/digits --output=exported --format=hugging_face
 vit_jax convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
 
 Reads google-research/vision_transformer's, big_vision's, BiT's and MLP-Mixer's `.npz`, timm's and
-Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, gs://
-(pip install gcsfs) and hf:// (huggingface_hub). Writes them all, and ONNX (jax2onnx, onnx and
-onnxruntime).
+Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, https://,
+gs:// and hf://. Writes them all, and ONNX (jax2onnx, onnx and onnxruntime).
 """
 
 from absl import flags

@@ -12,7 +12,7 @@ from vit_jax.weights.published import list_checkpoints
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what matches any of the patterns; without *, what has it in its name."""
+    """Prints the names that match any of the patterns; one without *?[ matches within names."""
     patterns = [text if set(text) & set("*?[") else f"*{text}*" for text in arguments[1:] or ["*"]]
     models, checkpoints = (
         sorted({name for pattern in patterns for name in find(pattern)})

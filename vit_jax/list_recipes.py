@@ -20,7 +20,7 @@ from vit_jax.recipes import find_recipe, list_recipes, recipe
 
 
 def documented(file: Path) -> tuple[str, str]:
-    """A recipe's docstring, and what `get_config` says of its argument."""
+    """Returns a recipe's docstring, and the description of its argument in `get_config`'s."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     made = next((node for node in functions if node.name == "get_config"), None)
@@ -29,7 +29,7 @@ def documented(file: Path) -> tuple[str, str]:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """What is said of a dataclass's fields, in "Attributes:" and in comments beside or above."""
+    """Returns descriptions of a dataclass's fields, from "Attributes:" and nearby comments."""
     found: dict[str, str] = {}
     for part in reversed(cls.__mro__[:-1]):
         text = inspect.cleandoc(part.__doc__ or "").partition("Attributes:\n")[2]
@@ -53,9 +53,9 @@ def meanings(cls: type) -> dict[str, str]:
 def fields(
     cls: type, values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, str, Any, str]]:
-    """Yields (dotted name, type, value, meaning) of all fields, those of groups behind others.
+    """Yields (dotted name, type, value, meaning) of all fields; fields of groups come last.
 
-    The value is `dataclasses.MISSING` where neither the recipe nor a default says it.
+    The value is `dataclasses.MISSING` if neither the recipe nor a default gives it.
     """
     hints, said, groups = typing.get_type_hints(cls), meanings(cls), []
     for field in dataclasses.fields(cls):

@@ -4,22 +4,13 @@ vit_jax plan --config=pretrain/paper:ViT-B/16 --topology=v5e:16x16
 vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
     --topology=v4:8x8x16 --num_slices=2 --price_per_chip_hour=1.2 --output=plan.json
 
-Compiles the recipe's own training step for the named chips, on any machine, without one and without
-the data. It needs the compiler alone: pip install 'jax[tpu]', and 'jax[cuda12]' for GPUs:
-h100:8, or h100:32x8, nodes x GPUs. What it prints is the compiler's estimate and no measurement;
-input, evaluations and checkpoints are not in it. `--search` compiles several meshes (data, FSDP,
-tensor), ways of remat and microbatches, and ranks those that fit. `--mfu=0.45` takes the time from
-a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512.
-
-What the paper's own runs took, TPUv3-core-days of its Table 2 (device-days here; 2.5k, 0.68k and
-0.23k there), at the MFU that they imply:
-
-vit_jax plan --config=pretrain/jft:ViT-H/14,epochs=14 --topology=v3:16x16 \
-    --config.model.remat=full --mfu=0.32
-vit_jax plan --config=pretrain/jft:ViT-L/16,epochs=14 --topology=v3:16x16 \
-    --mfu=0.43
-vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
-    --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
+Compiles the recipe's own training step for the named chips, on any machine, without the chips and
+the data. It only needs the compiler: pip install 'jax[tpu]', or 'jax[cuda12]' for GPUs. GPUs are
+h100:8, or h100:32x8 for nodes x GPUs. The printed numbers are the compiler's estimates, not
+measurements; they exclude input, evaluations and checkpoints. `--search` compiles several meshes
+(data, FSDP, tensor), remat policies and numbers of microbatches, and ranks those that fit.
+`--mfu=0.45` computes the time from a stated MFU instead. Any field of the recipe is a flag:
+--config.batch_size=512.
 """
 
 import json
@@ -44,7 +35,7 @@ flags.DEFINE_string("output", "", "JSON file to write.")
 
 
 def main(_) -> None:
-    """Plans the recipe of the flags, and prints."""
+    """Plans the recipe in the flags and prints the plan."""
     args = flags.FLAGS
     size = {"num_classes": args.num_classes, "num_examples": args.num_examples}
     options = {"mfu": args.mfu, "price": args.price_per_chip_hour}

@@ -22,14 +22,25 @@ this recipe follows the table. ResNets pretrained with SGD are in bit.py.
 Planned for v5e:16x16 (compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
 H/14 11.9 of 15.75 GiB, 140 ms per step, MFU 58 %, 10,280 chip-hours in total; with
 --config.mesh.fsdp=16 5.8 GiB, 122 ms, 67 %, 8,964. R50+B/16 3.0 GiB, 27 ms, 38 %, 1,005 chip-hours.
+
+The TPUv3-core-days of the paper's Table 2 (2.5k, 0.68k, 0.23k), at the MFU that they imply:
+
+vit_jax plan --config=pretrain/jft:ViT-H/14,epochs=14 --topology=v3:16x16 \
+    --config.model.remat=full --mfu=0.32
+vit_jax plan --config=pretrain/jft:ViT-L/16,epochs=14 --topology=v3:16x16 \
+    --mfu=0.43
+vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
+    --topology=v3:2x2 --config.accumulation=16 --config.model.remat=full --mfu=0.39
 """
 
 import ml_collections
 
 from vit_jax.config import parse_arg, pretraining_data, recipe, unknown
 
-# Learning rate and epochs of Table 3. R200x3 is only in Table 6 and has the values of R152.
+# Learning rate and epochs of Table 3. R200x3 is only in Table 6 and has the values of R152;
+# ViT-b/32, half as wide, is only in Figure 4 and has those of B.
 RATES = {
+    "ViT-b/32": (8e-4, 7),
     "ViT-B/32": (8e-4, 7),
     "ViT-B/16": (8e-4, 7),
     "ViT-L/32": (6e-4, 7),

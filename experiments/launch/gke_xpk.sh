@@ -30,14 +30,15 @@ action=$1
 [[ $action == -* ]] || shift
 parse "$@"
 need cluster zone workload
-count num_slices max_restarts
+count max_restarts
+positive num_slices
 programs xpk kubectl git
 where=(--cluster="$cluster" --zone="$zone" --workload="$workload")
 
 launch() {
   local disk storages=()
   need workdir
-  check_recipe
+  check_recipe "$tpu_type*$num_slices"
   check_revision
   checkout=$(git rev-parse --absolute-git-dir)/launch
   trap 'run git worktree remove --force "$checkout"' EXIT

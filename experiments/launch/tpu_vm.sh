@@ -40,11 +40,12 @@ case $action in
   create | logs | delete) need name zone ;;
   *) die "unknown action $action: expected launch, create, install, start, watch, logs or delete" ;;
 esac
-count num_slices max_restarts poll
+count max_restarts poll
+positive num_slices
 [[ $capacity =~ ^(on-demand|spot|reserved)$ ]] ||
   die "--capacity=$capacity: expected on-demand, spot or reserved"
 programs gcloud git
-if [[ -n $workdir ]]; then check_recipe; check_revision; fi
+if [[ -n $workdir ]]; then check_recipe "$accelerator_type*$num_slices"; check_revision; fi
 at=("$name" --zone="$zone" --quiet)
 all=(--node=all --worker=all)
 first=(--node=0 --worker=0)

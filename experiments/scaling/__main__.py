@@ -27,6 +27,7 @@ from vit_jax.command_line import stoppable
 from vit_jax.config import InputError, explained_errors
 
 RESULTS = Path(__file__).parent / "results"
+OF_THE_PAPER = Path("runs/scaling/paper")  # figures and fits of the paper's own numbers
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -62,9 +63,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     status = add("status", required=True)
     status.add_argument("--all", action="store_true", help="also show finished runs")
     figures = add("figures")
-    figures.add_argument("--output", type=Path, help="folder; default beside the results")
+    figures.add_argument(
+        "--output", type=Path, help="folder; default beside the results, or runs/scaling/paper"
+    )
     fit = add("fit")
-    fit.add_argument("--output", type=Path, help="folder; default beside the results")
+    fit.add_argument("--output", type=Path, help="folder; by default of the results")
     return parser.parse_args(arguments)
 
 
@@ -73,11 +76,6 @@ def open_store(options: argparse.Namespace, study: Study) -> Store:
     folder = options.folder or Path("runs/scaling") / study.name
     kept = RESULTS / study.name / "results.jsonl"
     return Store(folder, options.results or (kept if kept.exists() else None))
-
-
-def paper_figures(paper: Path) -> Path:
-    """The folder of the paper's figures, which are kept in a clone."""
-    return kept if (kept := paper / "figures").is_dir() else Path("runs/scaling/paper")
 
 
 def run(options: argparse.Namespace, study: Study) -> int:
@@ -185,21 +183,20 @@ def main(arguments: list[str]) -> int:
 
             show_cost(study, options)
         elif options.command == "figures":
-            from experiments.scaling.figures import PAPER, draw_paper
+            from experiments.scaling.figures import draw_paper
             from experiments.scaling.study_figures import draw_study
 
             if study:
                 store = open_store(options, study)
                 written = draw_study(study, store, options.output or store.results.parent)
             else:
-                written = draw_paper(options.output or paper_figures(PAPER))
+                written = draw_paper(options.output or OF_THE_PAPER)
             print("\n".join(map(str, written)))
         else:
-            from experiments.scaling.figures import PAPER
             from experiments.scaling.findings import show_fits
 
             store = open_store(options, study) if study else None
-            folder = store.results.parent if store else paper_figures(PAPER)
+            folder = store.results.parent if store else OF_THE_PAPER
             show_fits(study, store, options.output or folder)
     return 0
 

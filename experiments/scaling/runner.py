@@ -270,8 +270,8 @@ def _with_data(status: Status, free: Mapping[str, Any], opened: dict[tuple, str]
 
 def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
     """Yields (name, split, data_dir) of all datasets of a run."""
-    evaluators = {**config.get("classification", {}), **config.get("fewshot", {})}.values()
-    for group in (config, *evaluators):
+    kinds = ("classification", "fewshot", "evaluators")
+    for group in (config, *(e for kind in kinds for e in config.get(kind, {}).values())):
         data = group["data"]
         for split in {data.get("split", "train"), group.get("test_split", "")} - {""}:
             yield data["dataset"], split, data.get("data_dir")
@@ -332,7 +332,6 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     from vit_jax.classifier.recipe import TransferConfig
     from vit_jax.classifier.start import prepare
     from vit_jax.config import build
-    from vit_jax.costs.flops import training_flops
     from vit_jax.training import loop
     from vit_jax.training.metrics import read_metrics
 
@@ -350,7 +349,8 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     result = {
         "steps": last["step"],
         "batch_size": prepared.config.batch_size,
-        "flops_per_image": training_flops(prepared.model),
+        "flops_per_image": prepared.flops(0, prepared.scheduled)
+        / (prepared.scheduled * prepared.config.batch_size),
         "parameters": sum(leaf.size for leaf in shapes),
         "evaluations": list(evaluations.values()),
         "loss": last.get("loss"),

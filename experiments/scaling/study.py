@@ -240,6 +240,7 @@ def _branches(
                 "fewshot": {},
                 "checkpoint.every": start,
             }
+            fields |= {"evaluators": {}} if "evaluators" in recipe else {}
             trunk = Run(
                 "trunk",
                 {**labels, "budget": f"{start} steps"},
@@ -260,7 +261,7 @@ def _branches(
 
 def _transfers(labels: Fields, init: str | None, task: Task, model: Model) -> Iterator[Run]:
     architecture = {k: v for k, v in model.fields.items() if k.startswith("model.")}
-    dropped = ("model.head_bias", "model.representation_size")  # of the pretraining head only
+    dropped = ("model.head_bias", "model.representation_size", "model.dropout")  # of pretraining
     fields = {k: v for k, v in architecture.items() if k not in dropped}
     fields["seed"] = labels["seed"]
     if init:

@@ -11,7 +11,7 @@ import matplotlib as mpl
 
 from vit_jax.config import InputError
 
-mpl.use("Agg")
+mpl.use(mpl.get_backend() if mpl.is_interactive() else "Agg")  # a notebook shows its figures
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ MOST = 100_000  # images of a split that are looked at; of a larger one, evenly 
 FEW = 10  # training images of a class under which its recall is a matter of luck
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
 TURNED = (
-    "turned by their EXIF orientation, which is ignored as in published evaluations (if it "
-    "matters, turn the pixels: magick mogrify -auto-orient)"
+    "turned by their EXIF orientation, which is ignored unless the preprocessing begins with "
+    "`upright` (--config.eval_preprocess='upright|resize', and data.preprocess likewise)"
 )
 SHOWN = 10  # names in a finding
 

@@ -1,4 +1,4 @@
-"""A classifier looked at closely: its test predictions, worst mistakes, and where it looks."""
+"""Examines a classifier: test predictions, most confident errors, attention."""
 
 import os
 import zipfile
@@ -102,7 +102,7 @@ def worst_mistakes(
     return [
         Picture(
             decode_image(source[int(i)]["image"]),
-            f"{names[labels[i]]}, taken for {names[predicted[i]]} ({confidence[i]:.1%}): "
+            f"{names[labels[i]]}, predicted as {names[predicted[i]]} ({confidence[i]:.1%}): "
             f"{Path(source.name(int(i))).name}",
         )
         for i in wrong
@@ -117,9 +117,7 @@ def where_it_looks(
         return []
     prepare = parse_preprocess(preprocess, model.image_size)
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
-    images = np.stack(
-        [prepare(decode_image(source[int(i)]["image"]), np.random.default_rng(0)) for i in indices]
-    )
+    images = np.stack([prepare(source[int(i)]["image"], np.random.default_rng(0)) for i in indices])
     maps = np.asarray(jax.jit(attention_maps, static_argnums=0)(model, params, images))
     factor = max(1, 192 // max(model.image_size))  # small images: the map is finer than pixels
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

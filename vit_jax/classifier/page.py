@@ -1,6 +1,7 @@
-"""What came of a transfer: `report.html`, one file that needs nothing else, and a model card.
+"""The report of a transfer, `report.html`, and its model card.
 
-Everything is in the page: pictures as data, styles inline, no script, no address that is fetched.
+The page is one file: pictures are data URLs, styles are inline, there is no script, and nothing is
+fetched.
 """
 
 import base64
@@ -32,7 +33,7 @@ img{max-width:100%}figure{display:inline-block;margin:.4rem;
 vertical-align:top;text-align:center;font-size:.8rem;max-width:15rem}figcaption{overflow-wrap:
 anywhere}pre{background:#f5f5f5;padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 .big{font-size:2rem;font-weight:600}.sub{color:#555}.pair{display:inline-block}.bar{background:#0072B2;height:.7rem;
-display:inline-block}ul{padding-left:1.2rem}
+display:inline-block}.wide{overflow-x:auto;white-space:nowrap}ul{padding-left:1.2rem}
 """
 
 
@@ -89,17 +90,17 @@ def render(report: Report) -> str:
     sections = [
         f"<h1>{_text(report.title)}</h1>",
         f'<p><span class="big">{scores["accuracy"]:.1%}</span> of {len(report.labels):,} test '
-        f"images right, {low:.1%} to {high:.1%} with 95% confidence (Wilson)</p>",
+        f"images correct, {low:.1%} to {high:.1%} with 95% confidence (Wilson)</p>",
         _table([], [[name, value] for name, value in report.facts.items()]),
-        "<h2>Is it worth using?</h2>",
+        "<h2>Comparison with baselines</h2>",
         _list(report.remarks) if report.remarks else "<p>It beats every baseline.</p>",
         _baselines(report),
-        "<h2>The data</h2>",
+        "<h2>Data</h2>",
         f"<pre>{_text(report.data)}</pre>",
-        _list(report.findings) if report.findings else "<p>Nothing to complain about.</p>",
+        _list(report.findings) if report.findings else "<p>No problems found.</p>",
         "<h2>Recall of each class</h2>",
         _recalls(matrix, report.class_names),
-        "<h2>What is taken for what</h2>",
+        "<h2>Confusion matrix</h2>",
         _chart(_confusion_figure(matrix, report.class_names), "confusion matrix"),
         _confused(matrix, report.class_names),
         "<h2>Calibration</h2>",
@@ -107,21 +108,21 @@ def render(report: Report) -> str:
         "<h2>Training</h2>",
         f"<pre>{_text(report.trials)}</pre>",
         _chart(_curves_figure(report.curves), "training curves"),
-        "<h2>The worst mistakes</h2>",
-        "".join(map(_figure, report.mistakes)) or "<p>There is no mistake.</p>",
+        "<h2>Most confident errors</h2>",
+        "".join(map(_figure, report.mistakes)) or "<p>No errors.</p>",
     ]
     if report.attention:
         pairs = (_figure(image, 224) + _figure(seen, 224) for image, seen in report.attention)
         sections += [
-            "<h2>Where it looks</h2>",
-            '<p class="sub">Attention rollout: from which patches the output is made, all layers '
-            "together; bright where it is most.</p>",
+            "<h2>Attention</h2>",
+            '<p class="sub">Attention rollout over all layers: the brighter a patch, the more it '
+            "contributes to the output.</p>",
             "".join(f'<span class="pair">{pair}</span>' for pair in pairs),
         ]
     sections += [
         "<h2>Files</h2>",
         _table([], [[_link(name, what), what] for name, what in report.files.items()]),
-        "<h2>The command</h2>",
+        "<h2>Command</h2>",
         f"<pre>{_text(report.command)}</pre>",
     ]
     return (
@@ -232,13 +233,13 @@ def _recalls(matrix: np.ndarray, names: Sequence[str]) -> str:
         bar = _Html(f'<span class="bar" style="width:{100 * recall:.1f}px"></span>')
         shown = (f"{right} of {images}", f"{recall:.1%}", f"{low:.1%} to {high:.1%}")
         rows.append([names[i], *shown, precision, bar])
-    return _table(["class", "right", "recall", "95% interval", "precision", ""], rows)
+    return _table(["class", "correct", "recall", "95% interval", "precision", ""], rows)
 
 
 def _confused(matrix: np.ndarray, names: Sequence[str]) -> str:
     pairs = [(int(matrix[i, j]), i, j) for i, j in zip(*np.nonzero(matrix), strict=True) if i != j]
     rows = [[str(n), names[i], names[j]] for n, i, j in sorted(pairs, reverse=True)[:10]]
-    return _table(["images", "of", "taken for"], rows) if rows else ""
+    return _table(["images", "class", "predicted as"], rows) if rows else ""
 
 
 def _confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
@@ -264,8 +265,8 @@ def _calibration(report: Report) -> str:
     lines = [
         f"<p>Expected calibration error {scores['ece']:.3f} ({BINS} bins)",
         f", {scores['ece_at_temperature']:.3f} with logits divided by the temperature "
-        f"{scores['temperature']:.3f}, which was fitted to the dev split: "
-        f"<code>predict --temperature={scores['temperature']:.3f}</code>.</p>",
+        f"{scores['temperature']:.3f}, which was fitted to the dev split. "
+        "The model keeps it, and <code>predict</code> applies it.</p>",
     ]
     confidence = report.probabilities.max(axis=1)
     right = report.probabilities.argmax(axis=1) == report.labels
@@ -278,7 +279,7 @@ def _calibration(report: Report) -> str:
         x, y = confidence[inside].mean(), right[inside].mean()
         low, high = accuracy_interval(int(right[inside].sum()), int(inside.sum()))
         axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=BLUE, capsize=2)
-    axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set(xlabel="confidence", ylabel="share correct", xlim=(0, 1.02), ylim=(0, 1.02))
     return "".join(lines) + _chart(figure, "confidence against accuracy")
 
 
@@ -314,7 +315,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<table>{top}{body}</table>"
+    table = f"<table>{top}{body}</table>"
+    return f'<div class="wide">{table}</div>' if head else table
 
 
 def _list(items: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from vit_jax.classifier.splits import Splits
 from vit_jax.classifier.sweep import Trial, best_trial, show_trials, shown, trial_name
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source, open_source
+from vit_jax.models.lora import merged_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
@@ -76,8 +77,9 @@ def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tupl
         return put_tree(loaded, state_shardings(run.mesh, run.config.mesh, loaded))
 
     source = open_source(data.dataset, data.split, data.data_dir)
+    model = merged_model(run.model)
     with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
-        return keep_outputs(file, run.model, params, run.mesh, source, data, run.config.batch_size)
+        return keep_outputs(file, model, params, run.mesh, source, data, run.config.batch_size)
 
 
 def report(done: Finished, command: str, started: float) -> dict[str, Any]:
@@ -162,7 +164,9 @@ def _page(
         trials=show_trials(done.trials, metric),
         curves={**curves, "final": read_metrics(done.workdir)},
         mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
-        attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),
+        attention=where_it_looks(
+            model.architecture, model.params, source, config.eval_preprocess, 6
+        ),
         files=files,
     )
 

@@ -107,8 +107,9 @@ def _vit(vit: ViT, size: Size) -> tuple[int, int]:
     if vit.stem is not None:
         macs, size, channels = _stem(vit.stem, size)
     patches = math.prod(size) // vit.patch**2
-    tokens = patches + vit.positions.prefix
     macs += math.prod(size) * channels * config.width  # every pixel is in one patch
+    patches = vit.kept or patches
+    tokens = patches + vit.positions.prefix
     block = _attention(config, tokens, tokens) + _mlp(config, tokens, config.width, config.mlp_dim)
     if vit.positions.kind == "relative":
         # Products of queries and offset keys, in every layer, even where the keys are 0.

@@ -1,1 +1,1 @@
-"""What goes in: sources, decoding, augmentation, and the order of examples."""
+"""Input data: sources, decoding, augmentation, and the order of examples."""

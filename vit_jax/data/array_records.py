@@ -1,4 +1,4 @@
-"""Datasets on disk that TFDS or `vit_jax.prepare` wrote, in ArrayRecord format."""
+"""Reads datasets in ArrayRecord format, as written by TFDS or `vit_jax.prepare`."""
 
 import os
 import re
@@ -19,8 +19,8 @@ from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
-MAX_LABELS = 32  # of one example of a multi-label set
-# What TFDS needs to build datasets: the tfds command imports the latter two, and doesn't say so.
+MAX_LABELS = 32  # per example of a multi-label dataset
+# Packages that building datasets with TFDS needs. It imports the last two without declaring them.
 INSTALL = "pip install tensorflow-cpu apache-beam mlcroissant"
 
 
@@ -30,13 +30,13 @@ _MALFORMED = (DecodeError, ParseError, AttributeError, IndexError, KeyError, Typ
 
 @dataclass(frozen=True)
 class ArrayRecords(Sequence):
-    """A split.
+    """The examples of a split.
 
     Attributes:
       decode: serialized record -> features; images stay encoded.
-      shards: paths of its files.
-      starts: the index of each shard's first example, and the number of all.
-      label: the records' name for the label, or what derives it from a record.
+      shards: paths of the split's files.
+      starts: index of each shard's first example, then the number of examples.
+      label: name of the label feature, or a function that derives the label from a record.
     """
 
     decode: Callable[[bytes], Mapping[str, Any]]
@@ -56,7 +56,7 @@ class ArrayRecords(Sequence):
         shard, position = self._place(index)
         try:
             return self.decode(_readers()(self.shards[shard]).read([position])[0])
-        except RuntimeError as error:  # of the C++ reader, whose records have checksums
+        except RuntimeError as error:  # from the C++ reader, which verifies checksums
             if fault := system_error(error):
                 raise fault from error
             raise InputError(f"cannot read it: {error}") from error
@@ -72,12 +72,12 @@ class ArrayRecords(Sequence):
         place = f"record {position} of {os.path.basename(self.shards[shard])}"
         try:
             file = self._record(index).get("file_name")
-        except (ValueError, OSError):  # it is the record itself that cannot be read
+        except (ValueError, OSError):  # the record itself cannot be read
             file = None
         return f"{place}, {file.decode(errors='replace')}" if file else place
 
     def listed(self, start: int, stop: int) -> Iterator[bytes]:
-        """Names and sizes of the shards that hold the examples."""
+        """Yields the name and index range of each shard that holds some of the examples."""
         for shard, first, end in zip(self.shards, self.starts, self.starts[1:], strict=False):
             if first < stop and end > start:
                 yield f"{os.path.basename(shard)} {first} {end}".encode()
@@ -85,8 +85,8 @@ class ArrayRecords(Sequence):
     def check(self) -> None:
         """Opens every shard.
 
-        Raises FileNotFoundError if some are missing, ValueError if one is truncated or holds
-        another number of records than the dataset's metadata say.
+        Raises FileNotFoundError if shards are missing. Raises ValueError if one is truncated, or if
+        its number of records differs from the dataset's metadata.
         """
         from array_record.python.array_record_module import ArrayRecordReader
         from etils import epath
@@ -125,14 +125,14 @@ class ArrayRecords(Sequence):
 
 @cache
 def _readers() -> Callable[[str], Any]:
-    """path -> its reader, of which a bounded number is open in this process, the last used ones."""
+    """Returns a function path -> reader that keeps the most recently used readers open."""
     return lru_cache(maxsize=max(16, min(4096, open_files_limit() // 4)))(_open_reader)
 
 
 def _open_reader(path: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    options = "readahead_buffer_size:0"  # single records, anywhere
+    options = "readahead_buffer_size:0"  # for random access to single records
     return ArrayRecordReader(path, options=options, file_reader_buffer_size=1 << 15)
 
 
@@ -149,14 +149,14 @@ def open_array_records(
     Args:
       name: its name, or the path of the folder that holds its files.
       data_dir: see `sources.open_source`.
-      known: other names that could have been meant.
+      known: other dataset names, suggested in the error for an unknown dataset.
       label: derives a record's label, one of `num_classes`, for datasets without a label feature.
 
     Raises:
-      ValueError: an unknown dataset, or features that aren't those of image classification.
-      FileNotFoundError: it is not prepared, or not as ArrayRecord.
+      ValueError: an unknown dataset, or features other than those of image classification.
+      FileNotFoundError: the dataset is not prepared, or not as ArrayRecord.
     """
-    import tensorflow_datasets as tfds  # half a second, which the embedded sets need not wait for
+    import tensorflow_datasets as tfds  # takes half a second; embedded datasets don't need it
 
     builder = _builder(name, data_dir, known)
     features = builder.info.features
@@ -187,12 +187,12 @@ def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, 
     import tensorflow_datasets as tfds
 
     _readers().cache_clear()  # files may have changed since they were opened
-    # Decoding is ours: parallel, and only of what is used.
+    # TFDS doesn't decode images: the pipeline does, in parallel, and only those it uses.
     images = [f for f, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {f: tfds.decode.SkipDecoding() for f in images}
     splits = {}
     for split in builder.info.splits:
-        dataset = builder.as_data_source(split=split).dataset_info  # knows the format it chose
+        dataset = builder.as_data_source(split=split).dataset_info  # has the chosen file format
         info = dataset.splits[split]
         starts = tuple(accumulate(info.shard_lengths, initial=0))
         shards = tuple(map(os.fspath, info.filepaths))
@@ -202,7 +202,7 @@ def _splits(builder: Any, features: Mapping[str, Any], label: Any) -> dict[str, 
 
 
 def _builder(name: str, data_dir: str | None, known: Sequence[str]):
-    """The builder of a dataset that is prepared in ArrayRecord format."""
+    """Returns the TFDS builder of a dataset that is prepared in ArrayRecord format."""
     import tensorflow_datasets as tfds
     from etils import epath
 
@@ -234,7 +234,7 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
         manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
         if manual:
             command += (
-                f" --manual_dir=DIR\nDIR is where you put what must be fetched by hand: {manual}"
+                f" --manual_dir=DIR\nPut the files that must be fetched by hand into DIR: {manual}"
             )
         if name.partition(":")[0] == "imagenet2012":
             command += "\nor, without TensorFlow, python -m vit_jax.prepare --input=DIR --output="
@@ -254,7 +254,7 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
 
 
 def _check_prepared(name: str, data_dir: str | None) -> None:
-    """Checks the metadata of all versions and configs of a dataset that are prepared."""
+    """Checks the metadata of all prepared versions and configs of a dataset."""
     from etils import epath
     from tensorflow_datasets.core.utils import file_utils
 
@@ -267,10 +267,10 @@ def _check_prepared(name: str, data_dir: str | None) -> None:
 
 
 def build_with_tfds(name: str, data_dir: str) -> str:
-    """Has TFDS download and build a dataset as ArrayRecord; returns the folder.
+    """Downloads and builds a dataset with TFDS, as ArrayRecord; returns its folder.
 
-    Raises ValueError for a dataset that TFDS doesn't know, that must be fetched by hand, or whose
-    building needs packages that aren't installed.
+    Raises ValueError if TFDS doesn't know the dataset, if it must be fetched by hand, or if
+    building it needs packages that aren't installed.
     """
     import tensorflow_datasets as tfds
 

@@ -1,13 +1,15 @@
 """Preprocessing on the host, written as a string: `"inception_crop|flip"`.
 
 An operation is a function (image, rng, size, *arguments) -> image on uint8 [H, W, 3]. Crops and
-`resize` end at `size`, so a recipe states the image size once; the others keep the size.
+`resize` return images of `size`, so a recipe states the image size once. Other operations keep the
+image's size.
 
-Images are resized bilinearly without antialiasing, as TensorFlow does and therefore the published
-pipelines: it is what their weights have seen, and the quickest. `method` says otherwise:
+By default images are resized bilinearly without antialiasing, as in TensorFlow. The published
+weights were trained with this, and it is the fastest. Other values of `method`:
 
-- `bilinear_antialias`, `bicubic_antialias`, `lanczos_antialias`: Pillow's, as timm has them;
-- `area`: means over rectangles, big_vision's default for resizing to the smaller side.
+- `bilinear_antialias`, `bicubic_antialias`, `lanczos_antialias`: Pillow's, as for Hugging Face's
+  and timm's weights;
+- `area`: means over rectangles, big_vision's default for resizing the smaller side.
 """
 
 import ast
@@ -21,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.config import InputError, unknown
-from vit_jax.data.decode import Jpeg
+from vit_jax.data.decode import Jpeg, decode_upright, open_image
 from vit_jax.data.randaugment import autoaugment, randaugment, random_erasing
 
 Size = tuple[int, int]  # height, width
-Preprocess = Callable[[np.ndarray | Jpeg, np.random.Generator], np.ndarray]
+Preprocess = Callable[[bytes | np.ndarray | Jpeg, np.random.Generator], np.ndarray]
 
 METHODS = {
     "bilinear": cv2.INTER_LINEAR,
@@ -36,12 +38,20 @@ METHODS = {
 }
 
 
+def upright(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """Turns an encoded image by its EXIF orientation, as browsers do. Must be the first operation.
+
+    Published pipelines ignore the orientation. Decoded pixels are left unchanged.
+    """
+    return image
+
+
 def resize(
     image: np.ndarray, rng: np.random.Generator, size: Size, method: str = "bilinear"
 ) -> np.ndarray:
-    """The whole image, its aspect ratio not kept."""
+    """Resizes the whole image to `size`; changes its aspect ratio."""
     if method not in METHODS:
-        raise unknown("way of resizing", method, METHODS)
+        raise unknown("resize method", method, METHODS)
     if image.shape[:2] == size:
         return image
     if method.endswith("_antialias"):
@@ -57,14 +67,14 @@ def inception_crop(
     max_area: float = 1.0,
     method: str = "bilinear",
 ) -> np.ndarray:
-    """A random part of the image, resized (Szegedy et al., arXiv:1409.4842, section 6).
+    """Crops a random box and resizes it (Szegedy et al., arXiv:1409.4842, section 6).
 
-    Of a JPEG no more is decoded than the part needs; where it is at least twice as large as `size`,
-    it is decoded at a half, quarter or eighth, whose means over pixels keep aliasing away.
+    Decodes only as much of a JPEG as the box needs. A box at least twice as large as `size` is
+    decoded at 1/2, 1/4 or 1/8 of its size; this averages pixels and so prevents aliasing.
 
-    Drawn as TensorFlow's `sample_distorted_bounding_box` does: width / height uniform in
-    [3/4, 4/3], then the height uniform among those for which the part covers `min_area` to
-    `max_area` of the image and fits inside; the whole image if 100 attempts fail.
+    Draws the box as TensorFlow's `sample_distorted_bounding_box` does. Width / height is uniform in
+    [3/4, 4/3]. Then the height is uniform among those for which the box covers `min_area` to
+    `max_area` of the image and fits inside. After 100 failed attempts the box is the whole image.
     """
     if not 0 < min_area <= max_area <= 1:
         raise InputError(f"expected 0 < min_area <= max_area <= 1, found {min_area} and {max_area}")
@@ -98,7 +108,7 @@ def random_crop(
     fraction: float,
     method: str = "bilinear",
 ) -> np.ndarray:
-    """A random crop of the image resized to size / fraction; BiT fine-tunes with 384 / 448 = 0.857.
+    """Resizes to size / fraction and takes a random crop; BiT fine-tunes with 384 / 448 = 0.857.
 
     Kolesnikov et al., arXiv:1912.11370, section 3.3.
     """
@@ -112,9 +122,9 @@ def central_crop(
     fraction: float,
     method: str = "bilinear",
 ) -> np.ndarray:
-    """The centre of the image, its aspect ratio kept, resized to just cover size / fraction.
+    """Resizes to just cover size / fraction, keeping the aspect ratio, and crops the centre.
 
-    With 0.875 and 224: the smaller side to 256, then the central 224 x 224.
+    With 0.875 and 224, resizes the smaller side to 256 and keeps the central 224 x 224.
     """
     enlarged = _enlarge(size, fraction)
     scale = max(enlarged[0] / image.shape[0], enlarged[1] / image.shape[1])
@@ -149,14 +159,14 @@ def torchvision_crop(
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
-    """A random crop of the image with a black border of `pixels` on each side; for small images."""
+    """Adds a black border of `pixels` on each side and takes a random crop; for small images."""
     if not (isinstance(pixels, int) and pixels >= 0):
         raise InputError(f"expected a whole number of pixels, found {pixels}")
     return _crop(np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0))), size, rng)
 
 
 def flip(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
-    """The image or its mirror image, with equal probability."""
+    """Mirrors the image left to right with probability 0.5."""
     return cv2.flip(image, 1) if rng.random() < 0.5 else image
 
 
@@ -168,7 +178,7 @@ def affine(
     scale: float = 0.1,
     shift: float = 0.05,
 ) -> np.ndarray:
-    """Rotated, scaled and shifted about its centre; what comes into view is black.
+    """Rotates, scales and shifts the image about its centre; uncovered pixels are black.
 
     Args:
       degrees: the angle is uniform in +-degrees.
@@ -198,29 +208,34 @@ def affine(
 OPS = {
     op.__name__: op
     for op in (
-        *(resize, inception_crop, random_crop, central_crop, torchvision_crop, pad_crop, flip),
-        affine,
+        *(upright, resize, inception_crop, random_crop, central_crop, torchvision_crop, pad_crop),
+        *(flip, affine),
         *(randaugment, autoaugment, random_erasing),
     )
 }
 
 
 def parse_preprocess(spec: str, image_size: Size) -> Preprocess:
-    """Builds the preprocessing that `spec` describes, such as `"random_crop(0.857)|flip"`.
+    """Builds a preprocessing function from a string such as `"random_crop(0.857)|flip"`.
 
     Args:
       spec: operations joined by `|`, each with literal arguments by position or by name.
-      image_size: height and width in pixels of what the crops and `resize` return.
+      image_size: height and width in pixels of the images that crops and `resize` return.
 
     Returns:
-      (uint8 [H, W, 3] or a Jpeg, np.random.Generator) -> uint8 image, a function of these alone.
+      A function (encoded bytes, uint8 [H, W, 3] or Jpeg, np.random.Generator) -> uint8 image. The
+      result depends on these arguments alone. The function raises ValueError as `decode_image`.
 
     Raises:
-      ValueError: an unknown operation, or arguments that it does not take.
+      ValueError: an unknown operation, or invalid arguments.
     """
     steps = [_parse_op(text.strip(), image_size) for text in spec.split("|")]
+    if any(step.func is upright for step in steps[1:]):
+        raise InputError(f"preprocessing {spec!r}: upright comes first, before anything is cropped")
+    read = decode_upright if steps[0].func is upright else open_image
 
-    def preprocess(image: np.ndarray | Jpeg, rng: np.random.Generator) -> np.ndarray:
+    def preprocess(image: bytes | np.ndarray | Jpeg, rng: np.random.Generator) -> np.ndarray:
+        image = image if isinstance(image, Jpeg) else read(image)
         if isinstance(image, Jpeg) and steps[0].func is not inception_crop:
             image = image.decode()
         for step in steps:
@@ -248,7 +263,7 @@ def _parse_op(text: str, size: Size) -> Preprocess:
     try:
         arguments = signature.bind(None, None, size, *args, **kwargs).arguments
         step = functools.partial(OPS[name], **dict(list(arguments.items())[2:]))
-        step(np.zeros((*size, 3), np.uint8), np.random.default_rng(0))  # are the values in range?
+        step(np.zeros((*size, 3), np.uint8), np.random.default_rng(0))  # checks the values
     except (TypeError, ValueError) as error:
         shown = ", ".join(map(str, list(signature.parameters.values())[3:]))
         raise InputError(f"preprocessing op {text!r}: {error}; expected {name}({shown})") from error
@@ -262,7 +277,7 @@ def _enlarge(size: Size, fraction: float) -> Size:
 
 
 def _crop(image: np.ndarray, size: Size, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A random crop, or without `rng` the central one."""
+    """Takes a random crop, or the central one if `rng` is None."""
     spare_height, spare_width = image.shape[0] - size[0], image.shape[1] - size[1]
     if spare_height < 0 or spare_width < 0:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Bytes -> pixels.
+"""Decodes images: bytes -> pixels.
 
-`decode_image` decodes ordinary JPEGs with libjpeg-turbo (simplejpeg), whatever else there is with
-Pillow. `open_image` leaves an ordinary JPEG undecoded, so that a random crop can decode less than
-the whole (least with the markers of `jpeg_markers`). Both give the same pixels, and refuse the same
+`decode_image` decodes ordinary JPEGs with libjpeg-turbo (simplejpeg) and everything else with
+Pillow. `open_image` leaves an ordinary JPEG undecoded, so that a random crop can decode only a part
+(the smallest with the markers of `jpeg_markers`). Both give the same pixels and reject the same
 files.
 """
 
@@ -20,37 +20,37 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from vit_jax.config import InputError
 from vit_jax.data import jpeg_markers
 from vit_jax.data.foreign_files import system_error
 
-# Others aren't tried: some call programs (EPS), and some read anything (ICNS, MSP).
+# Pillow's other formats aren't tried: some run programs (EPS), some accept any bytes (ICNS, MSP).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-LIMIT = "VIT_JAX_MAX_PIXELS"  # environment variable: the most pixels of an image, of any format
-# Without it: of a JPEG, and of other formats, which take up to 16 bytes a pixel while they are
-# decoded. The second is Pillow's own bound: a quarter of a GiB as RGB.
+LIMIT = "VIT_JAX_MAX_PIXELS"  # environment variable: most pixels an image may have, in any format
+# Default limits of JPEGs, and of other formats, whose decoding takes up to 16 bytes a pixel. The
+# second is Pillow's own limit: a quarter of a GiB as RGB.
 MAX_PIXELS, MAX_PIXELS_OF_OTHERS = 200_000_000, 89_478_485
 WHOLE_PIXELS = 89_478_485  # larger JPEGs are decoded at half their height and width
 MAX_SCANS = 500  # of a progressive JPEG; each one is a pass over all its pixels
-MAX_SCANNED = 4_000_000_000  # scans times pixels: some seconds
-_LARGE = 1 << 24  # pixels; of larger images one at a time is decoded
+MAX_SCANNED = 4_000_000_000  # scans times pixels; takes some seconds
+_LARGE = 1 << 24  # pixels; larger images are decoded one at a time
 _ONE_LARGE = threading.Lock()
 
-# It says nothing of the pixels, nor of which file; `classifier.audit` names them.
+# The warning names no file, and the pixels are unaffected. `classifier.audit` names the files.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 cv2.setNumThreads(0)  # the pipeline has threads of its own
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """An image that is not decoded yet.
+    """A JPEG that is not decoded yet.
 
     Attributes:
-      data: the file.
+      data: the file's bytes.
       shape: H, W, 3.
-      height_at: where in the file H stands, if fewer rows may be decoded by lowering it.
+      height_at: byte offset of H, if lowering it is a way to decode fewer rows; else None.
     """
 
     data: bytes
@@ -58,7 +58,7 @@ class Jpeg:
     height_at: int | None
 
     def decode(self) -> np.ndarray:
-        """All of it: uint8 [H, W, 3], half as high and wide for more than `WHOLE_PIXELS`.
+        """Decodes the whole image: uint8 [H, W, 3], at half size above `WHOLE_PIXELS` pixels.
 
         Raises ValueError as `decode_image`.
         """
@@ -68,11 +68,11 @@ class Jpeg:
             return self.crop((0, 0, width, height), (height // half, width // half))
 
     def crop(self, box: tuple[int, int, int, int], at_least: tuple[int, int]) -> np.ndarray:
-        """The pixels inside box (left, top, right, bottom), or a half, quarter or eighth of them.
+        """Decodes box (left, top, right, bottom) at full size, or at 1/2, 1/4 or 1/8 of its size.
 
-        libjpeg's inverse cosine transform gives the smallest of the four that is still `at_least`
-        so many pixels high and wide. A smaller one's borders may lie up to a pixel of its own
-        outside the box.
+        Uses the smallest of the four sizes that is at least `at_least` (height, width); libjpeg
+        scales in the inverse cosine transform. The borders of a scaled crop may lie up to one of
+        its own pixels outside the box.
 
         Returns uint8 [h, w, 3]. Raises ValueError as `decode_image`.
         """
@@ -86,7 +86,7 @@ class Jpeg:
             scale *= 2
         data, x, y = self.data, 0, 0
         if self.height_at is not None:
-            # Chroma is interpolated from the rows below; below these, nothing matters.
+            # Chroma is interpolated from some rows below the box. Rows below those aren't needed.
             enough = bottom + 4 * scale
             if part := jpeg_markers.cut(data, self.height_at - 5, box, margin=scale):
                 data, (x, y), (height, width) = part
@@ -94,13 +94,13 @@ class Jpeg:
                 height, data = enough, bytearray(data)
                 struct.pack_into(">H", data, self.height_at, height)
         least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
-        # What follows a lowered height is one of the things that strictness would mind.
+        # Strict decoding would reject the data that are left over below a lowered height.
         whole = data is self.data
         try:
             pixels = simplejpeg.decode_jpeg(
                 data, min_height=least[0], min_width=least[1], strict=whole
             )
-        except ValueError:  # a kind that simplejpeg doesn't know, or damaged: Pillow's is the word
+        except ValueError:  # unknown to simplejpeg, or damaged: raises unless Pillow can decode it
             pixels = _decode_with_pillow(self.data)
             if not whole or scale > 1:
                 try:
@@ -114,7 +114,7 @@ class Jpeg:
 
 
 def open_image(data: bytes | np.ndarray) -> Jpeg | np.ndarray:
-    """As `decode_image`, but an ordinary JPEG is not decoded yet."""
+    """Like `decode_image`, but leaves an ordinary JPEG undecoded."""
     if isinstance(data, np.ndarray):
         return _decode_array(data)
     return _read_header(data) or _decode_with_pillow(data)
@@ -125,25 +125,52 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
 
     Args:
       data: an encoded image (one of `FORMATS`), or uint8 pixels [H, W], [H, W, 1] or [H, W, 3].
-        Transparent pixels are laid over white; 16-bit channels keep their upper byte; of an
-        animation the first frame is decoded. As in the published pipelines, the EXIF orientation
-        is not applied.
+        Transparency is blended over white. 16-bit channels keep their upper byte. Animations give
+        their first frame. The EXIF orientation is not applied, as in the published pipelines.
 
     Returns:
-      uint8 [H, W, 3]. Pixels that came as [H, W, 3] are returned as they are, not copied. A JPEG of
-      more than `WHOLE_PIXELS` is decoded at half its height and width.
+      uint8 [H, W, 3]. An array [H, W, 3] is returned without a copy. A JPEG of more than
+      `WHOLE_PIXELS` is decoded at half its height and width.
 
     Raises:
-      ValueError: the bytes are no image or are truncated, it has more than `max_pixels` pixels, or
-        the array has another shape or type.
-      OSError, MemoryError: the machine's fault, not the image's.
+      ValueError: the bytes are not an image or are truncated, the image has more than `max_pixels`
+        pixels, or the array has another shape or type.
+      OSError, MemoryError: a fault of the machine, not of the image.
     """
     image = open_image(data)
     return image.decode() if isinstance(image, Jpeg) else image
 
 
+def decode_upright(data: bytes | np.ndarray) -> np.ndarray:
+    """Like `decode_image`, but applies the EXIF orientation; ignores damaged EXIF data."""
+    pixels, turn = decode_image(data), 1
+    if isinstance(data, bytes):
+        with contextlib.suppress(ValueError):
+            turn = _orientation(data)
+    return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
+
+
+def _orientation(data: bytes) -> int:
+    if data[:2] == b"\xff\xd8":
+        return jpeg_markers.orientation(data)
+    with Image.open(io.BytesIO(data)) as image:  # Pillow turns TIFFs itself
+        return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+# EXIF orientation -> function that turns the stored pixels upright.
+_TURNS = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
 def max_pixels(image_format: str = "") -> int:
-    """The most pixels that an image may have. ValueError for a limit that is no number."""
+    """Returns the most pixels an image may have; ValueError if the set limit is not a number."""
     if not (text := os.environ.get(LIMIT)):
         return MAX_PIXELS if image_format in ("JPEG", "MPO") else MAX_PIXELS_OF_OTHERS
     try:
@@ -183,10 +210,10 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
 
 def _unknown_kind(data: bytes) -> str:
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
-        return "it is a HEIC photograph: convert it, magick mogrify -format jpg FILE"
+        return "it is a HEIC photograph: convert it with magick mogrify -format jpg FILE"
     if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "it is an AVIF: pip install --upgrade pillow, from 11.3 on, or convert it"
-    return f"it begins like none of {', '.join(FORMATS)}"
+        return "it is an AVIF image: upgrade Pillow to 11.3 or later, or convert the image"
+    return f"its first bytes are those of none of {', '.join(FORMATS)}"
 
 
 def _check_scans(scans: int, pixels: int) -> None:
@@ -217,7 +244,7 @@ def _known_formats() -> tuple[str, ...]:
 
 
 def _read_header(data: bytes) -> Jpeg | None:
-    """None for what is no JPEG, or one that only Pillow reads right, or says what is wrong with."""
+    """Returns an ordinary JPEG; None if Pillow must decode the data or explain their fault."""
     at, end, shape, height_at = 2, len(data), None, None
     if data[:2] != b"\xff\xd8":
         return None
@@ -229,7 +256,7 @@ def _read_header(data: bytes) -> Jpeg | None:
                 return None
             shape = (height, width, 3)
             height_at = at + 5 if marker != 0xC2 else None
-        # 0xFF alone fills up.
+        # A repeated 0xFF is padding.
         at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
         if marker == 0xDA:
             break
@@ -237,20 +264,20 @@ def _read_header(data: bytes) -> Jpeg | None:
         return None
     if shape is None or not 0 < shape[0] * shape[1] <= max_pixels("JPEG"):
         return None
-    # Cut off? Then Pillow says so; a lowered height would hide it.
+    # Pillow reports truncated files. Decoding with a lowered height would hide the truncation.
     found = _MARKER.search(data, at)
     if found is None or data.rfind(b"\xff\xd9", at) < 0:
         return None
     if found[0] == b"\xff\xd9":
         return Jpeg(data, shape, height_at)
-    # Several scans, or damaged inside: all of it is decoded.
+    # Several scans, or damage inside a scan: the whole image is decoded.
     scans = 1 + data.count(b"\xff\xda", at)
     if scans > MAX_SCANS or scans * shape[0] * shape[1] > MAX_SCANNED:
         return None
     return Jpeg(data, shape, None)
 
 
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # one that doesn't belong inside a scan
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that can't be inside a scan
 
 
 def _decode_array(pixels: np.ndarray) -> np.ndarray:
@@ -272,14 +299,14 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise InputError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode!r})")
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes all for Adobe's, which are negatives
+        image = ImageChops.invert(image)  # Pillow takes all for Adobe's, which are inverted
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
 
 
 def _over_white(image: Image.Image) -> np.ndarray:
-    """RGBA laid over white, some rows at a time: else it would be in memory four times."""
+    """Blends RGBA over white in strips of rows: as a whole, four copies would be in memory."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, (1 << 20) // image.width)
     for top in range(0, image.height, rows):

@@ -1,4 +1,4 @@
-"""What tells whether a dataset is still the same: sizes, names, and digests of its examples."""
+"""Fingerprints of datasets (sizes, names, digests of examples), to detect changes."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from vit_jax.data.mixture import Mixture
 from vit_jax.data.slices import listed
 from vit_jax.data.sources import Source
 
-SAMPLE = 32  # examples of a source whose images are read
+SAMPLE = 32  # examples per source whose images are digested
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """Describes a source in JSON's types, the same on every host and in every folder.
+    """Describes a source in JSON types; the same on every host and in every folder.
 
-    `listing` digests what the source knows of all examples without reading them, such as their
-    files and labels, `sample` the images and labels of some, evenly spaced.
+    `listing` is a digest of what is known of all examples without reading them, such as file names
+    and labels. `sample` is a digest of the images and labels of some evenly spaced examples.
     """
     known = {
         "examples": len(source),
@@ -37,14 +37,14 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Says how two fingerprints differ, as far as both know; [] if they don't."""
+    """Describes how two fingerprints differ in the fields that both have; [] if they don't."""
     found = []
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
         if old == new:
             continue
         if name == "class_names" and not (old and new):
-            found.append("classes had names, and have none" if old else "classes had no names")
+            found.append("classes had names, now have none" if old else "classes had no names")
         elif name == "class_names":
             gone, added = (sorted({*a} - {*b}) for a, b in ((old, new), (new, old)))
             shown = [
@@ -64,6 +64,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif name in ("listing", "sample"):
             what = "the list of files or labels" if name == "listing" else "images or labels"
             found.append(f"{what} changed")
+        elif name == "weights":
+            found.append("its weights changed")
         else:
             found.append(f"{old:,} {name} then, {new:,} now")
     return sorted(found)
@@ -80,7 +82,7 @@ def _digest(parts: Iterator[bytes]) -> str:
 def _example(source: Source, index: int) -> Iterator[bytes]:
     try:
         record = source[index]
-    except ValueError:  # it can't be read, which whoever needs it will say
+    except ValueError:  # unreadable; the pipeline reports it when it needs the example
         yield b"broken"
         return
     image = record["image"]

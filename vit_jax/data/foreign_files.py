@@ -1,7 +1,7 @@
-"""Reads files that come from anybody, and tells a fault of the machine from a broken file.
+"""Reads untrusted files, and distinguishes broken files from faults of the machine.
 
-A broken file may be left out or skipped. A fault of the machine (no descriptors, no memory, a disk
-or a mount that fails) says nothing of the file, and is never passed over.
+A broken file may be left out or skipped. A fault of the machine (no file descriptors, no memory, a
+failing disk or mount) says nothing about the file and is always raised.
 """
 
 import errno
@@ -27,10 +27,10 @@ _SYSTEM = (
 
 
 def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
-    """All bytes of a regular file.
+    """Reads a regular file.
 
-    Raises ValueError for a file that isn't there, is a folder, a pipe, a socket or a device (also
-    through a link), or has more than `most` bytes; OSError for a fault of the machine.
+    Raises ValueError if the file is missing, is a folder, pipe, socket or device (also through a
+    link), or has more than `most` bytes. Raises OSError for a fault of the machine.
     """
     try:
         check_regular(path)
@@ -45,14 +45,17 @@ def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """ValueError for what is there but no regular file: reading it might never end."""
+    """Raises ValueError if the path exists but isn't a regular file: a read might never end."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise InputError(f"{os.fspath(path)} is {_KINDS.get(kind, 'special')}: expected a file")
 
 
 def system_error(error: Exception) -> OSError | MemoryError | None:
-    """The fault of the machine that an exception tells of; libraries have it as text."""
+    """Returns the fault of the machine behind an exception, or None.
+
+    Libraries report such faults only as text in exceptions of other types.
+    """
     if isinstance(error, MemoryError):
         return error
     if isinstance(error, OSError) and error.errno:
@@ -65,13 +68,13 @@ def system_error(error: Exception) -> OSError | MemoryError | None:
 
 @cache
 def open_files_limit() -> int:
-    """Raises this process's limit of open files as far as it may, and returns it."""
+    """Raises this process's limit of open files as far as allowed, and returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError):  # a sandbox, or macOS, which has a limit of its own below
+    except (ValueError, OSError):  # in a sandbox, or on macOS, whose own limit is lower
         return soft
     return wanted

@@ -1,13 +1,14 @@
-"""Embedded, formula-driven pretraining sets: any number of images, nothing to download.
+"""Formula-driven pretraining datasets: any number of images, no download.
 
 `Strokes` draws random characters of one to three cubic Bézier strokes: the idea of Omniglot (Lake
 et al., Science 2015) without its data. `Fractals` draws attractors of random iterated function
-systems, after "Pre-training without Natural Images" (Kataoka et al., ACCV 2020).
+systems, after "Pre-training without Natural Images" (Kataoka et al., ACCV 2020). `Synthetic` is
+for rehearsals: large images that are drawn in no time.
 
-Image i is a pure function of (seed, i), given the number of classes and the image size, and is the
-same to the last bit on every machine: the random bits come from an integer hash, floats only go
-through +, -, *, / and sqrt, which IEEE 754 rounds in one way, and every sum whose order numpy or
-BLAS may choose is over whole numbers and stays below 2^53.
+Image i is a pure function of (seed, i), the number of classes and the image size, bit-identical on
+every machine. Random bits come from an integer hash. Floats only pass through +, -, *, / and sqrt,
+whose rounding IEEE 754 defines. Sums whose order numpy or BLAS may choose are over whole numbers
+and stay below 2^53, so they are exact.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import numpy as np
 
 from vit_jax.config import InputError
 
-CLASS, INSTANCE = 1, 2  # what a stream of random numbers is for
+CLASS, INSTANCE = 1, 2  # purposes of random numbers: part of the hash's key
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -64,10 +65,11 @@ class _FormulaSet:
 
 
 class Strokes(_FormulaSet):
-    """White characters on black: a class is one to three strokes, half of them joined to the last.
+    """White characters on black.
 
-    An instance moves the control points, poses the character and varies the pen's width and
-    softness. The fields are those of the base class.
+    A class has one to three strokes; each further stroke begins where the previous one ends with
+    probability 0.5. An instance moves the control points, transforms the character, and varies the
+    pen's width and softness. The fields are those of the base class.
     """
 
     def _draw(self, label: int, index: int) -> np.ndarray:
@@ -85,9 +87,9 @@ class Strokes(_FormulaSet):
         curve = b[0] * p[:, 0] + b[1] * p[:, 1] + b[2] * p[:, 2] + b[3] * p[:, 3]
         curve = _pose(curve, v[24:30], size)
 
-        # Ink is the line integral of a round bump: a sum over short pieces, weighted by length.
-        # The bump is a product of two, so that the sum is a matrix product, and made of whole
-        # numbers, so that it is exact.
+        # Ink is the line integral of a round bump: a sum over short pieces, weighted by length. The
+        # bump is the product of a row and a column factor, so the sum is a matrix product. The
+        # factors are whole numbers, so it is exact.
         step = curve[..., 1:] - curve[..., :-1]
         length = np.sqrt(step[0] * step[0] + step[1] * step[1]).reshape(-1, 1)
         middle = ((curve[..., 1:] + curve[..., :-1]) / 2).reshape(2, -1, 1)
@@ -120,7 +122,7 @@ class Fractals(_FormulaSet):
         bins = (row * size + column) * 8 + np.repeat(last_map, 64)
         counts = np.bincount(bins.astype(np.int64), minlength=size * size * 8)
 
-        # Per pixel: red, green and blue of its points, and their number; then blurred along both
+        # Per pixel, sums red, green and blue of its points and counts them; then blurs along both
         # axes. All are whole numbers, so the matrix products are exact.
         palette = np.ones((8, 4))
         palette[:, :3] = np.floor(_between(128, 256, v[310:334])).reshape(8, 3)
@@ -134,6 +136,23 @@ class Fractals(_FormulaSet):
         contrast = _between(0.15, 0.6, v[335]) * np.square(size / 32 / (256 * radius))
         ink = np.minimum(contrast * density, 1)
         return np.floor(picture[..., :3] * (ink / np.maximum(density, 1))).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Synthetic(_FormulaSet):
+    """Squares of colours, of a photograph's size: fast stand-ins for images that aren't at hand.
+
+    A class is 8 x 8 colours; an instance averages them with its own. The fields are those of the
+    base class.
+    """
+
+    image_size: int = 256
+
+    def _draw(self, label: int, index: int) -> np.ndarray:
+        colours = _uniform(192, self.seed, CLASS, label) + _uniform(192, self.seed, INSTANCE, index)
+        colours = np.floor(128 * colours).astype(np.uint8).reshape(8, 8, 3)
+        at = np.arange(self.image_size) * 8 // self.image_size
+        return np.repeat(colours[at], np.bincount(at), axis=1)
 
 
 def _mix(z):
@@ -153,12 +172,12 @@ def _uniform(count: int, *key: int) -> np.ndarray:
 
 
 def _between(low: float, high: float, u):
-    """Takes u from [0, 1) to [low, high)."""
+    """Maps u from [0, 1) to [low, high)."""
     return low + (high - low) * u
 
 
 def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
-    """Shears, stretches and turns a shape, fits it into the image and moves it off the centre.
+    """Shears, stretches and rotates a shape, fits it into the image and shifts it.
 
     Args:
       xy: float64 [2, ...], the shape's points.
@@ -166,7 +185,7 @@ def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
       size: the image's side in pixels.
 
     Returns:
-      float64 [2, ...], in pixels; may leave the image by a little.
+      float64 [2, ...], in pixels; may lie slightly outside the image.
     """
     x = (xy[0] + _between(-0.15, 0.15, u[0]) * xy[1]) * _between(0.9, 1.1, u[1])
     t = _between(-0.1, 0.1, u[2])  # tan(angle / 2): a rotation without inexact sin and cos
@@ -181,13 +200,13 @@ def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=2**16)
 def _character(seed: int, label: int) -> np.ndarray:
-    """What makes a class of strokes: float64 [27] in [0, 1), a count, two joins, 12 points."""
+    """Returns a class's numbers, float64 [27] in [0, 1): stroke count, 2 joins, 12 points."""
     return _uniform(27, seed, CLASS, label)
 
 
 @lru_cache(maxsize=64)
 def _bernstein(pieces: int) -> np.ndarray:
-    """The cubic Bernstein polynomials at pieces + 1 even steps: float64 [4, pieces + 1]."""
+    """Returns the cubic Bernstein polynomials at even steps: float64 [4, pieces + 1]."""
     t = np.arange(pieces + 1) / pieces
     s = 1 - t
     return np.stack([s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t])
@@ -195,12 +214,13 @@ def _bernstein(pieces: int) -> np.ndarray:
 
 @lru_cache(maxsize=2**16)
 def _function_system(seed: int, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """A class's maps, float64 [2, 3, n], (x, y) -> (ax + by + e, cx + dy + f), and probabilities.
+    """Returns a class's affine maps, float64 [2, 3, n], and cumulative probabilities, float64 [n].
 
-    As FractalDB (section 3.1): parameters uniform in [-1, 1], probabilities (here cumulative,
-    float64 [n]) in proportion to |ad - bc|, and systems that leave too much of the image empty
-    thrown away. Unlike there, n is at most 6, every map is made a contraction, so that all systems
-    and all their instances converge, and attractors must not be much longer than wide.
+    A map is (x, y) -> (ax + by + e, cx + dy + f). As in FractalDB (section 3.1), parameters are
+    uniform in [-1, 1], probabilities are proportional to |ad - bc|, and systems that leave too much
+    of the image empty are rejected. Unlike there, n is at most 6, and attractors much longer than
+    wide are rejected. Every map is scaled to be a contraction, so that all systems and all their
+    instances converge.
     """
     for attempt in itertools.count():
         u = _uniform(305, seed, CLASS, label, attempt)
@@ -223,7 +243,7 @@ def _function_system(seed: int, label: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _attractor(maps: np.ndarray, cumulative: np.ndarray, u: np.ndarray):
-    """4,096 points of an attractor: 64 random words of four maps, each applied to 64 points.
+    """Returns 4,096 points of an attractor: 64 random words of four maps, each on 64 points.
 
     Args:
       maps: float64 [2, 3, n].
@@ -236,13 +256,13 @@ def _attractor(maps: np.ndarray, cumulative: np.ndarray, u: np.ndarray):
     chosen = np.searchsorted(cumulative, u, side="right")
     pairs = _compose(maps[..., chosen[:128]], maps[..., chosen[128:]])
     words = _compose(pairs[..., :64], pairs[..., 64:])
-    x, y = _compose(words, words[..., ::-1])[:, 2]  # of words of eight, where they take the origin
+    x, y = _compose(words, words[..., ::-1])[:, 2]  # the origin's images under words of eight
     points = words[:, 0, :, None] * x + words[:, 1, :, None] * y + words[:, 2, :, None]
     return points.reshape(2, -1), chosen[:64]
 
 
 def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """The affine maps that apply `inner`, then `outer`: [2, 3, n] each."""
+    """Returns the affine maps that apply `inner`, then `outer`: [2, 3, n] each."""
     composed = outer[:, :1] * inner[:1] + outer[:, 1:2] * inner[1:]
     composed[:, 2] += outer[:, 2]
     return composed

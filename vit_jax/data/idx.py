@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and Fashion-MNIST."""
+"""Reads IDX files, the format of MNIST and Fashion-MNIST."""
 
 import gzip
 import io
@@ -48,19 +48,19 @@ class Pixels(Sequence):
 
 
 def find_idx(folder: Path) -> list[Path]:
-    """The IDX files of images in a folder."""
+    """Returns the IDX files of images in a folder."""
     return sorted(path for path in folder.iterdir() if _IMAGES.fullmatch(path.name))
 
 
 def read_idx(files: Sequence[Path]) -> Listing:
-    """Reads MNIST's kind of files: `train-images-idx3-ubyte` beside `train-labels-idx1-ubyte`.
+    """Reads files named as MNIST's: `train-images-idx3-ubyte` beside `train-labels-idx1-ubyte`.
 
     Both may be gzipped. Files named t10k... are the test split.
 
     Raises:
-      ValueError: a name without a split, a header of something else, a truncated file, or another
-        number of labels than of images.
-      FileNotFoundError: there are no labels.
+      ValueError: a name without a split, an invalid header, a truncated file, or different numbers
+        of images and labels.
+      FileNotFoundError: the labels are missing.
     """
     splits = {}
     for path in files:
@@ -73,7 +73,7 @@ def read_idx(files: Sequence[Path]) -> Listing:
         if len(pixels) != len(numbers) or not len(pixels):
             raise InputError(
                 f"{path} has {len(pixels)} images, {labels} {len(numbers)} labels: "
-                "expected as many, and at least one"
+                "expected equal numbers, at least 1"
             )
         splits[split] = Pixels(path.name, pixels, numbers)
     names = class_names_beside(files[0])
@@ -107,7 +107,7 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """The bytes of a file that may be gzipped, no more of them than its header promises."""
+    """Decompresses a gzipped file, at most slightly beyond the size in its IDX header."""
     if data[:2] != b"\x1f\x8b":
         return data
     try:

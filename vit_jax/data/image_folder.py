@@ -1,4 +1,4 @@
-"""Image folders: `class/name.jpg`, or `train/class/name.jpg` beside other splits."""
+"""Reads image folders: `class/name.jpg`, or `train/class/name.jpg` beside other splits."""
 
 import unicodedata
 from pathlib import Path
@@ -11,16 +11,16 @@ from vit_jax.data.walk import IMAGE_ENDINGS, Walker, is_image, shown
 def read_folder(root: Path) -> Listing:
     """Lists a folder `class/name.jpg`, or `train/class/name.jpg` beside `val`, `test`, ...
 
-    Classes are the folders' names in sorted order, examples are in the order of their paths, images
-    may lie in folders inside their class's. Links are followed. Folders are splits if all of them
-    are named for one (see `listing.split_named`), or if one of those holds folders and no images.
-    What is hidden or no image by its name is left out with a warning.
+    Classes are the folders' names in sorted order. Examples are in the order of their paths. Images
+    may lie in subfolders of their class. Links are followed. Folders are splits if all of them are
+    named for one (see `listing.split_named`), or if one that is so named holds folders and no
+    images. Hidden files, and files whose names aren't those of images, are left out with a warning.
 
     Raises:
-      ValueError: a class without images, a class that only an evaluation split has, images outside
-        a class, folders that are neither clearly splits nor clearly classes, or a single class
+      ValueError: a class without images, a class that only an evaluation split has, a split without
+        classes, folders that are neither clearly splits nor clearly classes, or a single class
         whose images are one folder further down.
-      FileNotFoundError: no images at all, or a link to nothing.
+      FileNotFoundError: no folders, or a broken link.
     """
     walker = Walker(root)
     folders, files = walker.entries(root)
@@ -36,7 +36,7 @@ def read_folder(root: Path) -> Listing:
         if None in names or len(set(names)) < len(names):
             raise InputError(
                 f"{root} holds {', '.join(folder.name for folder in folders)}: expected either "
-                f"classes, or one folder a split ({', '.join(SPLIT_FOLDERS)})"
+                f"classes, or one folder per split ({', '.join(SPLIT_FOLDERS)})"
             )
         splits = dict(zip(names, folders, strict=True))
 
@@ -58,7 +58,7 @@ def read_folder(root: Path) -> Listing:
 
 
 def _holds_classes(folder: Path, split: str | None) -> bool:
-    """Whether this is train/ and so on with classes inside, not a class of that name."""
+    """Whether a folder is a split with classes inside, not a class named like a split."""
     if split is None:
         return False
     inside, files = Walker(folder).entries(folder)
@@ -66,7 +66,7 @@ def _holds_classes(folder: Path, split: str | None) -> bool:
 
 
 def _classes(folder: Path, walker: Walker) -> dict[str, list[str]]:
-    """{class: paths of its images, relative to the walker's root}."""
+    """Returns {class: paths of its images, relative to the walker's root}."""
     classes, files = walker.entries(folder)
     if folder != walker.root:
         for file in files:
@@ -78,7 +78,7 @@ def _classes(folder: Path, walker: Walker) -> dict[str, list[str]]:
         )
     found = {}
     for path in classes:
-        # One spelling of é, whether the folder was packed on a Mac or on Linux.
+        # macOS stores é as two code points: normalizing gives every system the same class names.
         name = unicodedata.normalize("NFC", path.name)
         if name in found:
             raise InputError(f"{folder} holds two folders named {name!r} in two Unicode spellings")
@@ -92,7 +92,7 @@ def _classes(folder: Path, walker: Walker) -> dict[str, list[str]]:
     inside, files = Walker(path).entries(path)
     if len(classes) == 1 and inside and not any(map(is_image, files)):
         raise InputError(
-            f"{folder} holds one folder, {path.name}, and that the folders "
+            f"{folder} holds one folder, {path.name}, which holds the folders "
             f"{shown(f.name for f in inside)}: expected two or more classes. Give {path} if these "
             "are the classes or the splits"
         )

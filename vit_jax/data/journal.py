@@ -1,4 +1,4 @@
-"""The journal of a dataset that is being written: its plan, then its finished shards."""
+"""The journal of an unfinished dataset: its plan, then its finished shards."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from vit_jax.parallel.run_files import lock_file
 
 
 class Journal:
-    """The plan and the finished shards, kept in the folder so that a killed run can go on."""
+    """Keeps the plan and the finished shards in the folder, so that a killed run can resume."""
 
     NAME = "journal.jsonl"
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]):
         self.folder = folder
-        self.done: dict[str, dict[str, Any]] = {}  # {file: what is to be known about a shard}
+        self.done: dict[str, dict[str, Any]] = {}  # {file: entry of a finished shard}
         self._file = open(folder / self.NAME, "a+b")  # noqa: SIM115 (closed by __exit__)
         lock_file(self._file, f"another process is writing {folder}")
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):  # the write that was cut off
+        if lines and not lines[-1].endswith(b"\n"):  # a write that was cut off
             self._file.truncate(sum(map(len, lines[:-1])))
             lines.pop()
         if not lines:
@@ -42,7 +42,7 @@ class Journal:
         try:
             found = json.loads(line)
             if not isinstance(found, dict) or any(key not in found for key in keys):
-                raise InputError("it is no entry")
+                raise InputError("not an entry of a journal")
         except ValueError as error:
             raise InputError(
                 f"{self._file.name}, line {number} is damaged ({error}): remove {self.folder} to "
@@ -57,7 +57,7 @@ class Journal:
         self._file.close()
 
     def add(self, file: str, shard: dict[str, Any]) -> None:
-        """Notes that a shard is finished and where it should be."""
+        """Records a shard that is finished and has its final name."""
         self._append({"file": file, **shard})
         self.done[file] = shard
 

@@ -1,10 +1,10 @@
-"""Restart markers in JPEGs, which let a crop be decoded without the rest; EXIF's orientation.
+"""Restart markers in JPEGs, for decoding a crop without the rest; EXIF orientation.
 
-A JPEG's Huffman codes can only be decoded from the first one on, so most of the time for a small
-crop is spent on pixels outside it. Restart markers (ITU-T T.81, B.2.4.4) divide the codes into
-segments that are decoded independently. `add_markers` runs jpegtran to insert them, which changes
-no pixel, and stores an index of the segments' lengths in an APP9 segment, which other decoders
-ignore. `cut` joins the segments that a box needs into a smaller JPEG.
+A JPEG's Huffman codes can only be decoded from the first one on, so decoding a small crop spends
+most of its time on pixels outside the crop. Restart markers (ITU-T T.81, B.2.4.4) divide the codes
+into segments that are decoded independently. `add_markers` inserts them with jpegtran, which
+changes no pixel. It stores an index of the segments' lengths in an APP9 segment, which other
+decoders ignore. `cut` joins the segments that a box needs into a smaller JPEG.
 """
 
 import shutil
@@ -17,14 +17,14 @@ import numpy as np
 from vit_jax.config import InputError
 
 _NAME = b"vit_jax restart\0"
-_HEAD = struct.Struct("<16sHI")  # name; MCUs a segment; bytes between the index and the codes
-_SPACING = (16, 32)  # pixels between two markers, if a row divides so; else as few more as can be
-_APP1, _ORIENTATION = 0xE1, 0x0112  # EXIF, and one of its tags
+_HEAD = struct.Struct("<16sHI")  # name; MCUs per segment; bytes between the index and the codes
+_SPACING = (16, 32)  # pixels between markers, if this divides a row; else the next larger divisor
+_APP1, _ORIENTATION = 0xE1, 0x0112  # EXIF's segment and its tag of the orientation
 _SOF, _PROGRESSIVE, _EOI, _SOS, _DRI, _APP9 = (0xC0, 0xC1), 0xC2, 0xD9, 0xDA, 0xDD, 0xE9
 
 
 def jpegtran() -> str:
-    """The program's path. Raises ValueError if it isn't installed."""
+    """Returns the path of the program jpegtran. Raises ValueError if it isn't installed."""
     if path := shutil.which("jpegtran"):
         return path
     raise InputError(
@@ -34,9 +34,9 @@ def jpegtran() -> str:
 
 
 def add_markers(data: bytes) -> bytes | None:
-    """The same image with markers and index; None for what is no JPEG of 8 bits a channel.
+    """Returns the same image with markers and index; None if it isn't a JPEG of 8 bits a channel.
 
-    Baseline whatever it was before, with Huffman tables of its own; all metadata stay.
+    The result is a baseline JPEG with optimized Huffman tables. All metadata are kept.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -53,13 +53,13 @@ def add_markers(data: bytes) -> bytes | None:
     interval = max((n for n in even if n * step <= _SPACING[1]), default=even[0] if even else 1)
     command = [jpegtran(), "-copy", "all", "-optimize", "-restart", f"{interval}B"]
     done = subprocess.run(command, input=data, capture_output=True, check=False)
-    return None if done.returncode else add_index(done.stdout)  # warnings have a status, too
+    return None if done.returncode else add_index(done.stdout)  # non-zero after warnings, too
 
 
 def orientation(data: bytes) -> int:
-    """How EXIF says that the camera was held, 1 to 8; 1, upright, where it says nothing.
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if there is none.
 
-    Raises ValueError for EXIF data that are damaged.
+    Raises ValueError for damaged EXIF data.
     """
     if data[:2] != b"\xff\xd8":
         return 1
@@ -83,7 +83,7 @@ def orientation(data: bytes) -> int:
 
 
 def add_index(data: bytes) -> bytes | None:
-    """A baseline JPEG with its restart markers listed; None if it has none, or not in each row."""
+    """Adds the index to a baseline JPEG; returns None unless restart markers divide each row."""
     frame, interval, start = None, 0, 0
     for marker, at, end in _segments(data):
         if marker in _SOF and end - at > 10:
@@ -92,7 +92,7 @@ def add_index(data: bytes) -> bytes | None:
             interval = int.from_bytes(data[at + 4 : at + 6])
         elif marker == _SOS:
             start = end
-    # Not more than one scan, and nothing after it.
+    # Accepts one scan, with nothing after it.
     if frame is None or not start or data.find(b"\xff\xd9", start) != len(data) - 2:
         return None
     if b"\xff\xda" in data[start:] or (grid := _grid(data, frame[0], interval)) is None:
@@ -112,19 +112,19 @@ def add_index(data: bytes) -> bytes | None:
 def cut(
     data: bytes, frame: int, box: tuple[int, int, int, int], margin: int
 ) -> tuple[bytearray, tuple[int, int], tuple[int, int]] | None:
-    """A JPEG of the segments that box (left, top, right, bottom) and a margin touch.
+    """Makes a JPEG of the segments that box (left, top, right, bottom) and a margin touch.
 
-    Chroma is interpolated from the neighbours, so a margin of one decoded pixel is needed for the
-    same pixels as those of the whole image.
+    Chroma is interpolated from neighbours. A margin of one decoded pixel therefore gives the same
+    pixels as decoding the whole image.
 
     Args:
       data: a baseline JPEG.
-      frame: where its SOF marker stands.
+      frame: byte offset of its SOF marker.
       box, margin: in pixels.
 
     Returns:
-      The JPEG, its left and top edges, its height and width; None if data has no index, or a wrong
-      one, or all of it is needed.
+      The JPEG, its left and top edges, its height and width; None if data has no valid index, or if
+      the whole image is needed.
     """
     index = frame + 2 + int.from_bytes(data[frame + 2 : frame + 4])
     if not data.startswith(_NAME, index + 4):
@@ -162,8 +162,8 @@ def cut(
     codes = np.frombuffer(part, np.uint8)
     marks = lengths[top:bottom, left:right].cumsum(dtype=np.int64) + (len(head) - 1)
     if (codes[marks[:-1]] & 0xF8 != 0xD0).any():
-        return None  # somebody changed the file, and not the index
-    codes[marks] = _CYCLE[: len(marks)]  # they are counted modulo 8
+        return None  # the file was changed without its index
+    codes[marks] = _CYCLE[: len(marks)]  # restart markers are numbered modulo 8
     part[-1] = _EOI
     return part, (left * step_x, top * step_y), size
 
@@ -172,7 +172,7 @@ _CYCLE = np.resize(np.arange(0xD0, 0xD8, dtype=np.uint8), 1 << 15)
 
 
 def _segments(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of each segment, up to the start of the first scan."""
+    """Yields marker, start and end of each segment, up to and including the first SOS."""
     marker = 0
     while marker != _SOS and at + 4 < len(data) and data[at] == 0xFF:
         marker, end = data[at + 1], at + 2 + (data[at + 2] << 8) + data[at + 3]
@@ -183,16 +183,16 @@ def _segments(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
 
 
 def _sizes(data: bytes, frame: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of the image, and of what is coded together (an MCU)."""
+    """Returns height and width of the image, and of an MCU (minimum coded unit)."""
     height, width, components = struct.unpack_from(">HHB", data, frame + 5)
     factors = data[frame + 11 : frame + 11 + 3 * components : 3]
-    if components < 2 or not factors:  # blocks alone, whatever the factor
+    if components < 2 or not factors:  # one block, whatever the factors
         return (height, width), (8, 8)
     return (height, width), (8 * max(f & 15 for f in factors), 8 * max(f >> 4 for f in factors))
 
 
 def _grid(data: bytes, frame: int, interval: int) -> tuple[int, int, int, int] | None:
-    """Rows and columns of segments, a segment's height and width; None if they form no grid."""
+    """Returns rows and columns of segments, a segment's height and width; None if not a grid."""
     (height, width), (step_y, step_x) = _sizes(data, frame)
     if not interval or not step_y or not step_x or not height or -(-width // step_x) % interval:
         return None

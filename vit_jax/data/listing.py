@@ -1,4 +1,4 @@
-"""The splits and examples of a dataset on disk, and the names that splits are found by."""
+"""The splits and examples of a dataset on disk, and the names that denote splits."""
 
 import dataclasses
 import json
@@ -33,11 +33,11 @@ class Listing:
     Attributes:
       kind: the dataset's format, in words.
       splits: split name -> random-access records {"image": encoded bytes or uint8 pixels, "label":
-        an int or a tuple of ints}. Records have the methods `name(index)`, the example's file, for
-        messages, and `sizes()`, the images' sizes in bytes, int64 [N]. They may have `listed`, see
-        `slices.listed`.
+        an int or a tuple of ints}. Records have the methods `name(index)`, which returns the
+        example's file for messages, and `sizes()`, which returns the images' sizes in bytes, int64
+        [N]. They may have `listed`, see `slices.listed`.
       num_classes, class_names, labels_per_example: as in `sources.Source`.
-      left_out: reason -> files that were ignored for it.
+      left_out: reason -> files that were left out.
     """
 
     kind: str
@@ -87,9 +87,9 @@ def split_in(name: str) -> str | None:
 
 
 def split_named(name: str) -> str | None:
-    """The split that a folder is named for: `Train`, `training_set`, `val-images`, `test2017`.
+    """Returns the split that a folder's name denotes: `Train`, `training_set`, `test2017`.
 
-    None if there is another word in its name.
+    Returns None if the name contains another word.
     """
     words = (
         re.sub("(set|data|images?|imgs?)$", "", w) for w in re.findall(r"[^\W\d_]+", name.lower())
@@ -99,7 +99,7 @@ def split_named(name: str) -> str | None:
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The given files, and for each given folder all images inside it; warns of other files."""
+    """Returns the given files and all images in the given folders; warns of other files there."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""What `writer` wrote: a manifest with a checksum of every file."""
+"""Manifests of written datasets, with a checksum for every file."""
 
 import concurrent.futures
 import hashlib
@@ -16,9 +16,9 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_dataset` wrote about a dataset.
+    """Reads the manifest of a dataset that `write_dataset` wrote.
 
-    Raises FileNotFoundError for a folder that it did not write, ValueError for a damaged manifest.
+    Raises FileNotFoundError for a folder without a manifest, ValueError for a damaged manifest.
     """
     file = folder / MANIFEST
     if not file.exists():
@@ -27,7 +27,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """Reads every file of a dataset and yields what is wrong with one: missing, added or changed.
+    """Reads every file of a dataset and yields a message for each missing, added or changed one.
 
     Raises FileNotFoundError for a folder without a manifest.
     """
@@ -53,7 +53,10 @@ def verify(folder: Path) -> Iterator[str]:
 def file_list(
     folder: Path, besides: Container[str], known: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """{name: size and checksum} of the files in a folder; some checksums are known already."""
+    """Returns {name: size and checksum} of a folder's files; takes checksums in `known` from there.
+
+    Leaves out the files named in `besides`.
+    """
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name not in besides:

@@ -1,4 +1,4 @@
-"""Several datasets as one, each with a weight."""
+"""Mixtures of datasets, each with a weight."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ LABELS = ("shared", "concatenated")
 
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """One dataset of a mixture: what to read, see `sources.open_source`, and how often.
+    """One dataset of a mixture, with its weight.
 
     Attributes:
       dataset, split, data_dir: see `sources.open_source`.
-      weight: its share of the examples that are read, in proportion to the other parts' weights.
+      weight: its share of the examples that are read, relative to the other parts' weights.
     """
 
     dataset: str
@@ -28,17 +28,18 @@ class PartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Source):
-    """The parts' examples behind one another.
+    """The concatenated examples of the parts.
 
     Attributes:
-      sizes, weights: of the parts, in their order.
+      sizes: number of examples of each part.
+      weights: weight of each part.
     """
 
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 
     def part_of(self, index: int) -> range:
-        """The examples of the part that holds this one."""
+        """Returns the index range of the part that holds this example."""
         starts = list(accumulate(self.sizes, initial=0))
         return next(range(a, b) for a, b in pairwise(starts) if a <= index < b)
 
@@ -76,13 +77,13 @@ def open_mixture(parts: Mapping[str, PartConfig], labels: str) -> Mixture:
 
     Args:
       parts: name -> what to read.
-      labels: `shared`: label 3 means the same in all parts, which must have the same number of
-        classes, and the same names where they have names. `concatenated`: the classes of each part
+      labels: `shared`: a label means the same class in all parts. They must have the same number of
+        classes, and the same class names if they have any. `concatenated`: the classes of each part
         follow those of the parts before it.
 
     Raises:
-      ValueError: a weight that isn't positive, classes that differ though they are to be shared,
-        or as `open_source`.
+      ValueError: a weight that isn't positive, different classes with `shared` labels, or as
+        `open_source`.
     """
     if labels not in LABELS:
         raise unknown("way to mix labels", labels, LABELS)

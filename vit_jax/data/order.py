@@ -1,7 +1,7 @@
-"""(seed, position) -> example: the order of the training stream, in O(1) memory.
+"""The order of the training stream: (seed, position) -> example, in O(1) memory.
 
-One stream without end: epoch after epoch of a dataset, each in its own random order. A mixture
-interleaves its parts' streams; each part goes through its own epochs.
+The stream is endless: epoch after epoch of a dataset, each in its own random order. A mixture
+interleaves its parts' streams; each part has its own epochs.
 """
 
 import functools
@@ -12,12 +12,12 @@ from itertools import accumulate
 import grain.experimental
 import numpy as np
 
-_BLOCK = 1024  # positions over which a mixture's parts are spread at random
-_WEIGHT_BITS = 32  # of a part's share
+_BLOCK = 1024  # positions within which a mixture's parts are spread at random
+_WEIGHT_BITS = 32  # precision of a part's share
 
 
 def epoch_stream(seed: int, positions: Iterable[int], num_examples: int) -> np.ndarray:
-    """The examples at these positions of the training stream: int64."""
+    """Returns the examples at these positions of the training stream: int64 [positions]."""
     return np.fromiter((_example(seed, p, num_examples) for p in positions), np.int64)
 
 
@@ -28,14 +28,14 @@ def _example(seed: int, position: int, num_examples: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], int]:
-    """A random permutation of range(num_examples), as a function."""
+    """Returns a random permutation of range(num_examples), as a function."""
     key = np.random.SeedSequence((seed, epoch))
-    # Grain permutes at least 2**16 numbers and skips those out of range: milliseconds an index for
-    # a small set. A table is quicker there.
+    # Grain permutes at least 2**16 numbers and skips those out of range, which takes milliseconds
+    # per index for a small dataset. A table is faster there.
     if num_examples <= 1 << 16:
         return np.random.default_rng(key).permutation(num_examples).__getitem__
-    # Four rounds, as Grain itself uses, leave neighbours visibly dependent, and eight measurably:
-    # over 300,000 seeds the distance of the first two examples isn't uniform. From ten on it is.
+    # With Grain's own 4 rounds neighbours are visibly dependent, with 8 measurably: over 300,000
+    # seeds the distance of the first two examples isn't uniform. From 10 rounds on it is.
     (word,) = key.generate_state(1)
     largest = num_examples - 1
     if _grain_covers(largest):
@@ -48,16 +48,16 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> Callable[[int], in
 def _grain_covers(largest: int) -> bool:
     """Whether Grain's shuffle of range(largest + 1) is a permutation.
 
-    It permutes the numbers of ceil(log2(largest)) bits, rounded up to an even number. 4**k needs
-    one bit more; so do, from 4**25 on, where the logarithm is rounded, a few numbers above it.
-    There two places have the same example, and one example is never seen.
+    Grain permutes numbers of ceil(log2(largest)) bits, rounded up to an even number of bits. If
+    `largest` is 4**k, one more bit is needed. The same holds for a few larger numbers from 4**25
+    on, where the logarithm is rounded. Grain then gives one example twice and another one never.
     """
     bits = math.ceil(math.log2(largest))
     return largest < 1 << (bits + bits % 2)
 
 
 def _walk(num_examples: int, seed: int, place: int) -> int:
-    """Permutes a larger range, again until the number is one of range(num_examples)."""
+    """Permutes a larger range repeatedly until the number is in range(num_examples)."""
     largest = (1 << num_examples.bit_length()) - 1
     while True:
         place = grain.experimental.index_shuffle(place, max_index=largest, seed=seed, rounds=16)
@@ -68,10 +68,10 @@ def _walk(num_examples: int, seed: int, place: int) -> int:
 def mixture_stream(
     seed: int, positions: Iterable[int], sizes: Sequence[int], weights: Sequence[float]
 ) -> np.ndarray:
-    """The same for parts that lie behind one another, in proportion to their weights: int64.
+    """Like `epoch_stream` for concatenated parts, in proportion to their weights: int64.
 
-    Of 1,024 positions that begin at a multiple of it, each part has its share, rounded, at random
-    places. Of each part every example comes once in each of the part's own epochs.
+    In each aligned block of 1,024 positions, each part has its rounded share, at random positions.
+    Each of a part's own epochs visits each of its examples once.
     """
     starts = list(accumulate(sizes, initial=0))
     shares = _shares(tuple(weights))
@@ -97,7 +97,7 @@ def _places(seed: int, block: int) -> list[int]:
 
 @functools.lru_cache(maxsize=8)
 def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Of each part but the last: its share of what the parts before it leave, times 2**32."""
+    """Returns for each part but the last its share of what earlier parts leave, times 2**32."""
     rest = np.cumsum(weights[::-1])[::-1]
     return tuple(
         round(w / r * 2**_WEIGHT_BITS) for w, r in zip(weights[:-1], rest[:-1], strict=True)
@@ -105,7 +105,7 @@ def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def _turn(position: int, shares: Sequence[int]) -> tuple[int, int]:
-    """Which part has this position, and how many it had before: whole numbers, so exact."""
+    """Returns the part at this position and how many it had before; exact, in whole numbers."""
     for part, share in enumerate(shares):
         before = (position * share) >> _WEIGHT_BITS
         if ((position + 1) * share) >> _WEIGHT_BITS > before:

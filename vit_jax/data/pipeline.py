@@ -1,14 +1,15 @@
-"""(seed, step) -> this process's share of the global batch; nothing else to restore.
+"""The input pipeline: (seed, step) -> this process's rows of the global batch.
 
-The training data is one infinite stream: epoch after epoch, each in its own random order. Step n
-takes positions n * B to (n + 1) * B - 1, whatever the number of processes, workers and threads, and
-the random numbers that preprocess an example, or choose another one for a broken one, depend on
-(seed, position) alone. Grain only runs the function step -> batch ahead of time and in parallel.
+The training data are one endless stream: epoch after epoch, each in its own random order. Step n
+takes positions n * B to (n + 1) * B - 1, whatever the number of processes, workers and threads. The
+random numbers that preprocess an example or replace a broken one depend on (seed, position) alone.
+So the step is the only state. Grain only runs the function step -> batch ahead and in parallel.
 
 Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,37 +18,36 @@ import numpy as np
 from absl import flags, logging
 
 from vit_jax.config import InputError, setting
-from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import open_image
+from vit_jax.data.augment import Size, parse_preprocess
 from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
 from vit_jax.data.order import epoch_stream, mixture_stream
 from vit_jax.data.sources import Source, open_source, parse_split
 
-_REPLACEMENTS = 16  # that are tried for one broken example
+_REPLACEMENTS = 16  # examples to try in place of a broken one
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to read, and how eagerly.
+    """What to read, and with how many threads and processes.
 
     Attributes:
       dataset: a name or path, as `sources.open_source` reads it.
       split: as in TFDS: train[:99%], train+validation.
       data_dir: folder of prepared TFDS datasets; None: TFDS's own default.
-      mixture: instead of them, name -> a dataset with a weight: see `mixture.PartConfig`. One epoch
-        is as many examples as all parts have together.
+      mixture: used instead of `dataset`: name -> a dataset with a weight, see `mixture.PartConfig`.
+        One epoch is as many examples as all parts have together.
       mixture_labels: `shared` or `concatenated`: see `mixture.open_mixture`.
       preprocess: see `augment.parse_preprocess`.
       num_threads: threads that make batches, each one batch at a time; 0 for none.
-      num_workers: worker processes, with `num_threads` each; 0 for threads in this process. They
-        are spawned, so the program must guard its `__main__`, and hand over batches through
-        /dev/shm, which containers keep small by default.
-      prefetch: local batches made ahead by each worker, at least one a thread.
-      cache_gib: so much of the encoded examples each process or worker keeps in memory: those that
-        it reads first.
-      skip_broken: broken examples (undecodable, or their label out of range) that each process
-        passes over, with a warning, until one more is an error; 0: the first one is. In training
-        another example of the same dataset takes the place.
+      num_workers: worker processes, each with `num_threads` threads; 0 for threads in this process.
+        Workers are spawned, so the program must guard its `__main__`. They pass batches through
+        /dev/shm, which is small in containers by default.
+      prefetch: local batches that each worker makes ahead, at least one per thread.
+      cache_gib: GiB of encoded examples that each process or worker keeps in memory: those that it
+        reads first.
+      skip_broken: broken examples (undecodable, or with a label out of range) that each process
+        skips with a warning; one more is an error. In training another example of the same dataset
+        replaces each.
     """
 
     dataset: str = ""
@@ -74,18 +74,18 @@ class DataConfig:
 
 
 def open_data(data: DataConfig) -> Source:
-    """Opens the dataset or the mixture. Raises ValueError or FileNotFoundError as they do."""
+    """Opens the dataset or the mixture. Raises as `open_source` and `open_mixture`."""
     if data.mixture:
         return open_mixture(data.mixture, data.mixture_labels)
     return open_source(data.dataset, data.split, data.data_dir)
 
 
 def global_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """The examples of step `step` of one dataset, for all processes together: int64 [B]."""
+    """Returns a step's examples of one dataset, for all processes together: int64 [B]."""
     return epoch_stream(seed, range(step * batch_size, (step + 1) * batch_size), num_examples)
 
 
-# Classes and examples of sets that are rarely at hand where a run is planned. JFT-300M: arXiv
+# Numbers of classes and examples, so that runs can be planned without the data. JFT-300M: arXiv
 # 2010.11929; JFT-3B: arXiv 2106.04560 ("nearly 3 billion").
 DATASETS: dict[str, tuple[int, dict[str, int]]] = {
     "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}),
@@ -98,9 +98,10 @@ DATASETS: dict[str, tuple[int, dict[str, int]]] = {
 def dataset_size(
     data: DataConfig, num_classes: int | None = None, num_examples: int | None = None
 ) -> tuple[int, int]:
-    """Classes, and examples of the split: those given, else as known, else of the opened set.
+    """Returns the numbers of classes and of the split's examples.
 
-    Raises ValueError or FileNotFoundError when there is no other way to know them.
+    They are those given, else those in `DATASETS`, else those of the opened dataset. Raises as
+    `open_data`.
     """
     if num_classes is None or num_examples is None:
         name = data.dataset.partition(":")[0]
@@ -124,43 +125,45 @@ def train_batches(
     data: DataConfig,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: Size | Mapping[int, Size],
     seed: int,
     start_step: int = 0,
     rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over this process's batches of steps start_step, start_step + 1, ... without end.
 
-    Close the iterator, or drop it, to stop its threads and processes.
+    Close or drop the iterator to stop its threads and processes.
 
     Args:
       source: the examples.
-      data: how to preprocess them, and how eagerly.
+      data: how to preprocess them, and with how many threads and processes.
       batch_size: B, of all processes together.
-      image_size: H, W.
-      seed: of the order and of the random preprocessing, 0 <= seed < 2**64.
-      start_step: the first step to yield: how to resume.
+      image_size: H, W; or these by the first step that has them, of which one is 0.
+      seed: for the order and the random preprocessing, 0 <= seed < 2**64.
+      start_step: the first step to yield; not 0 when a run resumes.
       rows: int [b], this process's rows of the global batch; all of them by default.
 
     Returns:
       Iterator of {"image": uint8 [b, H, W, 3], "label": int32 [b], or for a multi-label source
-      [b, K] padded with -1}. With `skip_broken` also "skipped": bool [b], where another example
-      takes the place of a broken one.
+      [b, K] padded with -1}. With `skip_broken` also "skipped": bool [b], True where another
+      example replaces a broken one.
 
     Raises:
-      ValueError: at once for a preprocessing that does not work on the first example; while
-        iterating for a broken example.
+      ValueError: immediately if preprocessing fails on the first example; while iterating if an
+        example is broken.
     """
-    read = _batch_reader(source, data, image_size, seed)
+    sizes = image_size if isinstance(image_size, Mapping) else {0: image_size}
+    read = _batch_reader(source, data, sizes.values(), seed)
     rows = _checked_rows(batch_size, rows)
 
     def batch(step: int) -> dict[str, np.ndarray]:
+        size = sizes[max(first for first in sizes if first <= step)]
         positions = [step * batch_size + row for row in rows]
         if isinstance(source, Mixture):
             indices = mixture_stream(seed, positions, source.sizes, source.weights)
         else:
             indices = epoch_stream(seed, positions, len(source))
-        return read(indices, positions)
+        return read(indices, positions, size)
 
     return _run_ahead(batch, range(start_step, 1 << 62), data)
 
@@ -170,31 +173,31 @@ def eval_batches(
     data: DataConfig,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: Size,
     rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates over every example exactly once, in order; all processes yield as many batches.
+    """Iterates over every example exactly once, in order, with equally many batches per process.
 
-    The last global batch is filled up with rows whose mask is False: their image is 0, their label
-    and index -1. Random preprocessing depends on the index alone.
+    The last global batch is padded with rows whose mask is False, image 0, label -1 and index -1.
+    Random preprocessing depends on the index alone.
 
     Args: as for `train_batches`.
 
     Returns:
       Iterator of ceil(N / B) dicts as `train_batches` yields them, with "mask": bool [b] and
-      "index": int64 [b]. Where a broken example was skipped, the mask is False too.
+      "index": int64 [b]. The mask is also False where a broken example was skipped.
 
     Raises:
       ValueError: as `train_batches`.
     """
-    read = _batch_reader(source, data, image_size, seed=None)
+    read = _batch_reader(source, data, [image_size], seed=None)
     rows = _checked_rows(batch_size, rows)
     num_batches = -(-len(source) // batch_size)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         index = np.array(rows, np.int64) + step * batch_size
         index[index >= len(source)] = -1
-        found = read(index, index)
+        found = read(index, index, image_size)
         mask = index >= 0
         if data.skip_broken:
             mask &= ~found["skipped"]
@@ -204,20 +207,20 @@ def eval_batches(
 
 
 def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
-    """This process's rows of the global batch."""
+    """Returns this process's rows of the global batch."""
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: expected at least 1")
     if rows is None:
         return list(range(batch_size))
     if not len(rows) or not 0 <= min(rows) <= max(rows) < batch_size:
-        raise InputError(f"rows {rows} of a batch of {batch_size}: expected some, each within it")
+        raise InputError(f"rows {rows} of a batch of {batch_size}: expected some, all in the batch")
     return [int(row) for row in rows]
 
 
 def _batch_reader(
-    source: Source, data: DataConfig, image_size: tuple[int, int], seed: int | None
-) -> Callable[[Sequence[int], Sequence[int]], dict[str, np.ndarray]]:
-    """(indices, positions) -> batch; fails at once if the first example does not pass.
+    source: Source, data: DataConfig, sizes: Iterable[Size], seed: int | None
+) -> Callable[[Sequence[int], Sequence[int], Size], dict[str, np.ndarray]]:
+    """Returns a function (indices, positions, size) -> batch, after trying it on the first example.
 
     Without a seed, broken examples are left out, not replaced.
     """
@@ -225,32 +228,32 @@ def _batch_reader(
         raise InputError("the source is empty: expected at least one example")
     if not 0 <= (seed or 0) < 1 << 64:
         raise InputError(f"seed {seed}: expected 0 <= seed < 2**64")
-    augment = parse_preprocess(data.preprocess, image_size)
+    augments = {size: parse_preprocess(data.preprocess, size) for size in sizes}
     single_label = source.labels_per_example is None
     records = _Cache(source, data.cache_gib) if data.cache_gib else source
 
-    def example(index: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def example(index: int, position: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
         try:
             record = records[index]
             rng = _generator(seed or 0, position)
-            image = augment(open_image(record["image"]), rng)
+            image = augments[size](record["image"], rng)
             return image, _valid_labels(record["label"], source)
         except ValueError as error:
             raise InputError(f"{source.describe(index)}: {error}") from error
 
-    def another(broken: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """An example that takes the place of a broken one."""
+    def another(broken: int, position: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an example that replaces a broken one."""
         near = source.part_of(broken) if isinstance(source, Mixture) else range(len(source))
         rng = _generator(seed, position, purpose=1)
         for index in rng.integers(near.start, near.stop, size=_REPLACEMENTS):
             try:
-                return example(int(index), position)
+                return example(int(index), position, size)
             except ValueError as error:
                 found = error
-        raise InputError(f"{_REPLACEMENTS} others in its place are broken as well, such as {found}")
+        raise InputError(f"{_REPLACEMENTS} examples to replace it are broken too, such as {found}")
 
-    def read(indices: Sequence[int], positions: Sequence[int]) -> dict[str, np.ndarray]:
-        image = np.empty((len(indices), *image_size, 3), np.uint8)
+    def read(indices: Sequence[int], positions: Sequence[int], size: Size) -> dict[str, np.ndarray]:
+        image = np.empty((len(indices), *size, 3), np.uint8)
         label = np.full((len(indices), source.labels_per_example or 1), -1, np.int32)
         skipped = np.zeros(len(indices), bool)
         for row, (index, position) in enumerate(zip(indices, positions, strict=True)):
@@ -258,7 +261,7 @@ def _batch_reader(
                 image[row] = 0
                 continue
             try:
-                pixels, labels = example(int(index), int(position))
+                pixels, labels = example(int(index), int(position), size)
             except ValueError as error:
                 if not data.skip_broken:
                     raise
@@ -267,30 +270,31 @@ def _batch_reader(
                 if seed is None:
                     image[row] = 0
                     continue
-                pixels, labels = another(int(index), int(position))
-            if pixels.shape != (*image_size, 3):
+                pixels, labels = another(int(index), int(position), size)
+            if pixels.shape != (*size, 3):
                 raise InputError(
                     f"{source.describe(int(index))}: preprocessing gives an image of "
-                    f"{pixels.shape[0]} x {pixels.shape[1]}, expected {image_size[0]} x "
-                    f"{image_size[1]}: add `resize` or a crop"
+                    f"{pixels.shape[0]} x {pixels.shape[1]}, expected {size[0]} x "
+                    f"{size[1]}: add `resize` or a crop"
                 )
             image[row] = pixels
             label[row, : len(labels)] = labels
         batch = {"image": image, "label": label[:, 0] if single_label else label}
         return batch | ({"skipped": skipped} if data.skip_broken else {})
 
-    read([0], [0])
+    for size in augments:
+        read([0], [0], size)
     return read
 
 
 def _generator(seed: int, position: int, purpose: int = 0) -> np.random.Generator:
-    """Random numbers for a position: of the preprocessing (0), or to replace a broken example."""
+    """Returns a position's generator; purpose 0: preprocessing, 1: replacing a broken example."""
     key = np.array([seed, position], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=purpose << 192))
 
 
 class _Cache:
-    """A source whose first records to be read stay in memory, up to a limit in GiB."""
+    """A source that keeps the records it reads first in memory, up to a limit in GiB."""
 
     def __init__(self, source: Source, gib: float):
         self._source, self._left, self._kept = source, gib * 2**30, {}
@@ -305,10 +309,10 @@ class _Cache:
 
 
 def _valid_labels(label, source: Source) -> np.ndarray:
-    """One label or several as an array."""
+    """Returns one label or several as an array; ValueError if they don't fit the source."""
     single = source.labels_per_example is None
     if single and isinstance(label, (int, np.integer)) and 0 <= label < source.num_classes:
-        return np.array([label])  # the usual case, seven times as quick
+        return np.array([label])  # the usual case, seven times faster
     labels = np.atleast_1d(label)
     if single and len(labels) != 1:
         raise InputError(f"it has {len(labels)} labels: expected one")
@@ -324,9 +328,12 @@ def _run_ahead(
     steps: range,
     data: DataConfig,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates over batch(step) for the steps, in order, until too many examples were skipped."""
-    if data.num_workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
+    """Iterates over batch(step) in order; ValueError when too many examples were skipped."""
+    if data.num_workers:
+        # What a run that ends leaves in /dev/shm is removed by Python, which would warn of it.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
     threads = grain.ReadOptions(data.num_threads, max(data.prefetch, data.num_threads))
     workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
     dataset = grain.MapDataset.source(steps).map(batch).to_iter_dataset(threads)
@@ -338,8 +345,15 @@ def _run_ahead(
             if skipped > data.skip_broken:
                 raise InputError(
                     f"{skipped} broken examples, more than skip_broken = {data.skip_broken}: see "
-                    "the warnings above, and mend the dataset or raise the limit"
+                    "the warnings above, and repair the dataset or raise the limit"
                 )
             yield found
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a worker process of the input was ended from outside ({error}). Most often memory or "
+            "/dev/shm was full: lower data.num_workers, data.num_threads or data.prefetch"
+        ) from error
     finally:
         batches.close()

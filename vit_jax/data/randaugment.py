@@ -1,21 +1,21 @@
 """RandAugment, AutoAugment's ImageNet policy and random erasing on uint8 [H, W, 3].
 
-The operations are those of the TensorFlow code with which EfficientNet, AugReg's ViTs and "Better
-plain ViT baselines" were trained (google-research/big_vision, pp/autoaugment.py), its oddities
-included, since published results depend on them:
+The operations are those of the TensorFlow code that trained EfficientNet, AugReg's ViTs and "Better
+plain ViT baselines" (google-research/big_vision, pp/autoaugment.py). Its oddities are kept, since
+published results depend on them:
 
-- Magnitudes run from 0 to 10; AugReg also uses 15 and 20. 0 isn't mild: it is nearly black for
-  Brightness, nearly grey for Color, one bit a channel for Posterize and the negative for Solarize.
-- Posterize and Solarize become weaker as the magnitude rises to 10. Above, Solarize's threshold
-  wraps around, as a constant that TensorFlow casts to uint8 does: 10 and 20 give the negative of
-  the whole image, 15 solarizes at 128. Posterize keeps 6 bits at 15, and all of them at 20.
-- Contrast blends with a constant that is no mean of the image but H * W / 256, 255 at most.
-- Rotate turns about the centre, ShearX and ShearY keep the upper left corner. All take the nearest
-  pixel; what comes into view, and what Cutout cuts out, is the grey of 128.
+- Magnitudes run from 0 to 10; AugReg also uses 15 and 20. 0 isn't mild: Brightness gives a nearly
+  black image, Color a nearly grey one, Posterize one bit per channel and Solarize the negative.
+- Posterize and Solarize become weaker as the magnitude rises to 10. Above 10, Solarize's threshold
+  wraps around, because TensorFlow casts it to uint8: 10 and 20 give the negative of the whole
+  image, 15 solarizes at 128. Posterize keeps 6 bits at 15, and all of them at 20.
+- Contrast blends with the constant min(H * W / 256, 255), not with the image's mean.
+- Rotate turns about the centre; ShearX and ShearY keep the upper left corner. All take the nearest
+  pixel. Uncovered pixels and Cutout's square are grey (128).
 - Translations (100 pixels at magnitude 10) and Cutout (a square of 80) don't scale with the image.
 
-Each result is Pillow's on x86 to the bit, but Pillow itself only moves pixels: at the rest, OpenCV
-and numpy are quicker, and where Pillow blends, other threads wait for the interpreter's lock.
+Results are bit-identical to Pillow's on x86. Pillow itself only moves pixels here: for the rest
+OpenCV and numpy are faster, and Pillow's blending holds the interpreter's lock.
 """
 
 import math
@@ -30,9 +30,9 @@ from vit_jax.config import InputError
 Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 GREY = (128, 128, 128)
 VALUES = np.arange(256, dtype=np.uint8)
-# Rec. 601's luma as Pillow has it, in 65,536ths, and a half to round: exact in float32 (24 bits).
+# Rec. 601 luma as in Pillow, in 65,536ths, and a half for rounding: exact in float32 (24 bits).
 TO_LUMA = np.tile(np.float32([19595, 38470, 7471, 32768]) / 65536, (3, 1))
-# The middle weighs five times as much as each of its neighbours.
+# Pillow's smoothing kernel.
 SMOOTH = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
 
 
@@ -43,7 +43,7 @@ def randaugment(
     layers: int = 2,
     magnitude: float = 10,
 ) -> np.ndarray:
-    """`layers` operations, one after another, each drawn from the 16 with equal probability.
+    """Applies `layers` operations in sequence, each drawn from the 16 with equal probability.
 
     Cubuk et al., arXiv:1909.13719. AugReg (arXiv:2106.10270) trains with 2 layers of magnitude 0,
     10, 15 or 20.
@@ -59,10 +59,10 @@ def randaugment(
 
 
 def autoaugment(image: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """One of the 25 sub-policies that AutoAugment found on ImageNet, drawn at random.
+    """Applies one of AutoAugment's 25 sub-policies for ImageNet, drawn at random.
 
-    Cubuk et al., arXiv:1805.09501, table 9; magnitudes as above, but Posterize keeps 4 bits and
-    more (table 6).
+    Cubuk et al., arXiv:1805.09501, table 9. Magnitudes are as for `randaugment`, but Posterize
+    keeps at least 4 bits (table 6).
     """
     for name, probability, magnitude in IMAGENET_POLICY[rng.integers(len(IMAGENET_POLICY))]:
         if rng.random() < probability:
@@ -80,11 +80,12 @@ def random_erasing(
     max_area: float = 0.4,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """A rectangle of the image becomes noise: each value uniform in 0 to 255.
+    """With `probability`, replaces a rectangle of the image by noise, uniform in 0 to 255.
 
-    Zhong et al., arXiv:1708.04896, algorithm 1 with its ImageNet values: area and height / width
-    uniform in [min_area, max_area] and [min_aspect, 1 / min_aspect], drawn anew until it fits; the
-    image as it is after 100 attempts.
+    Zhong et al., arXiv:1708.04896, algorithm 1 with its ImageNet values. The rectangle's area, as a
+    fraction of the image's, is uniform in [min_area, max_area], its height / width in [min_aspect,
+    1 / min_aspect]. They are redrawn until the rectangle fits. After 100 failed attempts the image
+    is unchanged.
     """
     if not (0 <= probability <= 1 and 0 < min_area <= max_area < 1 and 0 < min_aspect <= 1):
         raise InputError(
@@ -148,7 +149,7 @@ def _rotate(image, magnitude, rng):
 
 
 def _posterize(image, magnitude, rng):
-    shift = min((8 - int(magnitude / 10 * 4)) % 256, 7)  # TensorFlow shifts by no more
+    shift = min((8 - int(magnitude / 10 * 4)) % 256, 7)  # TensorFlow shifts by at most 7
     return image & (256 - 2**shift)
 
 
@@ -181,8 +182,8 @@ def _brightness(image, magnitude, rng):
 
 
 def _sharpness(image, magnitude, rng):
-    smooth = image.copy()  # the border stays
-    # Thirteenths are never a half: however it is summed up, it rounds the same.
+    smooth = image.copy()  # keeps the border
+    # Sums are in thirteenths, never halves, so the order of summation doesn't change the rounding.
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, SMOOTH)[1:-1, 1:-1]
     return _blend(smooth, image, magnitude)
 
@@ -231,7 +232,7 @@ OPERATIONS: dict[str, Operation] = {
     "SolarizeAdd": _solarize_add,
 }
 
-# (operation, probability, magnitude) twice.
+# Each sub-policy is two of (operation, probability, magnitude).
 IMAGENET_POLICY = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
     (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
@@ -262,7 +263,7 @@ IMAGENET_POLICY = (
 
 
 def _blend(other: np.ndarray | int, image: np.ndarray, magnitude: float) -> np.ndarray:
-    """uint8 other + factor (image - other), rounded down: 1 keeps the image, more exaggerates."""
+    """Returns uint8 other + factor (image - other), rounded down; factor 1 keeps the image."""
     factor, other = np.float32(magnitude / 10 * 1.8 + 0.1), np.float32(other)
     blended = image.astype(np.float32)
     blended -= other
@@ -276,9 +277,9 @@ def _either_sign(value: float, rng: np.random.Generator) -> float:
 
 
 def _move(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
-    """Each pixel (x, y) takes the one nearest to (a x + b y + c, d x + e y + f)."""
+    """Sets each pixel (x, y) to the pixel nearest to (a x + b y + c, d x + e y + f)."""
     a, b, c, d, e, f = matrix
-    # Pillow counts pixels' centres from 0.5 and rounds down.
+    # Pillow's pixel centres begin at 0.5, and it rounds down.
     matrix = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)
     picture = Image.fromarray(image)
     affine = Image.Transform.AFFINE

@@ -1,4 +1,4 @@
-"""TFDS's split grammar, `train[:10%]+test`, and the records that it selects."""
+"""TFDS's split grammar, `train[:10%]+test`, and the records it selects."""
 
 import re
 from bisect import bisect_right
@@ -12,7 +12,7 @@ from vit_jax.config import InputError, unknown
 def parse_split(
     split: str, sizes: Mapping[str, int], dataset: str, unbounded: Sequence[str] = ()
 ) -> list[tuple[str, int, int]]:
-    """Reads TFDS's split grammar: `train[:10%]+test[5:1_000]`.
+    """Parses TFDS's split grammar: `train[:10%]+test[5:1_000]`.
 
     Args:
       split: split names, each with an optional [start:stop] of whole numbers or percentages;
@@ -65,7 +65,7 @@ def _boundary(text: str | None, size: int, default: int) -> int:
 @dataclass(frozen=True)
 class _Concatenated(Sequence):
     parts: tuple[Sequence, ...]
-    starts: tuple[int, ...]  # of the parts, and the end
+    starts: tuple[int, ...]  # start of each part, then the total length
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -88,7 +88,7 @@ class _Concatenated(Sequence):
 
 @dataclass(frozen=True)
 class Slice(Sequence):
-    """records[start:stop], lazily."""
+    """A lazy records[start:stop]."""
 
     records: Sequence
     start: int
@@ -114,7 +114,7 @@ def read_split(
     read: Callable[[str, int, int], Sequence],
     unbounded: Sequence[str] = (),
 ) -> Sequence:
-    """The records of a split, given how to read one slice."""
+    """Returns the records of a split; `read(name, start, stop)` reads one slice."""
     parts = tuple(read(*part) for part in parse_split(split, sizes, dataset, unbounded))
     if len(parts) == 1:
         return parts[0]
@@ -122,14 +122,14 @@ def read_split(
 
 
 def record_name(records: Sequence, index: int) -> str | None:
-    """What records call one of theirs: its file."""
+    """Returns the name of a record, which is its file; None if the records have no names."""
     return records.name(index) if hasattr(records, "name") else None
 
 
 def listed(records: Sequence, start: int, stop: int) -> Iterator[bytes]:
-    """What records know of theirs without reading them, of all from start to stop, if anything.
+    """Yields what is known of records start to stop without reading them, such as file names.
 
-    It is the same wherever the files lie: see `fingerprint`.
+    It doesn't depend on the folder that the files lie in: see `fingerprint`.
     """
     if start < stop and hasattr(records, "listed"):
         yield from records.listed(start, stop)

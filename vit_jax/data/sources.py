@@ -1,4 +1,4 @@
-"""Name -> random-access source of examples. TensorFlow is never imported."""
+"""Opens datasets by name, as random-access sources of examples. TensorFlow is never imported."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.data.array_records import ArrayRecords, open_array_records
-from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.formula import Fractals, Strokes, Synthetic
 from vit_jax.data.idx import find_idx, read_idx
 from vit_jax.data.image_folder import read_folder
 from vit_jax.data.listing import Listing
@@ -20,9 +20,21 @@ from vit_jax.data.tars import find_tars, read_tars
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
 
-FORMULAS = {"strokes": Strokes, "fractals": Fractals}
-FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
-VALIDATION_FIRST = 1 << 60  # index of the first validation example: out of any train split's reach
+VALIDATION_FIRST = 1 << 60  # index of the first validation example, beyond any train split
+# Splits of the datasets that are drawn: nominal size, index of the first example.
+_DRAWN = {"train": (1_000_000, 0), "validation": (10_000, VALIDATION_FIRST)}
+# As large as ImageNet-21k, so that the warm-up of any recipe fits.
+_STAND_IN = {
+    "train": (14_197_122, 0),
+    "full": (14_197_122, 0),
+    "validation": (50_000, VALIDATION_FIRST),
+    "test": (100_000, 2 * VALIDATION_FIRST),
+}
+FORMULAS = {
+    "strokes": (Strokes, _DRAWN),
+    "fractals": (Fractals, _DRAWN),
+    "synthetic": (Synthetic, _STAND_IN),
+}
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,9 @@ class Source:
     Attributes:
       records: records[i] holds "image" (encoded bytes, or uint8 [H, W], [H, W, 1] or [H, W, 3])
         and "label" (an int, or a sequence of them for a multi-label set). It raises ValueError for
-        a record that cannot be read, and may have `name(i)`: i's file.
+        a record that cannot be read. It may have `name(i)`, which returns the file of record i.
       num_classes: labels are in [0, num_classes).
-      class_names: a name for each class, where they are known.
+      class_names: a name for each class, if they are known.
       labels_per_example: None for one label; for a multi-label set the most an example may have.
     """
 
@@ -53,17 +65,17 @@ class Source:
         return {"image": record["image"], "label": record["label"]}
 
     def class_counts(self) -> np.ndarray:
-        """The number of examples with each label, int [C]; reads every example."""
+        """Counts the examples with each label, int [C]; reads every example."""
         labels = [np.atleast_1d(self[i]["label"]) for i in range(len(self))]
         return np.bincount(np.concatenate(labels).astype(int), minlength=self.num_classes)
 
     def describe(self, index: int) -> str:
-        """What messages call an example: `example 3 (cat/a.jpg)`."""
+        """Describes an example for messages: `example 3 (cat/a.jpg)`."""
         name = record_name(self.records, index)
         return f"example {index} ({name})" if name else f"example {index}"
 
     def name(self, index: int) -> str:
-        """An example's file, or its number where it has none."""
+        """Returns an example's file, or its index if it has none."""
         return record_name(self.records, index) or str(index)
 
 
@@ -71,19 +83,24 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a dataset's split.
 
     Args:
-      name: `digits` (scikit-learn's 8 x 8 digits; every third example is test), `strokes/200` or
-        `fractals/1000` (formula-driven, the number of classes after the slash, 1000 by default;
-        `train` is 1,000,000 examples, but `train[:5_000_000_000]` works too), a dataset that
-        TFDS prepared in ArrayRecord format (`cifar10`, `cifar10:3.0.2`, `my_set/config`), or a
-        path, see `is_path`: a folder of such a dataset's files, or what `open_path` reads.
+      name: one of
+        - `digits`: scikit-learn's 8 x 8 digits; every third example is test;
+        - `strokes/200`, `fractals/1000`: formula-driven, with the number of classes after the
+          slash, 1000 by default. `train` is 1,000,000 examples, but larger slices such as
+          `train[:5_000_000_000]` work too;
+        - `synthetic/1000`: the same for rehearsals, images of 256 px in the splits of ImageNet and
+          ImageNet-21k;
+        - `vtab/clevr_count` and other tasks of VTAB-1k, see `vtab`;
+        - `cifar10`, `cifar10:3.0.2`, `my_set/config`: prepared by TFDS in ArrayRecord format;
+        - a path (see `is_path`) of such a dataset's folder, or of what `open_path` reads.
       split: as in TFDS: `train`, `train[:99%]`, `train[51200:]`, `train[:10]+test[-10%:]`.
-      data_dir: TFDS's folder of prepared datasets; by default TFDS's own default.
+      data_dir: folder of prepared TFDS datasets; by default TFDS's own default.
 
     Raises:
-      ValueError: an unknown dataset or split, a malformed or empty slice, or features that are not
-        those of image classification; a shard that is truncated.
-      FileNotFoundError: a TFDS dataset that is not prepared, or not as ArrayRecord, or lacks a
-        shard; nothing is at the path.
+      ValueError: an unknown dataset or split, a malformed or empty slice, features other than those
+        of image classification, or a truncated shard.
+      FileNotFoundError: a TFDS dataset that is not prepared, not in ArrayRecord format, or lacks a
+        shard; or nothing is at the path.
     """
     if name.partition("/")[0] in FORMULAS:
         return _open_formula(name, split)
@@ -98,7 +115,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def open_listing(name: str, data_dir: str | None = None) -> Listing:
-    """All splits of a dataset that isn't drawn by formula; raises as `open_source`."""
+    """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
     if name.startswith(PREFIX):
@@ -109,10 +126,10 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or is there.
+    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or exists.
 
-    What we or TFDS call by name stays a name: `digits`, `strokes`, and beside the working directory
-    the folder of a prepared dataset, `cifar10/3.0.2/`.
+    Names of embedded and of TFDS datasets are never paths: `digits`, `strokes`, and `cifar10` even
+    if the working directory holds the prepared dataset `cifar10/3.0.2/`.
     """
     if name.startswith(("/", ".", "~")):
         return True
@@ -122,7 +139,7 @@ def is_path(name: str) -> bool:
 
 
 def open_path(path: str) -> Listing:
-    """Lists what lies at a path: images in a folder, a table of them, IDX files or tars.
+    """Lists the dataset at a path: a folder of images, a table of them, IDX files or tars.
 
     Raises:
       FileNotFoundError: nothing is there, or no images.
@@ -162,13 +179,13 @@ def _open_formula(name: str, split: str) -> Source:
     match = re.fullmatch(r"(\w+)(?:/([1-9][0-9]*))?", name)
     if not match:
         raise InputError(f"dataset {name!r}: expected the number of classes after the slash")
-    formula, num_classes = FORMULAS[match[1]], int(match[2] or 1000)
-    first = {"train": 0, "validation": VALIDATION_FIRST}
+    (formula, splits), num_classes = FORMULAS[match[1]], int(match[2] or 1000)
 
     def read(part: str, start: int, stop: int) -> Sequence:
         if stop > VALIDATION_FIRST:
             raise InputError(f"split {split!r} of {name}: expected to end by {VALIDATION_FIRST}")
-        return formula(stop - start, num_classes=num_classes, first=first[part] + start)
+        return formula(stop - start, num_classes=num_classes, first=splits[part][1] + start)
 
-    records = read_split(split, FORMULA_SIZES, name, read, unbounded=["train"])
+    sizes = {part: size for part, (size, _) in splits.items()}
+    records = read_split(split, sizes, name, read, unbounded=["train", "full"])
     return Source(records, num_classes)

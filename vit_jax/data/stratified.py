@@ -10,17 +10,18 @@ from vit_jax.config import InputError
 def stratified_split(
     labels: np.ndarray, fractions: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-    """Indices of each part, ascending: labels [N] -> {name: int64 [n]}, every example in one part.
+    """Splits examples into parts: labels [N] -> {part: ascending indices, int64 [n]}.
 
-    Each class is cut by itself, after a shuffle that depends on the seed and on the class alone, so
-    other classes can come and go. The first part is never left without an example of a class; of a
-    class with too few examples for all parts, those with the larger fractions get one.
+    Every example is in one part. Each class is cut by itself, after a shuffle that depends on the
+    seed and the class alone, so adding or removing other classes changes nothing. The first part
+    gets at least one example of each class. If a class has too few examples for all parts, the
+    parts with the larger fractions get one each.
 
-    Raises ValueError for fractions that don't make 1.
+    Raises ValueError unless the fractions are positive and sum to 1.
     """
     names, shares = list(fractions), np.array(list(fractions.values()))
     if not np.isclose(shares.sum(), 1) or shares.min() <= 0:
-        raise InputError(f"fractions {dict(fractions)}: expected positive ones that make 1")
+        raise InputError(f"fractions {dict(fractions)}: expected positive ones that sum to 1")
     parts = {name: [] for name in names}
     for label in np.unique(labels):
         indices = np.flatnonzero(labels == label)
@@ -31,7 +32,7 @@ def stratified_split(
 
 
 def _cut(indices: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
-    """By largest remainders: sizes are within 1 of the exact ones, and none is 0 in vain."""
+    """Cuts by largest remainders: sizes are within 1 of exact, and empty only if unavoidable."""
     exact = shares * len(indices)
     sizes = np.floor(exact).astype(int)
     for i in np.argsort(sizes - exact, kind="stable")[: len(indices) - sizes.sum()]:

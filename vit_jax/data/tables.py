@@ -1,4 +1,4 @@
-"""Tables (CSV, TSV, JSON Lines) of image files and their labels, read without preparation."""
+"""Reads and writes tables (CSV, TSV, JSON Lines) of image files and their labels."""
 
 import csv
 import io
@@ -14,24 +14,28 @@ from vit_jax.data.foreign_files import read_file
 from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing
 
 TABLES = (".csv", ".tsv", ".jsonl")
-CLASS_NAMES = "classes.txt"  # beside a table or tars: a class a line; labels are checked against it
-_UNDECODABLE = "surrogatepass"  # file names may hold bytes that are no UTF-8
-MAX_CLASSES = 1 << 24  # a label above is a mistake, not a class
+CLASS_NAMES = "classes.txt"  # beside a table or tars: one class per line, the only valid labels
+_UNDECODABLE = "surrogatepass"  # file names may hold bytes that aren't UTF-8
+MAX_CLASSES = 1 << 24  # a larger label is taken for a mistake
 
 
 def read_table(path: Path) -> Listing:
     """Lists the images that a `.csv`, `.tsv` or `.jsonl` file names.
 
-    Its columns (or the keys of its lines) are `path`, relative to the table's folder or absolute;
-    `label`, a class's name or number, or for a multi-label set `labels`, a list of them (in CSV
-    joined by |); and optionally `split`, by default train. Numbers count from 0. If the table's
-    folder holds a `classes.txt`, a class a line, that is the list of classes; otherwise names are
-    sorted, and numbers go up to the highest one.
+    Its columns (keys in JSON Lines) are:
+
+    - `path`: relative to the table's folder, or absolute;
+    - `label`: a class's name, or its number counted from 0; or, for a multi-label set, `labels`: a
+      list of them (in CSV joined by |);
+    - `split`: optional; train by default.
+
+    If the table's folder holds a `classes.txt` with one class per line, these are the classes.
+    Otherwise names are sorted, and the highest number is the last class.
 
     Raises:
-      ValueError: names the line: a column is missing, a label is malformed or out of range, names
-        and numbers are mixed, or an image is in two splits.
-      FileNotFoundError: an image isn't there.
+      ValueError: a column is missing, a label is malformed or out of range, names and numbers are
+        mixed, or an image is in two splits. The message names the line.
+      FileNotFoundError: an image is missing.
     """
     files, splits, labels, places = [], [], [], []
     first = {}  # file -> the split and line that name it first
@@ -46,7 +50,7 @@ def read_table(path: Path) -> Listing:
                 "path, label (or, in all lines, labels), and optionally split"
             )
         file, split = str(row["path"]), str(row.get("split") or "train")
-        if split.lower() in SPLIT_FOLDERS:  # Train and train are one
+        if split.lower() in SPLIT_FOLDERS:  # Train and train are the same
             split = split.lower()
         other_split, other_line = first.setdefault(os.path.normpath(file), (split, line))
         if other_split != split:
@@ -79,7 +83,7 @@ def read_table(path: Path) -> Listing:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, {column: value}) of each row."""
+    """Yields (line number, {column: value}) of each row."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         for line, row in enumerate(text.split("\n"), 1):
@@ -87,7 +91,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     values = json.loads(row)
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}, line {line} is no JSON: {error}") from error
+                    raise InputError(f"{path}, line {line} is not JSON: {error}") from error
                 if not isinstance(values, dict):
                     raise InputError(f"{path}, line {line}: expected a JSON object")
                 yield line, values
@@ -120,9 +124,9 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_table(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Writes (path, label, split) rows as CSV, which `read_table` reads back as they are.
+    """Writes (path, label, split) rows as CSV, which `read_table` reads back unchanged.
 
-    Any names without line breaks will do, also with bytes that are no UTF-8.
+    Names may hold anything but line breaks, also bytes that aren't UTF-8.
     """
 
     def quoted(value: str) -> str:
@@ -137,7 +141,7 @@ def write_table(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. ValueError for other encodings."""
+    """Reads UTF-8 text with or without a byte order mark. ValueError for other encodings."""
     try:
         return read_file(path).decode("utf-8-sig", _UNDECODABLE)
     except UnicodeDecodeError as error:
@@ -147,19 +151,19 @@ def read_text(path: Path) -> str:
 def write_class_names(folder: Path, names: Iterable[str]) -> None:
     """Writes the list that `class_names_beside` reads."""
     text = "".join(f"{name}\n" for name in names)
-    text = "\ufeff" * text.startswith("\ufeff") + text  # the first one is taken for a mark
+    text = "\ufeff" * text.startswith("\ufeff") + text  # readers drop the first as a mark
     (folder / CLASS_NAMES).write_bytes(text.encode("utf-8", _UNDECODABLE))
 
 
 def class_names_beside(path: Path) -> tuple[str, ...] | None:
-    """The classes that `classes.txt` in this file's folder lists, if there is one."""
+    """Returns the classes in the `classes.txt` beside this file; None if there is none."""
     file = path.parent / CLASS_NAMES
     if not file.exists():
         return None
     lines = read_text(file).removesuffix("\n").split("\n")  # a name may hold other separators
     names = tuple(line.removesuffix("\r") for line in lines)
     if len(set(names)) < len(names) or not all(names):
-        raise InputError(f"{file}: expected a class a line, none empty and none twice")
+        raise InputError(f"{file}: expected one class per line, none empty or repeated")
     return names
 
 
@@ -168,20 +172,21 @@ def number_labels(
     places: Sequence[str],
     names: tuple[str, ...] | None,
 ) -> tuple[list[int] | list[tuple[int, ...]], tuple[int, tuple[str, ...] | None, int | None]]:
-    """Labels as numbers, given names or numbers.
+    """Converts labels, given as names or numbers, to numbers.
 
     Args:
-      labels: of each example, a name or a number (perhaps written as text); for a multi-label set
-        lists of them.
-      places: where each example's stand, for messages.
-      names: of the classes, if they are known.
+      labels: for each example a name or a number (possibly as text); for a multi-label set, a list
+        of them.
+      places: where each example's labels are, for messages.
+      names: the classes' names, if they are known.
 
     Returns:
       Each example's number or tuple of numbers; and `Listing`'s (num_classes, class_names,
-      labels_per_example). Unknown names are sorted; of numbers, the highest is the last class.
+      labels_per_example). If `names` is None, names in `labels` are sorted, and the highest number
+      is the last class.
 
     Raises:
-      ValueError: names the place of a label that is neither, isn't known or is out of range.
+      ValueError: a label is malformed, unknown or out of range. The message names its place.
     """
     several = any(isinstance(example, list) for example in labels)
     given = {}  # distinct label -> the first place

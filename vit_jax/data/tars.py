@@ -1,7 +1,7 @@
-"""Tars, read without unpacking: WebDataset's, and ImageNet's as image-net.org ships them.
+"""Reads tars without unpacking them: WebDataset's, and ImageNet's as image-net.org ships them.
 
-A tar's headers are read once; after that, every image is one read at a known place. Compressed
-tars have no such places and are refused.
+A tar's headers are read once. After that, every image is one read at a known offset. Compressed
+tars have no such offsets and are rejected.
 """
 
 import itertools
@@ -26,8 +26,8 @@ from vit_jax.data.walk import IMAGE_ENDINGS, Walker
 MAX_LABEL_BYTES = 1 << 20
 SYNSET = re.compile(r"(n\d{8})\.tar")
 _RULE = (
-    "Files are one sample if they follow each other (tar --sort=name) and have one name up to its "
-    "first dot, so that names hold no other dots"
+    "Files form a sample if they follow each other (tar --sort=name) and have the same name up to "
+    "its first dot, so names must hold no other dots"
 )
 _Member = tuple[str, int, int]  # name, offset in the file, size
 
@@ -39,7 +39,8 @@ class TarImages(Sequence):
     Attributes:
       tars: paths of the tars.
       names: bytes [N], the images' own names.
-      tar, offset, size: int64 [N]: in which tar, and where in it.
+      tar: int64 [N], index of the tar that holds the image.
+      offset, size: int64 [N], of the image in its tar, in bytes.
       labels: ints, or tuples of them.
     """
 
@@ -77,9 +78,9 @@ class TarImages(Sequence):
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """The tars in a folder, or in its folders (train/, val/, ...) if it has none itself.
+    """Returns the tars in a folder, or in its subfolders (train/, val/, ...) if it has none itself.
 
-    None if images lie in its folders: then a tar among them is something else.
+    Returns [] if images lie in its subfolders: it is then an image folder.
     """
     tars = sorted(folder.glob("*.tar")) or sorted(folder.glob("*/*.tar"))
     walker = Walker(folder)
@@ -88,19 +89,19 @@ def find_tars(folder: Path) -> list[Path]:
 
 
 def read_tars(tars: Sequence[Path]) -> Listing:
-    """Lists the images of tars, which are recognised by their names.
+    """Lists the images in tars. The tars' names tell their kind:
 
     - `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`: ImageNet-1k as image-net.org ships
-      it. Validation labels are those that TFDS ships; classes are numbered as there.
-    - `n01440764.tar` and so on, one a class, or one tar of such tars: ImageNet-21k. All of it is
-      the split `full`; classes are those that are there, in the order of their names.
-    - Others: WebDataset. Files with one stem (up to the first dot) are a sample: an image and its
-      label, a `.cls` (a number or a name) or the `label` or `labels` of a `.json`. The splits are
-      those that the tars' names or folders say (`train-0000.tar`, `val/0000.tar`), by default
-      train. Classes are as in `tables.read_table`.
+      it. Validation labels and class numbers are TFDS's.
+    - `n01440764.tar` and so on, one per class, or one tar of such tars: ImageNet-21k. All images
+      form the split `full`. The classes are those present, in the order of their names.
+    - Others: WebDataset. Files with the same stem (up to the first dot) form a sample: an image and
+      its label, which is a `.cls` (a number or a name) or `label` or `labels` in a `.json`. The
+      tars' names or folders tell the splits (`train-0000.tar`, `val/0000.tar`), by default train.
+      Classes are as in `tables.read_table`.
 
     Raises:
-      ValueError: a tar is truncated, damaged or compressed, names are of different kinds, or a
+      ValueError: a tar is truncated, damaged or compressed; names are of different kinds; or a
         sample lacks its image or label, or has a label out of range.
     """
     for tar in tars:
@@ -161,12 +162,12 @@ def _synset(path: Path, name: str, offset: int) -> str:
     match = SYNSET.fullmatch(os.path.basename(name))
     if not match:
         where = f"{path}:{name}" if offset else path
-        raise InputError(f"{where}: expected one tar a class, such as n01440764.tar")
+        raise InputError(f"{where}: expected one tar per class, such as n01440764.tar")
     return match[1]
 
 
 def _class_tars(tars: Sequence[tuple[Path, str, int]], names: tuple[str, ...]) -> TarImages:
-    """One tar a class: (file, the tar's name, where in the file it begins)."""
+    """Reads one tar per class, given as (file, the tar's name, its offset in the file)."""
     number = {name: i for i, name in enumerate(names)}
     images = _Packed()
     for tar in sorted(tars, key=lambda tar: _synset(*tar)):
@@ -220,9 +221,9 @@ def _web_dataset(tars: Sequence[Path]) -> Listing:
 def _samples(
     members: Iterator[_Member], tar: Path
 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(stem, {ending: (offset, size)}) of files that follow each other and have one stem.
+    """Yields (stem, {ending: (offset, size)}) for consecutive files with the same stem.
 
-    ValueError for two files of one stem with the same ending: one would be lost.
+    Raises ValueError if two of them have the same ending: one would be lost.
     """
 
     def stem(member: _Member) -> str:
@@ -243,7 +244,7 @@ def _samples(
 def _sample_labels(
     file: BinaryIO, sample: dict[str, tuple[int, int]], place: str
 ) -> str | int | list:
-    """A label, or a list of them for a multi-label set."""
+    """Returns a label, or a list of them for a multi-label set."""
 
     def text(ending: str) -> str:
         offset, size = sample[ending]
@@ -291,7 +292,7 @@ class _Packed:
 
 
 def _images(members: Iterator[_Member], tar: Path) -> list[_Member]:
-    """Those that are images by their names, sorted; others are left out with a warning."""
+    """Returns the members with an image's file name, sorted; leaves out others with a warning."""
     images, others = [], []
     for member in members:
         name = os.path.basename(member[0])
@@ -299,14 +300,14 @@ def _images(members: Iterator[_Member], tar: Path) -> list[_Member]:
             (images if name.lower().endswith(IMAGE_ENDINGS) else others).append(member)
     if others:
         logging.warning(
-            "%s: %d files are no images by their names and are left out, such as %s",
+            "%s: %d files are not images by name and are left out, such as %s",
             *(tar, len(others), others[0][0]),
         )
     return sorted(images)
 
 
 def _members(file: BinaryIO, start: int = 0) -> Iterator[_Member]:
-    """The files in the tar that begins at `start`: (name, offset, size)."""
+    """Yields (name, offset, size) of the files in the tar that begins at `start`."""
     length = os.fstat(file.fileno()).st_size
     file.seek(start)
     try:
@@ -320,13 +321,14 @@ def _members(file: BinaryIO, start: int = 0) -> Iterator[_Member]:
                     raise InputError(
                         f"{file.name} holds the link or device {member.name}: expected files"
                     )
-                tar.members = []  # which it would keep for a look-up by name
+                tar.members = []  # tarfile would keep all of them for look-ups by name
             end = tar.offset
     except tarfile.TarError as error:
         raise InputError(
-            f"{file.name} is no whole tar ({error}): if it is compressed, unpack it to a .tar first"
+            f"{file.name} is not a whole tar ({error}): "
+            "if it is compressed, unpack it to a .tar first"
         ) from error
     if os.pread(file.fileno(), 512, end) != bytes(512):
         raise InputError(f"{file.name} lacks the end mark of a tar: it is truncated")
-    if start == 0 and length - end > 1 << 20:  # tars are filled up to 10 KiB
+    if start == 0 and length - end > 1 << 20:  # tars are padded to 10 KiB
         raise InputError(f"{file.name} has {length - end} bytes after its end mark: joined tars?")

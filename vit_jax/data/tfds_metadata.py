@@ -1,7 +1,7 @@
-"""Checks of a dataset's metadata before TFDS reads them: they come with the data, from anybody.
+"""Checks a dataset's metadata before TFDS reads them. They come with the data and aren't trusted.
 
-TFDS imports the module of every class that `features.json` names, and makes a name for each class
-and a path for each shard that the files promise.
+TFDS imports the module of every class that `features.json` names. It also makes a name for each
+class and a path for each shard that the files claim.
 """
 
 import json
@@ -14,9 +14,9 @@ from etils import epath
 from vit_jax.config import InputError
 from vit_jax.data.foreign_files import check_regular
 
-METADATA = "features.json"  # is in every folder that holds such a dataset
+METADATA = "features.json"  # in every folder of a TFDS dataset
 INFO = "dataset_info.json"
-MAX_BYTES = 64 << 20  # of a file of metadata
+MAX_BYTES = 64 << 20  # of a metadata file
 MAX_CLASSES = 1 << 20
 MAX_SHARDS = 1 << 17
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
@@ -24,7 +24,7 @@ _COUNT_KEYS = ("numClasses", "num_classes")
 
 
 def check_metadata(folder: epath.Path) -> None:
-    """Refuses metadata that would import code, or take minutes or the memory to read.
+    """Rejects metadata that would import code, or take minutes or all memory to read.
 
     Raises ValueError that names the file.
     """
@@ -46,7 +46,7 @@ def check_metadata(folder: epath.Path) -> None:
             raise InputError(f"{file}: {value} classes: expected up to {MAX_CLASSES:,}")
     file = folder / INFO
     if not file.exists():
-        return  # of an old version of TFDS, whose own message says so
+        return  # written by an old TFDS, as TFDS's own error says
     shards = 0
     for key, value in _entries(_read(file), file):
         if key in ("shardLengths", "shard_lengths") and isinstance(value, list):
@@ -63,11 +63,11 @@ def _read(file: epath.Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no JSON that can be read: {error}") from error
+        raise InputError(f"{file} is not readable JSON: {error}") from error
 
 
 def _entries(content: Any, file: epath.Path) -> Iterator[tuple[str, Any]]:
-    """All (key, value) at any depth, also inside strings that hold JSON, as TFDS parses them."""
+    """Yields all (key, value) at any depth, also in strings of JSON, which TFDS parses too."""
     todo = [content]
     while todo:
         value = todo.pop()

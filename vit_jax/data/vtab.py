@@ -1,8 +1,8 @@
-"""VTAB-1k: 19 tasks of 800 images to train on and 200 to choose on (Zhai et al., arXiv 1910.04867).
+"""VTAB-1k: 19 tasks with 800 training and 200 dev images each (Zhai et al., arXiv 1910.04867).
 
-`vtab/clevr_count` and so on: TFDS datasets with the splits `train`, `dev` and `test` of the paper's
-own code, and with labels that it derives from other features for the structured tasks. Training
-for the final result is on `train+dev`, the "train800val200" of that code.
+`vtab/clevr_count` and so on are TFDS datasets with the splits `train`, `dev` and `test` of the
+paper's code. As there, some labels are derived from other features. Final results train on
+`train+dev`, the "train800val200" of that code.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ PREFIX = "vtab/"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A TFDS dataset, its three parts, and how to get a label that isn't the dataset's own."""
+    """A TFDS dataset, its three splits, and how to derive a label that isn't the dataset's own."""
 
     dataset: str
     train: str
@@ -30,11 +30,11 @@ class Task:
     test: str = "test"
     label: Callable[[Mapping[str, Any]], int] | None = None
     num_classes: int | None = None  # of a derived label
-    scale: int = 1  # of the pixels
+    scale: int = 1  # factor of the pixels
 
 
 def _closest(depths: np.ndarray, thresholds: Sequence[float]) -> int:
-    """The last threshold that the least depth exceeds."""
+    """Returns the index of the last threshold that the smallest depth exceeds."""
     return int(np.flatnonzero(np.array(thresholds) < np.min(depths)).max())
 
 
@@ -44,7 +44,7 @@ def _clevr_distance(record: Mapping[str, Any]) -> int:
 
 
 def _kitti_distance(record: Mapping[str, Any]) -> int:
-    """Of the closest car, van or truck; the last class is none of them."""
+    """Returns the class of the closest car, van or truck; the last class means there is none."""
     objects = record["objects"]
     vehicles = np.array(objects["type"]) < 3
     depths = np.array(objects["location"]).reshape(-1, 3)[vehicles, 2]
@@ -89,7 +89,7 @@ TASKS: dict[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Brighter(Sequence):
-    """Records whose pixels are multiplied."""
+    """Records whose pixels are multiplied by `scale`."""
 
     records: Sequence[Mapping[str, Any]]
     scale: int

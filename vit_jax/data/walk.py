@@ -1,4 +1,4 @@
-"""Walks folders by one rule for all commands, and counts what it passes over, by reason."""
+"""Walks folders by the same rules for all commands, and lists left-out files by reason."""
 
 import os
 import stat
@@ -13,8 +13,8 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
 )
-NO_IMAGE = "no images by their names, or in no class"
-HIDDEN = "hidden, or a system's own"
+NO_IMAGE = "not images by name, or in no class"
+HIDDEN = "hidden or system files"
 SPECIAL = "pipes, sockets or devices"
 _UNREAD = {  # endings of images that aren't decoded -> what to do
     (".heic", ".heif", ".hif"): (
@@ -27,7 +27,7 @@ _UNREAD = {  # endings of images that aren't decoded -> what to do
         "images of a format that isn't read (convert them to JPEG or PNG)"
     ),
 }
-_LITTER = {  # and whatever begins with a dot: .DS_Store, ._photo.jpg, .ipynb_checkpoints
+_LITTER = {  # besides names that begin with a dot: .DS_Store, ._photo.jpg, .ipynb_checkpoints
     *("__macosx", "@eadir", "#recycle", "@recycle", "@tmp", "$recycle.bin", "lost+found"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
@@ -37,8 +37,8 @@ class Walker:
     """Lists folders below a root. Links are followed.
 
     Attributes:
-      root: what paths in `left_out` are relative to.
-      left_out: reason -> what was passed over for it.
+      root: paths in `left_out` are relative to it.
+      left_out: reason -> files and folders that were left out.
     """
 
     def __init__(self, root: Path):
@@ -46,9 +46,9 @@ class Walker:
         self.left_out: dict[str, list[str]] = {}
 
     def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Folders and regular files inside, sorted.
+        """Returns the folders and the regular files in a folder, sorted.
 
-        Raises FileNotFoundError for a link to nothing, ValueError for a name with a line break.
+        Raises FileNotFoundError for a broken link, ValueError for a name with a line break.
         """
         folders, files = [], []
         for name in sorted(os.listdir(folder)):
@@ -74,9 +74,9 @@ class Walker:
         return folders, files
 
     def images(self, folder: Path) -> Iterator[Path]:
-        """All images inside, at any depth, in the order of their paths.
+        """Yields all images in a folder, at any depth, in the order of their paths.
 
-        Raises as `entries`, and ValueError for a link to a folder that it lies in.
+        Raises as `entries`, and ValueError for a link to a folder that contains it.
         """
         todo: list[tuple[Path, tuple[tuple[int, int], ...] | None]] = [(folder, ())]
         while todo:
@@ -89,27 +89,27 @@ class Walker:
                 continue
             status = os.stat(path)
             if (status.st_dev, status.st_ino) in above:
-                raise InputError(f"{path} is a link to a folder that it lies in")
+                raise InputError(f"{path} is a link to a folder that contains it")
             above = (*above, (status.st_dev, status.st_ino))
             folders, files = self.entries(path)
             inside = [*((f, above) for f in folders), *((f, None) for f in files)]
             todo += sorted(inside, key=lambda pair: pair[0], reverse=True)
 
     def leave_out(self, path: Path, reason: str = "") -> None:
-        """Notes what is passed over; without a reason, by its name."""
+        """Records a left-out path. The default reason depends on its name."""
         name = path.name.lower()
         reason = reason or next((r for e, r in _UNREAD.items() if name.endswith(e)), NO_IMAGE)
         self.left_out.setdefault(reason, []).append(str(path.relative_to(self.root)))
 
     def warn(self) -> None:
-        """Logs how much was left out, by reason."""
+        """Logs the number of left-out files and the first of them, by reason."""
         for reason, paths in self.left_out.items():
             found = f"{self.root}: {len(paths)} files are {reason}: {shown(paths)}"
             logging.warning("%s", printable(found))
 
 
 def shown(paths: Iterable[str], most: int = 5) -> str:
-    """The first few of them, for messages."""
+    """Lists the first few paths, for messages."""
     paths = list(paths)
     return ", ".join(paths[:most]) + (", ..." if len(paths) > most else "")
 

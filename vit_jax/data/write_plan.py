@@ -1,4 +1,4 @@
-"""The plan of a dataset that is being written, and which of its shards are finished."""
+"""The plan of a dataset to write: the order of its examples, and its shards."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,12 @@ import numpy as np
 from vit_jax.config import InputError
 from vit_jax.data.listing import Listing
 
-SHARD_BYTES = 128 << 20  # about so many by default
+SHARD_BYTES = 128 << 20  # approximate size by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file to be: order[start:stop] of a split."""
+    """A file to write: order[start:stop] of a split."""
 
     split: str
     file: str
@@ -28,10 +28,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be written.
+    """What to write.
 
     Attributes:
-      record: all that determines the bytes, for the journal and the manifest.
+      record: everything that determines the bytes, for the journal and the manifest.
       orders: {split: indices of its examples in the order in which they are written}.
       shards: the files.
     """
@@ -77,7 +77,7 @@ def make_plan(listing: Listing, name: str, num_shards: int | None, shuffle: bool
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The fields of a plan that differ, in words."""
+    """Describes the fields in which two plans differ."""
     return "; ".join(
         f"{key} {before.get(key)} there, {now.get(key)} here"
         for key in sorted(before.keys() | now.keys())

@@ -1,8 +1,8 @@
-"""Writes a sharded ArrayRecord dataset that TFDS reads, resumably and to the same bytes each time.
+"""Writes a sharded ArrayRecord dataset that TFDS reads; resumable, with the same bytes each time.
 
-While it is being written the dataset lies in `incomplete.VERSION`: a journal, whose first line is
-the plan and each other line a finished shard, and the shards. A run that was killed loses the shard
-that it was writing. At the end the folder takes its name, with a manifest of what is in it.
+An unfinished dataset lies in `incomplete.VERSION`: the shards and a journal, whose first line is
+the plan and each further line a finished shard. A killed run loses only the shard that it was
+writing. At the end the folder gets a manifest of its files, then its final name.
 """
 
 import concurrent.futures
@@ -35,22 +35,22 @@ from vit_jax.data.listing import Listing
 from vit_jax.data.manifest import MANIFEST, file_list, file_sha256, progress_bar, read_manifest
 from vit_jax.data.write_plan import Plan, Shard, differences, make_plan
 
-NAMED = 100  # images that are in two splits which the manifest names
+NAMED = 100  # the manifest names at most this many images that are in two splits
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteConfig:
-    """How to write.
+    """How to write a dataset.
 
     Attributes:
-      shards: files a split; by default one for each 128 MiB.
+      shards: files per split; by default one for each 128 MiB.
       shuffle: whether to write examples in the order of a hash of their names, so that a slice is a
         random sample; otherwise as they are listed.
-      max_broken: images that cannot be read or decoded are left out, up to so many.
-      max_overlap: images that are in two splits, byte for byte, are kept, up to so many.
-      restart_markers: whether JPEGs get markers that let a crop skip what it doesn't need: see
+      max_broken: most images to leave out because they cannot be read or decoded.
+      max_overlap: most images to keep that are in two splits, byte for byte.
+      restart_markers: whether JPEGs get markers with which a crop decodes less: see
         `jpeg_markers.add_markers`. Their pixels stay the same.
-      threads: that read and check images; by default as many as there are cores.
+      threads: threads that read and check images; by default as many as there are cores.
     """
 
     shards: int | None = None
@@ -64,27 +64,26 @@ class WriteConfig:
 def write_dataset(
     listing: Listing, data_dir: Path, name: str, version: str | None, config: WriteConfig
 ) -> Path:
-    """Writes a dataset into DATA_DIR/NAME/VERSION, or goes on where a run before was killed.
+    """Writes a dataset into DATA_DIR/NAME/VERSION, or resumes a killed run.
 
-    Each image is decoded once to see whether it is whole, and written as it came, or with restart
-    markers; pixels are written as PNG. Features are `image`, `label` (or `labels`, a sequence) and
-    `file_name`.
+    Each image is decoded once to check it. It is written unchanged, or with restart markers; pixels
+    are written as PNG. Features are `image`, `label` (or `labels`, a sequence) and `file_name`.
 
     Args:
       listing: what to write.
       data_dir: TFDS's folder of datasets.
       name, version: of the dataset. By default the version is TFDS's own if TFDS knows a dataset of
         this name (so that `tfds.builder(name)` looks for it), else 1.0.0.
-      config: how.
+      config: how to write it.
 
     Returns:
       The dataset's folder.
 
     Raises:
-      ValueError: more broken images, or images in two splits, than allowed, some of them named; a
-        dataset of this name that was made, or begun, from another input or with other options;
+      ValueError: more broken images, or more images in two splits, than allowed (the message names
+        some); a dataset of this name, finished or not, from another input or with other options;
         restart markers without jpegtran.
-      OSError: too little room, or another process is writing the same dataset.
+      OSError: too little disk space, or another process is writing the same dataset.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"name {name!r}: expected lower-case letters, digits and underscores")
@@ -102,7 +101,7 @@ def write_dataset(
         if made != plan.record:
             difference = differences(made, plan.record)
             raise InputError(f"{final} is there already, and differs: {difference}")
-        (final / Journal.NAME).unlink(missing_ok=True)  # killed at the very end
+        (final / Journal.NAME).unlink(missing_ok=True)  # of a run killed at the very end
         return final
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def write_dataset(
 
 
 def _features(listing: Listing):
-    """TFDS's features for the listing."""
+    """Returns TFDS's features for the listing."""
     import tensorflow_datasets as tfds
 
     if (listing.labels_per_example or 1) > MAX_LABELS:
@@ -136,7 +135,7 @@ def _features(listing: Listing):
         )
     names = listing.class_names
     for label in names or ():
-        if not label.isprintable():  # as undecodable bytes and line breaks are not
+        if not label.isprintable():  # such as undecodable bytes and line breaks
             raise InputError(f"class {label!r}: expected a name that can be printed")
     classes = tfds.features.ClassLabel(
         names=names, num_classes=None if names else listing.num_classes
@@ -199,7 +198,7 @@ def _write_shards(
     label = "labels" if "labels" in features else "label"
 
     def load(item: tuple[str, int]) -> tuple[bytes, bytes] | str:
-        """The record and the hash of its image as it came, or why it is broken."""
+        """Returns the record and the hash of its original image, or why it is broken."""
         records, index = listing.splits[item[0]], int(item[1])
         try:
             record = records[index]
@@ -215,7 +214,7 @@ def _write_shards(
             label: record["label"],
             "file_name": records.name(index).encode(errors="replace").decode(),
         }
-        # Deterministic: the order of a protocol buffer's map otherwise changes with each process.
+        # By default the order of a protocol buffer's map differs between processes.
         proto = serializer.get_tf_example(features.encode_example(example))
         return proto.SerializeToString(deterministic=True), digest
 
@@ -243,7 +242,7 @@ def _write_shards(
             )
             num_broken += len(written["broken"])
             if len(listing.splits) == 1:
-                written["hashes"] = ""  # there is nothing to compare them with
+                written["hashes"] = ""  # no other split to compare with
             journal.add(shard.file, written)
         loaded.close()
 
@@ -259,7 +258,7 @@ def _write_shard(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     unfinished = folder / f"{shard.file}.unfinished"
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # as TFDS and Grain want it
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # as TFDS and Grain expect
     size, hashes, broken = 0, [], []
     for position, example in enumerate(loaded, shard.start):
         bar.update()
@@ -294,7 +293,7 @@ def _write_shard(
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """The C++ writer's errors, such as a full disk, as Python has them."""
+    """Converts the C++ writer's errors, such as a full disk, to OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -302,7 +301,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """map(function, items) on threads that run a little ahead."""
+    """Like map(function, items), on threads that run a little ahead."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         running = deque()
         try:
@@ -317,7 +316,7 @@ def _ordered(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 def _with_markers(image: bytes, pixels: np.ndarray) -> bytes:
-    """The image with restart markers; as it is where that can't be done, or changes its pixels."""
+    """Returns the image with restart markers; unchanged if that fails or changes its pixels."""
     marked = jpeg_markers.add_markers(image)
     return marked if marked and np.array_equal(decode_image(marked), pixels) else image
 
@@ -329,7 +328,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _report(listing: Listing, plan: Plan, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Broken images, and images that are in two splits."""
+    """Returns the broken images, and the images that are in two splits."""
     broken = [entry for shard in plan.shards for entry in done[shard.file]["broken"]]
     kept, hashes = {}, {}
     for split, records in listing.splits.items():

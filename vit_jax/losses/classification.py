@@ -19,10 +19,10 @@ class LossConfig:
       name: `softmax`: cross-entropy. `sigmoid`: the sum over classes of binary cross-entropies.
         `masked_patches`: see `losses.masked_patches`; it uses no labels.
       label_smoothing: share of each target that is spread over all classes, in [0, 1).
-      class_weights: multiply the losses of the images of a class: "balanced", which is N / (C n)
-        for a class with n of the N training images of C classes; weights by the classes' names,
-        others have 1: {"cat": 2.0}, or as a text "cat=2,dog=0.5"; or a number for each class, in
-        their order. An image with several labels, or a mixture of images, has the weights' mean.
+      class_weights: factors of the losses of each class's images. "balanced" is N / (C n) for a
+        class with n of the N training images of C classes. {"cat": 2.0}, or as text
+        "cat=2,dog=0.5", names classes; others have 1. A list has a number for each class, in their
+        order. An image with several labels, or a mixture of images, has the weights' mean.
     """
 
     name: str = "softmax"
@@ -64,7 +64,7 @@ class LossConfig:
     def weigh(self, names: Sequence[str], counts: np.ndarray) -> "LossConfig":
         """Returns the config with a weight for each class, given their names and training images.
 
-        ValueError for a class that there isn't, or for "balanced" where one has no image.
+        Raises ValueError for an unknown class, or for "balanced" if a class has no image.
         """
         if not self.class_weights:
             return self

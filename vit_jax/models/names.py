@@ -65,14 +65,18 @@ STAGE, UNIT = r"block(\d+)/", r"block{}/unit(\d+)/"
 HEAD = "head(_distillation)?/.*"
 KERNELS = ".*/kernel"
 ATTENTION_LAYERS = ".*MultiHeadDotProductAttention.*"
+ADAPTERS = ".*/lora_[ab]"  # LoRA
 PRETRAINING_ONLY = ("pre_logits/.*", "mask_embedding", "patch_head/.*")
 PATCH_KERNEL = "(embedding|stem)/kernel"
 POSITIONS = f"(.*/)?{POSITION}"
 POSITION_AXES = f"(.*/)?({POSITION_ROWS}|{POSITION_COLUMNS})"
 RELATIVE_POSITIONS = "(.*/)?relative_embedding"
 TOKEN_MIXING = ".*/token_mixing/.*"
+PROJECTIONS = ".*/(query|key|value)/kernel"  # [D, H, K]
 
 _BLOCK = "|".join(family.block for family in FAMILIES.values() if family.block)
+# The matrices between embedding and head: of blocks, scanned or not, and of attention pooling.
+HIDDEN_KERNELS = rf"({_BLOCK}|{STACKED_BLOCKS}|MAPHead_0/).*/kernel"
 _AFTER_BLOCKS = "|".join(family.after_blocks for family in FAMILIES.values())
 
 

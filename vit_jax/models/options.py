@@ -123,6 +123,9 @@ class ModelConfig:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
+    # Rank and scale of LoRA's adapters of attention; 0: none (`models.lora`).
+    lora_rank: int = setting(0, inherited=False)
+    lora_alpha: float = setting(16.0, inherited=False)
     # Predictions per patch; set by masked patch prediction.
     patch_outputs: int | None = None
     # Initial bias of the head, for example -10 for a sigmoid loss over many classes.
@@ -145,6 +148,9 @@ class ModelConfig:
 
 _COMMON = {"variant", "head_bias", "dtype", "remat", "mean", "std"}
 _STEM = {"stages", "stem_width"}
+_SIZES = ("width", "depth", "mlp_dim", "num_heads", "token_mlp_dim", "stem_width", "patch_outputs")
+LEAST = dict.fromkeys((*_SIZES, "pool_heads", "pool_mlp_dim", "rotary_reference"), 1)
+LEAST |= {"registers": 0, "representation_size": -1}
 _RESNET = {"preactivation", "zero_padded_pool"}
 _VIT = {f.name for f in dataclasses.fields(ModelConfig)} - _STEM - _RESNET - {"token_mlp_dim"}
 _MIXER = {"width", "depth", "mlp_dim", "token_mlp_dim", "dropout", "stochastic_depth", "mlp"}

@@ -52,10 +52,16 @@ class Rotary:
     reference: int | None
     offset: float
 
-    def coordinates(self, grid: tuple[int, int]) -> np.ndarray:
-        """Returns each patch's coordinates along rows and columns, float32 [2, patches]."""
+    def coordinates(
+        self, grid: tuple[int, int], frame: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Returns each patch's coordinates along rows and columns, float32 [2, patches].
+
+        `frame`: see `coordinates`.
+        """
         sides = np.float32(grid)[:, None]
-        index = np.indices(grid).reshape(2, -1).astype(np.float32)
+        fixed = self.kind == "centred" or self.reference is not None  # whatever the grid
+        index = np.stack(coordinates(grid, None if fixed else frame))[..., 0].astype(np.float32)
         if self.kind == "centred":
             return np.float32(2 * np.pi) * (2 * (index + np.float32(0.5)) / sides - 1)
         index = index + np.float32(self.offset)
@@ -70,6 +76,7 @@ class Positions:
     at: str  # one of PLACES
     grid: tuple[int, int]  # rows, columns
     prefix: int  # class token, distillation token and registers
+    frame: tuple[int, int] | None = None  # of fixed kinds: see `coordinates`
     rotary: Rotary | None = None
 
     def add(self, x: jax.Array, table: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -109,31 +116,47 @@ def position_table(
             halves = [jnp.broadcast_to(x, (1, rows, columns, width // 2)) for x in (down, along)]
             return jnp.concatenate(halves, axis=-1).reshape(1, rows * columns, width)
         case "sincos_2d":
-            return jnp.asarray(sincos_2d(positions.grid, width))
+            return jnp.asarray(sincos_2d(positions.grid, width, positions.frame))
         case "relative":
             shape = (2 * tokens - 1, num_heads, width // num_heads)
             return module.param("relative_embedding", init, shape)
         case "rotary":
-            angles = rotary_angles(positions.grid, width // num_heads)
+            angles = rotary_angles(positions.grid, width // num_heads, positions.frame)
             return jnp.asarray(np.pad(angles, ((positions.prefix, 0), (0, 0))))
     return None
 
 
-def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+def coordinates(
+    grid: tuple[int, int], frame: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each patch's row and column, [rows * columns, 1] each.
+
+    With `frame` they are counted in a grid of that size, laid over this one corner to corner.
+    """
+    axes = (np.linspace(0, of - 1, n) for n, of in zip(grid, frame or grid, strict=True))
+    row, column = np.meshgrid(*axes, indexing="ij")
+    return row.reshape(-1, 1), column.reshape(-1, 1)
+
+
+def sincos_2d(
+    grid: tuple[int, int], width: int, frame: tuple[int, int] | None = None
+) -> np.ndarray:
     """Returns [1, rows * columns, D]: sin and cos of the column, then row, at D / 4 frequencies.
 
     As in big_vision; D must be a multiple of 4.
     """
     frequency = 10_000.0 ** -np.linspace(0, 1, width // 4)
-    row, column = (axis.reshape(-1, 1) * frequency for axis in np.indices(grid))
+    row, column = (axis * frequency for axis in coordinates(grid, frame))
     waves = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
     return np.concatenate(waves, axis=1)[None].astype(np.float32)
 
 
-def rotary_angles(grid: tuple[int, int], head_dim: int) -> np.ndarray:
+def rotary_angles(
+    grid: tuple[int, int], head_dim: int, frame: tuple[int, int] | None = None
+) -> np.ndarray:
     """Returns [rows * columns, K / 2] radians: K / 4 angles of the row, K / 4 of the column."""
     frequency = 100.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
-    row, column = (axis.reshape(-1, 1) * frequency for axis in np.indices(grid))
+    row, column = (axis * frequency for axis in coordinates(grid, frame))
     return np.concatenate([row, column], axis=1).astype(np.float32)
 
 
@@ -145,7 +168,7 @@ def rotary_table(
     Shape [N, K / 2], or [N, H, K / 2] for `mixed`; radians.
     """
     rotary = positions.rotary
-    row, column = rotary.coordinates(positions.grid)
+    row, column = rotary.coordinates(positions.grid, positions.frame)
     frequency = rotary.base ** -(np.arange(head_dim // 4) / (head_dim // 4))
     if rotary.kind == "mixed":
         # K / 4 frequencies in a random direction of each head, and as many at a right angle.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vit_jax.config import InputError
 from vit_jax.models.attention import attention_weights, flash_attention, pallas_attention
 from vit_jax.models.dense import Dense
 from vit_jax.models.hardware import choose_attention, recomputed_on_cpu
@@ -65,10 +66,19 @@ class TransformerConfig:
     mlp_norm: bool = False
     layer_scale: float | None = None
     parallel: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     attention: str = "auto"
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
+
+    def __post_init__(self):
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise InputError(
+                f"lora_rank = {self.lora_rank}, lora_alpha = {self.lora_alpha}: expected a rank of "
+                "at least 1, or 0 for no adapters, and a positive alpha"
+            )
 
 
 def fold_keys(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
@@ -177,6 +187,7 @@ class MultiHeadAttention(nn.Module):
         config = self.config
         heads, head_dim = config.num_heads, config.width // config.num_heads
         options = {"dtype": config.dtype, "kernel_init": nn.initializers.xavier_uniform()}
+        options |= {"rank": config.lora_rank, "alpha": config.lora_alpha}
         biased = "" if config.parallel else config.qkv_bias
         query, key, value = (  # [B, N, D] -> [B, N, H, K]
             Dense((heads, head_dim), use_bias=name[0] in biased, name=name, **options)

@@ -26,6 +26,7 @@ from vit_jax.models.options import (
     FINAL_NORMS,
     HYBRID_STEMS,
     KNOWN,
+    LEAST,
     MIXER_SIZES,
     POOLS,
     RESNET_STAGES,
@@ -279,8 +280,9 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     for rate in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0.0 <= getattr(config, rate) < 1.0:
             raise InputError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
-    if config.registers < 0:
-        raise InputError(f"registers = {config.registers}: expected 0 or more")
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise InputError(f"{name} = {value}: expected {least} or more")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")

@@ -45,11 +45,19 @@ class MAPHead(nn.Module):
         return (x + MlpBlock(self.config, name="MlpBlock_0")(y, fold_keys(keys, 1)))[:, 0]
 
 
+def keep_patches(x: jax.Array, keys: jax.Array, count: int) -> jax.Array:
+    """Keeps a random subset of each image's patches: [B, N, D], keys [B] -> [B, count, D]."""
+    words = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:2]))(keys)
+    chosen = jnp.argsort(words, axis=1)[:, :count]
+    return jnp.take_along_axis(x, chosen[..., None], axis=1)
+
+
 class ViT(nn.Module):
     """Patch embedding, positions, encoder, pooling, head: images [B, H, W, 3] in [-1, 1].
 
     With `stem` (the hybrid), patches are taken from the stem's feature map. With `patch_outputs`,
-    the model also predicts that many numbers per patch (appendix B.1.2).
+    the model also predicts that many numbers per patch (appendix B.1.2). With `kept`, training
+    drops all but so many patches of an image, chosen at random.
 
     Call arguments:
         keys: PRNG keys [B] for dropout; None turns it off.
@@ -72,6 +80,7 @@ class ViT(nn.Module):
     head_bias: float
     stem: StemConfig | None
     patch_outputs: int | None
+    kept: int | None = None
 
     @nn.compact
     def __call__(
@@ -107,6 +116,8 @@ class ViT(nn.Module):
             table = position_table(self, positions, config.width, config.num_heads)
         if positions.kind in ADDED and positions.at == "stem":
             x, table = x + table.astype(config.dtype), None
+        if self.kept is not None and keys is not None:
+            x = keep_patches(x, fold_keys(keys, 3), self.kept)
         # The class token needs no position embedding: a sum of two parameters is one parameter.
         for name, count, init in (
             ("registers", self.registers, nn.initializers.normal(0.02)),

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 
-from vit_jax.parallel.multihost import PREEMPTED, Preemption
+from vit_jax.parallel.preemption import PREEMPTED, Preemption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def side_by_side(jobs: Mapping[str, Callable[[Lane], None]], lanes: Sequence[Lan
 
     Raises:
         SystemExit: with `PREEMPTED` after SIGTERM, once all jobs have ended.
-        KeyboardInterrupt: after Ctrl-C, likewise; the second time at once.
+        KeyboardInterrupt: after Ctrl-C, once all jobs have ended; after a second one immediately.
         Exception: the error of a failed job, once all jobs have ended.
     """
     free = queue.SimpleQueue()

@@ -32,8 +32,8 @@ BATCH_AXES = ("data", "fsdp")
 # all-reduces over `tensor` forward, after attention and after the MLP, and two backward.
 RULES: tuple[tuple[str, str], ...] = (
     (r".*/v(_row|_col)?/.*", "fsdp"),  # Adafactor's second moments lack an axis
-    (r".*/(query|key|value)/(kernel|bias)", "tensor[-2]"),  # [D, H, K], [H, K]
-    (r".*/out/kernel", "tensor[-3]"),  # [H, K, D]
+    (r".*/(query|key|value)/(kernel|bias|lora_b)", "tensor[-2]"),  # [D, H, K], [H, K], [R, H, K]
+    (r".*/out/(kernel|lora_a)", "tensor[-3]"),  # [H, K, D], [H, K, R]
     (r".*/(Dense_0|gate)/(kernel|bias)", "tensor[-1]"),  # [D, M], [M]
     (r".*/Dense_1/kernel", "tensor[-2]"),  # [M, D]
     (r".*", "fsdp"),
@@ -134,6 +134,14 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
         return jax.lax.with_sharding_constraint(x, spec) if splits else x
 
     return jax.tree.map(constrain, tree)
+
+
+def split_over_all_devices(x: jax.Array) -> jax.Array:
+    """Constrains x [N, ...] so that each device has its share of the N, under `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
 
 
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
@@ -275,7 +283,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global sharded arrays from this process's rows (see `local_rows`)."""
     sharding = batch_sharding(mesh)
-    # An intended transfer: with several processes, jax's transfer guard would report it.
+    # Intended: with several processes, jax's transfer guard would report it.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -1,4 +1,4 @@
-"""Small files that runs keep: locked, written whole or not at all, read with an explanation."""
+"""Small files of runs: locks, atomic writes, and JSON read with clear errors."""
 
 import errno
 import fcntl
@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -13,16 +15,16 @@ from absl import logging
 
 from vit_jax.config import InputError
 
-# What file systems without locks answer.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Lock:
-    """Keeps other processes out of a folder for as long as the object lives.
+    """Keeps other processes out of a folder while the object lives.
 
-    The lock belongs to the operating system: it ends with the process, however that ends. A process
-    that locks a folder again gets the same lock. Raises OSError that names the process which has
-    it. On a file system without locks a warning is all.
+    The operating system holds the lock and releases it when the process ends, even if killed.
+    Locking a folder again in the same process returns the same lock. Raises OSError that names the
+    process which holds the lock. On a file system without locks it only logs a warning.
     """
 
     _held: ClassVar[weakref.WeakValueDictionary[str, "Lock"]] = weakref.WeakValueDictionary()
@@ -45,11 +47,18 @@ class Lock:
             self._file.close()
 
 
-def lock_file(file: IO, busy: str) -> None:
-    """Locks an open file until it is closed; OSError that begins with `busy` if another has it."""
+def lock_file(file: IO, busy: str, wait: bool = False) -> None:
+    """Locks an open file until it is closed; if it is locked, waits or raises OSError.
+
+    `busy` is the warning before it waits, and the beginning of the error.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        if wait:
+            logging.warning("%s: waiting for it", busy)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return
         file.seek(0)
         owner = file.readline(200) if "b" not in file.mode else ""
         named = f" ({owner})" if owner else ""
@@ -59,23 +68,56 @@ def lock_file(file: IO, busy: str) -> None:
             raise
         logging.log_first_n(
             logging.WARNING,
-            "%s: this file system has no locks (%s). Nothing keeps a second process out",
+            "%s: this file system has no locks (%s). Do not start a second process on the folder",
             1,
             *(file.name, error.strerror),
         )
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a text so that readers, and whoever comes after a kill, see all of it or none."""
+    """Writes a text file atomically: readers see all of it or none, even after a kill."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, "utf-8", "surrogatepass")  # undecodable file names
     partial.replace(file)
 
 
+@contextmanager
+def locked_output(file: Path) -> Iterator[Callable[[str], None]]:
+    """Locks a result's file until the block ends; yields the function that writes it atomically.
+
+    Raises OSError, before anything is computed, if the file can't be written or another process is
+    about to write it.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"output {file} is a folder: expected a file")
+    if file.exists() and not file.is_file():  # /dev/stdout
+        yield file.write_text
+        return
+    file = Path(os.path.realpath(file))
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "a+") as opened:
+        lock_file(opened, f"another process writes {file}")
+
+        def fill(text: str) -> None:
+            opened.truncate(0)
+            opened.write(text)
+            opened.flush()
+
+        def write(text: str) -> None:
+            fill(text)
+            partial.replace(file)
+
+        fill(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield write
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:
     """Reads a JSON file: a dict with these keys, or a list of such dicts.
 
-    Raises ValueError that names the file and says what to do if it isn't one.
+    Otherwise raises ValueError that names the file and ends with `remedy`, which says what to do.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -84,6 +126,6 @@ def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] 
         for entry in [content] if kind is dict else content:
             if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
                 raise InputError(f"it lacks {', '.join(missing)}")
-    except ValueError as error:  # JSON's and UTF-8's are of this class too
+    except ValueError as error:  # includes JSON's and UTF-8's errors
         raise InputError(f"{file} is damaged ({error}): {remedy}") from error
     return content

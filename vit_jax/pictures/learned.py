@@ -1,4 +1,4 @@
-"""All pictures of what a model learned, with their numbers: `visualize`."""
+"""Draws all pictures of what a model learned, and returns their numbers: `visualize`."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from vit_jax.config import InputError
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import decode_image
 from vit_jax.data.foreign_files import read_file
 from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
@@ -30,14 +29,14 @@ def visualize(
     """Returns the pictures by name, and their numbers.
 
     Args:
-      trained: of any kind; one without patches has pictures of its filters alone.
+      trained: a model of any kind; one without patches only has a picture of its filters.
       paths: image files.
       source: a dataset's split, whose images come after the files.
       preprocess: as a recipe's `data.preprocess`; by default the model's own.
-      shown: images whose rollout is drawn.
-      say: is told which pictures the model doesn't have.
+      shown: number of images to draw the rollout of.
+      say: is called with a message for pictures that the model doesn't have.
 
-    Raises ValueError for an image that can't be read, and where there is none.
+    Raises ValueError for an image that can't be read, or without any image.
     """
     model, params = trained.architecture, trained.params
     components, shares = attention.filter_components(attention.rgb_filters(model, params))
@@ -64,7 +63,7 @@ def visualize(
 def read_images(
     paths: Iterable[Path], source: Source | None, preprocess: str, image_size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
-    """The images of the files, then of the dataset, one after another: uint8 [H, W, 3]."""
+    """Yields the images of the files, then of the dataset: uint8 [H, W, 3]."""
     process = parse_preprocess(preprocess, image_size)
     named = itertools.chain(
         ((path, lambda path=path: read_file(path)) for path in paths),
@@ -75,7 +74,7 @@ def read_images(
     )
     for number, (name, read) in enumerate(named):
         try:
-            yield process(decode_image(read()), np.random.default_rng(number))
+            yield process(read(), np.random.default_rng(number))
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
 
@@ -83,7 +82,11 @@ def read_images(
 def look(
     model: Model, params: dict, images: Iterator[np.ndarray], shown: int, batch_size: int = 8
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(the images to show, their maps, pixels [L, H], how many images those are the mean of)."""
+    """Runs the model on the images.
+
+    Returns the images to show, their attention maps, the mean attention distances [L, H] in pixels,
+    and the number of images in these means.
+    """
     maps = jax.jit(lambda images: attention.attention_maps(model, params, images))
     distances = jax.jit(lambda images: attention.head_distances(model, params, images).sum(axis=1))
     kept, seen, total, count = [], [], 0.0, 0

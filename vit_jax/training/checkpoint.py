@@ -61,6 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, saved: Callable[[int], None]):
+        self._workdir = workdir
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -102,9 +103,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # orbax hands on whatever the storage raises
             cause = str(error).strip().splitlines()[0]
+            whole = max(saved_steps(self._workdir), default=None)
+            left = "There is no checkpoint yet" if whole is None else f"Step {whole} is complete"
             raise OSError(
-                f"step {step} could not be saved: {cause}\nThe checkpoints before it are complete: "
-                "make room, or mend the storage, and start again"
+                f"step {step} could not be saved: {cause}\n{left}: make room, or mend the storage, "
+                "and start again"
             ) from error
         self._saved(step)
 

@@ -19,6 +19,7 @@ import jax
 
 from vit_jax.parallel.multihost import is_main
 from vit_jax.parallel.run_files import read_json, write_whole
+from vit_jax.parallel.watchdog import waits_for
 
 STATES = (
     "start",  # imports, joining the other processes, checks, initial parameters
@@ -66,8 +67,9 @@ class Clock:
 
     @contextmanager
     def within(self, state: str) -> Iterator[None]:
-        """What is inside is `state`, what follows is as before."""
+        """What is inside is `state`, what follows is as before. Tells the watchdog."""
         before = self._state
+        waits_for(state)
         self.turn(state)
         try:
             yield

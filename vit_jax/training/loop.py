@@ -21,7 +21,6 @@ import numpy as np
 
 from vit_jax.config import InputError, build
 from vit_jax.costs.chips import num_chips
-from vit_jax.costs.flops import training_flops
 from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import make_evaluator
@@ -31,25 +30,19 @@ from vit_jax.parallel.mesh import (
     local_rows,
     make_mesh,
     put_batch,
-    put_tree,
-    replicated,
     use_mesh,
 )
-from vit_jax.parallel.multihost import (
-    PREEMPTED,
-    Preemption,
-    all_agree,
-    check_agreement,
-    check_shared,
-)
+from vit_jax.parallel.multihost import all_agree, check_agreement, check_shared
+from vit_jax.parallel.preemption import PREEMPTED, Preemption
 from vit_jax.parallel.run_files import Lock
+from vit_jax.parallel.watchdog import Watchdog, waits_for
 from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
-from vit_jax.training.memory import return_freed_memory
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
+from vit_jax.training.programs import Programs
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 from vit_jax.training.result import Trained
 from vit_jax.training.same_data import (
@@ -119,7 +112,20 @@ def prepare(
 
     Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
     """
-    clock = clock or Clock()
+    with Watchdog(config.hang_minutes, lane.label):
+        waits_for("data, workdir and agreement")
+        return _prepare(config, workdir, load, clock or Clock(), description, lane)
+
+
+def _prepare(
+    config: TrainConfig,
+    workdir: str,
+    load: Callable[[Model, dict], dict] | None,
+    clock: Clock,
+    description: dict | None,
+    lane: Lane,
+) -> Run:
+    config.metrics.check_packages()
     mesh = make_mesh(config.mesh, lane.devices)
     data = config.data
     source = open_data(data)
@@ -144,7 +150,7 @@ def prepare(
             source,
             data,
             batch_size=config.batch_size,
-            image_size=model.image_size,
+            image_size={stage.start: stage.model.image_size for stage in training.stages},
             seed=config.seed,
             start_step=start_step,
             rows=local_rows(mesh, config.batch_size),
@@ -152,6 +158,9 @@ def prepare(
 
     batches(0).close()  # what is wrong with the preprocessing is found now
     values, facts = dataclasses.asdict(config), describe_data(config, source)
+    if training.teacher:
+        training.teacher.check_classes(source.class_names)
+        facts["teacher"] = training.teacher.fingerprint
     path, lock = open_workdir(workdir, config)
     check_agreement(
         {
@@ -221,7 +230,7 @@ def train(run: Run) -> dict[str, float]:
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
     keep_data(run.workdir, run.facts)
-    with ExitStack() as stack:
+    with Watchdog(config.hang_minutes, run.lane.label), ExitStack() as stack:
         enter = stack.enter_context
         enter(clock)
         enter(use_mesh(run.mesh))
@@ -236,7 +245,14 @@ def train(run: Run) -> dict[str, float]:
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )
-        metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
+        metrics = enter(
+            Metrics(
+                *(run.workdir, run.steps, start),
+                label=run.lane.label,
+                config=config.metrics,
+                recipe=dataclasses.asdict(config),
+            )
+        )
         for note in (*run.notes, *notes):
             metrics.say(note)
         if start:
@@ -258,7 +274,7 @@ def train(run: Run) -> dict[str, float]:
             batches = (put_batch(run.mesh, batch) for batch in local_batches)
             first = next(batches)
         with clock.within("compile"):
-            step = _compile(run, state, first)
+            programs = enter(Programs(run, first, start, clock))
         metrics.say(f"compiled in {clock.seconds['compile']:.1f} s")
         if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
             _evaluate(run, state, start, metrics)  # preempted before it came to that
@@ -269,13 +285,13 @@ def train(run: Run) -> dict[str, float]:
             start=start,
             log_every=config.log_every,
             batch_size=config.batch_size,
-            flops_per_image=training_flops(run.model),
+            flops=run.flops,
             devices=run.mesh.size,
         )
         with recorder, clock.within("train"):
             batches = chain([first], batches)
             end = _take_steps(
-                run, step, state, batches, recorder, checkpoints, preemption, patience
+                run, programs, state, batches, recorder, checkpoints, preemption, patience
             )
         with clock.within("save"):
             checkpoints.wait()
@@ -299,27 +315,33 @@ def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
 
 
 def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
-    """Takes a few steps, of which nothing is kept: (seconds of one, seconds of its compilation).
+    """Takes a few steps of each stage, of which nothing is kept.
 
-    Reading and preparing the images is included.
+    Returns the mean seconds of a step of the run, and the seconds of all compilations. Reading and
+    preparing the images is included.
     """
+    seconds = compilation = 0.0
     with use_mesh(run.mesh), compiled_kept(run.workdir, run.config.compilation_cache):
         state, _ = first_state(run, run.loaded, None, run.workdir)
-        with closing(run.batches(0)) as local:
-            batches = (put_batch(run.mesh, batch) for batch in local)
-            batch, began = next(batches), time.perf_counter()
-            step = _compile(run, state, batch)
-            compilation = time.perf_counter() - began
-            state, _ = jax.block_until_ready(step(state, batch))  # the first is slower
-            began = time.perf_counter()
-            for batch in islice(batches, steps):
-                state, _ = jax.block_until_ready(step(state, batch))
-            return (time.perf_counter() - began) / steps, compilation
+        for stage in run.stages:
+            with closing(run.batches(stage.start)) as local:
+                batches = (put_batch(run.mesh, batch) for batch in local)
+                batch, began = next(batches), time.perf_counter()
+                with Programs(run.during(stage), batch, stage.start, run.clock) as programs:
+                    step = programs.at(stage.start)
+                compilation += time.perf_counter() - began
+                state, _ = jax.block_until_ready(step(state, batch))  # the first is slower
+                began = time.perf_counter()
+                for batch in islice(batches, steps):
+                    state, _ = jax.block_until_ready(step(state, batch))
+                share = (stage.stop - stage.start) / run.scheduled
+                seconds += share * (time.perf_counter() - began) / steps
+    return seconds, compilation
 
 
 def _take_steps(
     run: Run,
-    step: Callable,
+    programs: Programs,
     state: TrainState,
     batches: Iterator[dict],
     recorder: Recorder,
@@ -332,6 +354,8 @@ def _take_steps(
     batch = next(batches)
     with Profile(run.workdir, config.profile_steps, run.clock) as profile:
         for done in range(int(state.step) + 1, run.steps + 1):
+            waits_for(f"step {done} or the one before")
+            step = programs.at(done - 1)
             # Between host and devices goes what is put or fetched by name, and nothing unasked.
             with jax.transfer_guard("disallow"):
                 with profile.step(done, state):
@@ -340,6 +364,7 @@ def _take_steps(
                 last = done == run.steps
                 preempted = preemption.reached(done) and not last
                 if not (last or preempted):
+                    waits_for(f"input of step {done + 1}")
                     with recorder.waiting():
                         batch = next(batches)
             evaluates = last or (_evaluates(config, done) and not preempted)
@@ -362,19 +387,12 @@ def _evaluates(config: TrainConfig, step: int) -> bool:
     return bool(config.eval_every) and step % config.eval_every == 0
 
 
-def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
-    """The compiled step; other shapes than these are an error later, never a recompilation."""
-    step = run.lower(state, batch).compile()
-    return_freed_memory()
-    peak = put_tree(np.float32(run.config.schedule.peak), replicated(run.mesh))
-    return lambda state, batch: step(state, batch, peak)
-
-
 def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:
     with run.clock.within("evaluate"):
         params = state.params if state.ema is None else state.ema
         for name, evaluator in run.evaluators.items():
             start = time.perf_counter()
+            waits_for(f"evaluation {name} of step {step}")
             values = {f"{name}/{key}": value for key, value in evaluator(params).items()}
             metrics.write(step, {**values, "seconds": time.perf_counter() - start})
             metrics.say(

@@ -97,12 +97,18 @@ def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
 
 
 def _measure(training: Training, config: TrainConfig) -> Need:
+    """What the stage takes that takes the most."""
     as_long = dataclasses.replace(config, steps=training.scheduled, epochs=None)
     rebuilt = build_training(as_long, training.mesh, training.model.num_classes, num_examples=0)
+    needs = [_measure_stage(rebuilt.during(stage)) for stage in rebuilt.stages]
+    return max(needs, key=lambda need: need.peak)
+
+
+def _measure_stage(training: Training) -> Need:
     try:
-        account = memory(compile_step(rebuilt))
+        account = memory(compile_step(training))
     except OutOfMemory as problem:
-        leaves = jax.tree.leaves(rebuilt.shapes)
+        leaves = jax.tree.leaves(training.shapes)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return Need(problem.needed * GIB, min(state, problem.needed * GIB))
     return Need(account.peak, account.arguments)

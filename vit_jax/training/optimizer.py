@@ -24,14 +24,15 @@ import numpy as np
 import optax
 
 from vit_jax.config import InputError, unknown
-from vit_jax.models.names import KERNELS, block_number, follows_blocks, is_stacked
+from vit_jax.models.names import HIDDEN_KERNELS, KERNELS, block_number, follows_blocks, is_stacked
 from vit_jax.parallel.mesh import path_name
+from vit_jax.training.muon import muon
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
 
 DECAYS = ("constant", "linear", "cosine", "rsqrt", "staircase")
-OPTIMIZERS = ("adamw", "sgd", "adafactor")
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 WEIGHT_DECAY_CONVENTIONS = ("multiplied", "independent")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 
@@ -96,10 +97,12 @@ class OptimizerConfig:
     Raises ValueError for unknown names and for values out of range.
     """
 
-    name: str = "adamw"  # | sgd | adafactor
+    name: str = "adamw"  # | sgd | adafactor | muon: see `muon`
     b1: float = 0.9  # momentum, of every optimizer
     b2: float = 0.999  # AdamW's second moment; the most that Adafactor's may reach
     eps: float = 1e-8  # AdamW's
+    muon_momentum: float = 0.95  # of Muon's matrices; b1, b2 and eps are of its AdamW
+    muon_kernels: str = HIDDEN_KERNELS  # regex of Muon's matrices; AdamW has the rest
     momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
     weight_decay: float = 0.0  # by `weight_decay_convention`
     weight_decay_convention: str = "multiplied"  # | independent
@@ -121,6 +124,8 @@ class OptimizerConfig:
             raise InputError(
                 f"b1={self.b1}, b2={self.b2}, eps={self.eps}: expected 0 <= b1, b2 < 1 and eps > 0"
             )
+        if not 0 <= self.muon_momentum < 1:
+            raise InputError(f"muon_momentum={self.muon_momentum}: expected a number in [0, 1)")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
         if not 0 < self.layer_decay <= 1:
@@ -180,11 +185,12 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
-    `params` may hold arrays or shapes; only its paths are read. `peak` is the schedule's. In the
-    state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They have its
-    shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is [1]).
+    `params` may hold arrays or shapes; only paths and shapes are read. `peak` is the schedule's.
+    In the state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They
+    have its shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is
+    [1]).
 
-    Raises ValueError if every parameter is frozen, and what `match_rules` raises.
+    Raises ValueError if every parameter is frozen, and what `match_rules` and `muon` raise.
     """
     multipliers = match_rules(config.lr_multipliers, params)
     trained = jax.tree.map(bool, multipliers)
@@ -193,7 +199,7 @@ def make_optimizer(
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
-        optax.masked(optax.chain(clip, _direction(config)), trained),
+        optax.masked(optax.chain(clip, _direction(config, params)), trained),
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
         _decay_layers(config.layer_decay, params),
@@ -266,11 +272,14 @@ def _decay_layers(decay: float, params: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype)
     match config.name:
         case "adamw":
-            return optax.scale_by_adam(
-                config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype
+            return adam
+        case "muon":
+            return muon(
+                config.muon_kernels, config.muon_momentum, config.momentum_dtype, adam, params
             )
         case "sgd":
             return optax.trace(config.b1, accumulator_dtype=config.momentum_dtype)

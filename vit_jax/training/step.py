@@ -17,6 +17,7 @@ from vit_jax.losses.classification import (
     make_targets,
     share_targets,
 )
+from vit_jax.losses.distillation import DistillConfig, mix_losses
 from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
@@ -60,12 +61,15 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
+    distill: DistillConfig | None = None,
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
     `trainable`, a tree of bools, says of which parameters a gradient is computed at all. With
     `ema_warmup` the decay of step t = 0, 1, ... is at most (1 + t) / (10 + t), as in TensorFlow's
-    ExponentialMovingAverage.
+    ExponentialMovingAverage. `teacher` returns logits [B, C] for the augmented images, of which
+    `distill` says how the student learns.
 
     Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
     images as they were augmented but labels as they were before they were mixed),
@@ -85,6 +89,8 @@ def make_train_step(
         else:
             logits = model.apply(params, images, keys).logits
             losses = example_losses(loss, logits, targets)
+            if teacher is not None:
+                losses = mix_losses(distill, loss, losses, logits, teacher(images))
             hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
         return losses.mean(), hits.mean()
 

@@ -72,9 +72,15 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     Raises ValueError unless the index and the files hold the same tensors.
     """
     folder, name = _parts(path)
-    index = files.read_json(os.path.join(folder, INDEX)) if name in (WEIGHTS, INDEX) else None
-    if index is None or (name == WEIGHTS and "://" not in path and Path(path).is_file()):
-        return files.read_arrays(path)
+    if name != INDEX:
+        try:
+            return files.read_arrays(path)
+        except FileNotFoundError:
+            index = files.read_json(os.path.join(folder, INDEX)) if name == WEIGHTS else None
+            if index is None:
+                raise
+    elif (index := files.read_json(path)) is None:
+        raise FileNotFoundError(f"{path}: no such file")
     weight_map = index.get("weight_map")
     where = os.path.join(folder, INDEX)
     if not isinstance(weight_map, Mapping) or not weight_map:

@@ -18,6 +18,7 @@ from vit_jax.models.variants import ModelConfig, build_model, described_model
 from vit_jax.weights import bit, files, folders, hugging_face, official, onnx, pytorch, timm
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
+from vit_jax.weights.published import BUCKET
 from vit_jax.weights.timm_architectures import architecture
 
 WEIGHTS = folders.WEIGHTS
@@ -41,7 +42,7 @@ def read(
     Args:
       path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
         a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
-        local, `gs://` or `hf://`.
+        local, `gs://`, `hf://` or `https://`.
       image_size: (height, width) in pixels, if the file doesn't tell: for position embeddings of a
         grid that isn't square, for rotary ones of any, and for ResNets (default 224 x 224).
       variant: the architecture, for safetensors without a config.json: our name or timm's.
@@ -83,23 +84,22 @@ def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tu
         raise InputError(f"no weights: only {', '.join(extra)}")
     renamed = bit.from_bit(arrays) if "resnet/group_norm/gamma" in arrays else None
     params = unstack(renamed or official.from_official(arrays))
-    described = files.read_json(path.removesuffix(".npz") + _SIDECAR) or {}
+    ours = not path.startswith(BUCKET)  # a description is beside none of the published files
+    described = (ours and files.read_json(path.removesuffix(".npz") + _SIDECAR)) or {}
     described = described if "model" in described else describe(params, image_size)
-    return params, {
-        **described,
-        **({"notes": [f"passed over {', '.join(extra)}"]} if extra else {}),
-    }
+    notes = {"notes": [f"passed over {', '.join(extra)}"]} if extra else {}
+    return params, {**described, **notes}
 
 
 def _read_pytorch(
     path: str, arrays: dict, image_size: tuple[int, int] | None, variant: str | None
 ) -> tuple[dict, dict]:
     folder = path if path.count("/") == 3 and path.startswith("hf://") else os.path.dirname(path)
-    configs = {
-        name: content
-        for name in ("config.json", "preprocessor_config.json")
-        if (content := files.read_json(os.path.join(folder, name))) is not None
-    }
+    configs = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        of_timm = "architecture" in configs.get("config.json", {})  # which has no second file
+        if not of_timm and (content := files.read_json(os.path.join(folder, name))) is not None:
+            configs[name] = content
     arrays, prefix = folders.without_wrappers(arrays)
     notes = [f"took {prefix!r} off the names of all tensors"] if prefix else []
     if "config.json" not in configs:

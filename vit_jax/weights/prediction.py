@@ -1,4 +1,4 @@
-"""The prediction of a classifier for one image."""
+"""The prediction for one image."""
 
 import dataclasses
 

@@ -8,9 +8,13 @@ checkpoint that its authors recommend for the size.
 import fnmatch
 import os
 import re
+from urllib.parse import quote
 
-from vit_jax.config import unknown
+from vit_jax.config import InputError, unknown
+from vit_jax.weights.download import cache_path
 
+# What a hub's repository holds for a model: timm's have no preprocessor_config.json.
+HUB_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 BUCKET = "gs://vit_models/"
 _AUGREG = {
     "Ti/16": "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",
@@ -53,16 +57,44 @@ def resolve(name: str | os.PathLike) -> str:
     return name
 
 
-def by_hand(address: str) -> str:
-    """Returns advice on downloading an address on another machine, for error messages."""
-    scheme, _, rest = address.partition("://")
+def web_address(path: str) -> str:
+    """Returns the HTTPS address of `gs://bucket/file` or `hf://owner/repo[@revision][/file]`.
+
+    Without a file it is the repository's `model.safetensors`. Returns web addresses unchanged.
+    Raises ValueError for other schemes.
+    """
+    scheme, _, rest = path.partition("://")
+    if scheme in ("http", "https"):
+        return path
     if scheme == "gs":
-        url = f"https://storage.googleapis.com/{rest.replace('+', '%2B')}"
-        return f"fetch it where there is a network, curl -O {url}, and give the file's path instead"
-    repository = "/".join(rest.split("/")[:2])
-    url = f"https://huggingface.co/{repository}/resolve/main"
+        return f"https://storage.googleapis.com/{quote(rest)}"
+    match = re.fullmatch(r"((?:datasets/|spaces/)?[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", rest)
+    if scheme != "hf" or not match:
+        raise InputError(
+            f"{path}: expected a local path, gs://bucket/file, hf://owner/repo/file or "
+            "https://host/file"
+        )
+    repository, revision, file = match.groups()
+    file = quote(file or "model.safetensors")
+    return f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
+
+
+def by_hand(path: str) -> str:
+    """Returns advice on what to do where `path` can't be fetched, for error messages."""
+    url = web_address(path)
+    repository = url.rpartition("/")[0]
+    if path.startswith("hf://") and url.endswith("/model.safetensors"):
+        files = [f"{repository}/{name}" for name in HUB_FILES]
+        command = f"curl {' '.join(f'-LO {file}' for file in files)}"
+        what, given = "all files that are there", "their folder"
+    else:
+        command, what, given = (
+            f"curl -{'' if path.startswith('gs:') else 'L'}O {url}",
+            "it",
+            "its path",
+        )
     return (
-        "fetch all files where there is a network, "
-        f"curl -LO {url}/model.safetensors -LO {url}/config.json -LO "
-        f"{url}/preprocessor_config.json (Hugging Face's have it), and give their folder instead"
+        f"fetch {what} where there is a network, {command}, and give {given} instead, or put what "
+        f"you fetch into {cache_path(url).parent}; or choose other weights (a transfer's "
+        "--config.init; with nothing behind the = it starts from random ones)"
     )

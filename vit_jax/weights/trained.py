@@ -5,7 +5,7 @@ Letters in shapes: B images, H W image size, D features, C classes.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
-from vit_jax.data.decode import decode_image
 from vit_jax.data.foreign_files import read_file
+from vit_jax.models.lora import merge
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -64,7 +64,11 @@ class TrainedModel:
     def from_description(
         cls, params: dict, description: dict[str, Any], origin: str = ""
     ) -> "TrainedModel":
-        """Builds a model from parameters and the JSON description in its checkpoint."""
+        """Builds a model from parameters and the JSON description in its checkpoint.
+
+        LoRA's adapters are merged.
+        """
+        params, description = merge(params, description)
         return cls(
             architecture=described_model(description),
             params=params,
@@ -146,8 +150,8 @@ class TrainedModel:
 
         Raises ValueError for an image that can't be decoded, OSError for one that can't be read.
         """
-        if not isinstance(image, np.ndarray):
-            image = decode_image(image if isinstance(image, bytes) else read_file(image))
+        if not isinstance(image, bytes | np.ndarray):
+            image = read_file(image)
         prepared = parse_preprocess(self.preprocessing, self.image_size)(
             image, np.random.default_rng(0)
         )
@@ -172,6 +176,26 @@ class TrainedModel:
     ) -> Iterator[Prediction]:
         """Yields the predictions of `predict` one by one."""
         self._check_head()
+        for name, probabilities, error in self._iterate(images, self._softmax, batch_size):
+            yield Prediction(name, self.class_names, probabilities, error)
+
+    def iterate_features(
+        self, images: Iterable[str | os.PathLike], batch_size: int = BATCH
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, features float32 [D], "") of image files one by one.
+
+        For an image that can't be read: (file, None, the reason).
+        """
+
+        def features(pixels: np.ndarray, mesh: Mesh | None, size: int) -> np.ndarray:
+            return self._outputs(pixels, "features", mesh, size)
+
+        return self._iterate(images, features, batch_size)
+
+    def _iterate(
+        self, images: Iterable[str | os.PathLike], compute: Callable, batch_size: int
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, row of `compute`, "") or (file, None, error); holds one batch at a time."""
         images = list(images)
         batch_size = max(1, min(batch_size, len(images)))
 
@@ -186,15 +210,10 @@ class TrainedModel:
                 group = images[start : start + batch_size]
                 read_images = list(threads.map(read, group))
                 good = [image for image in read_images if not isinstance(image, str)]
-                rows = iter(self._softmax(np.stack(good), None, batch_size) if good else ())
-                for name, image in zip(group, read_images, strict=True):
+                rows = iter(compute(np.stack(good), None, batch_size) if good else ())
+                for name, image in zip(map(os.fspath, group), read_images, strict=True):
                     failed = isinstance(image, str)
-                    yield Prediction(
-                        image=os.fspath(name),
-                        classes=self.class_names,
-                        probabilities=None if failed else next(rows),
-                        error=image if failed else "",
-                    )
+                    yield (name, None, image) if failed else (name, next(rows), "")
 
     def with_random_weights(self, seed: int = 0) -> "TrainedModel":
         """Returns the same architecture with newly initialised parameters, as a baseline."""
@@ -210,10 +229,11 @@ class TrainedModel:
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
         check_output(path)
+        params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(Path(path), self.params, self.description)
+            _write_orbax(Path(path), params, description)
         else:
-            formats.write(path, self.params, self.description, format)
+            formats.write(path, params, description, format)
 
     def _softmax(
         self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
@@ -319,8 +339,8 @@ def load(
 
     Args:
       path: a run's workdir (its newest checkpoint); the folder of one checkpoint; a file or folder
-        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
-        hf://; or a published name, see `weights.published`.
+        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs://,
+        hf:// or https://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
       variant: the architecture of safetensors without a config.json, such as "ViT-B/16".
 

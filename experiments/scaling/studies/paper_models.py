@@ -6,7 +6,7 @@ python -m experiments.scaling run --study=paper_models:dataset=my_set/1.0.0
 JFT-300M isn't public: `dataset` is any large dataset, `train` and `validation` are its splits.
 """
 
-from experiments.scaling.paper_recipes import JFT_RATES, TASK_NAMES, fine_tuning, model, pretraining
+from experiments.scaling.paper_recipes import fine_tuning, model, pretraining
 from experiments.scaling.study import Budget, Grid, PretrainingSet, Study
 from vit_jax.config import parse_arg
 
@@ -40,11 +40,13 @@ def get_study(arg: str | None = None) -> Study:
         examples=303_000_000,
     )
     grid = Grid(
-        pretraining(arg.dataset, arg.train, arg.validation),
-        models=tuple(model(name, {"schedule.peak": JFT_RATES[name]}) for name in EPOCHS),
+        pretraining(
+            f"pretrain/jft:dataset={arg.dataset}", train=arg.train, validation=arg.validation
+        ),
+        models=tuple(map(model, EPOCHS)),
         sets=(PretrainingSet(arg.dataset, arg.examples, {}),),
         budgets=(Budget(epochs=7), Budget(epochs=14)),
-        tasks=fine_tuning(*TASK_NAMES),
+        tasks=fine_tuning(),
         keep=lambda of, _, budget, __: budget.epochs in EPOCHS[of.name],
     )
     return Study("paper_models", (grid,), about=__doc__)

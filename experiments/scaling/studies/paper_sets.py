@@ -9,8 +9,8 @@ of the sweep; ours is around Table 3.
 
 import itertools
 
-from experiments.scaling.paper_recipes import JFT_RATES, TASK_NAMES, fine_tuning, model, pretraining
-from experiments.scaling.study import Budget, Choice, Grid, PretrainingSet, Study, merge
+from experiments.scaling.paper_recipes import fine_tuning, model, pretraining
+from experiments.scaling.study import Budget, Choice, Grid, Model, PretrainingSet, Study
 from vit_jax.config import parse_arg
 
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14")
@@ -35,33 +35,32 @@ def sweep(*weight_decays: float) -> tuple[Choice, ...]:
 def get_study(arg: str | None = None) -> Study:
     """`arg`: [jft=NAME][,jft_train=SPLIT][,jft_validation=SPLIT], a dataset to replace JFT."""
     arg = parse_arg(arg, jft="jft300m", jft_train="train[50000:]", jft_validation="train[:50000]")
-    tasks = fine_tuning(*TASK_NAMES)
+    tasks = fine_tuning()
 
-    def models(rate: float | None) -> tuple:
-        return tuple(model(m, {"schedule.peak": rate or JFT_RATES[m]}) for m in MODELS)
+    def models(trained_as: str) -> tuple[Model, ...]:
+        return tuple(model(name, trained_as) for name in MODELS)
 
     imagenet = Grid(
-        merge(
-            pretraining("imagenet2012", "train[:99%]", "train[99%:]"),
-            {"schedule.decay": "cosine", "optimizer.clip_norm": 1.0},
-        ),
-        models=models(3e-3)[:-1],  # the paper has no H/14 here
+        pretraining("pretrain/paper:dataset=imagenet2012"),
+        models=models("pretrain/paper:{},dataset=imagenet2012")[:-1],  # the paper has no H/14 here
         sets=(PretrainingSet("ImageNet", 1_281_167, {}),),
         budgets=(Budget(epochs=300),),
         sweep=sweep(0.1, 0.3),
         tasks=tasks,
     )
     imagenet21k = Grid(
-        pretraining("imagenet21k", "full[51200:]", "full[25600:51200]"),
-        models=models(1e-3),
+        pretraining("pretrain/paper:dataset=imagenet21k"),
+        models=models("pretrain/paper:{},dataset=imagenet21k"),
         sets=(PretrainingSet("ImageNet-21k", 14_197_122, {}),),
         budgets=(Budget(epochs=90),),
         sweep=sweep(0.03, 0.1),
         tasks=tasks,
     )
     jft = Grid(
-        pretraining(arg.jft, arg.jft_train, arg.jft_validation),
-        models=models(None),
+        pretraining(
+            f"pretrain/jft:dataset={arg.jft}", train=arg.jft_train, validation=arg.jft_validation
+        ),
+        models=models("pretrain/jft:{}"),
         sets=(PretrainingSet("JFT-300M", 303_000_000, {}),),
         budgets=(Budget(epochs=7), Budget(epochs=14)),
         sweep=sweep(0.03, 0.1),

@@ -8,8 +8,8 @@ length per subset; here it is the steps of 7 epochs of the full dataset. Subsets
 first images.
 """
 
-from experiments.scaling.paper_recipes import JFT_RATES, model, pretraining
-from experiments.scaling.study import Budget, Grid, PretrainingSet, Study
+from experiments.scaling.paper_recipes import model, pretraining
+from experiments.scaling.study import Budget, Grid, PretrainingSet, Study, merge
 from vit_jax.config import parse_arg
 
 MODELS = ("ViT-L/16", "ViT-L/32", "ViT-B/32", "ViT-b/32", "R50x1", "R152x2")
@@ -28,12 +28,14 @@ def get_study(arg: str | None = None) -> Study:
     )
     imagenet = {"dataset": "imagenet2012", "preprocess": "central_crop(0.875)"}
     fewshot = {
-        "ImageNet": {
-            "data": {**imagenet, "split": "train[:65000]"},
-            "test_split": "validation",
-            "shots": [5],
-        }
+        "protocol": "fewshot",
+        "data": {**imagenet, "split": "train[:65000]"},
+        "test_split": "validation",
+        "shots": [5],
     }
+    recipe = pretraining(
+        f"pretrain/jft:dataset={arg.dataset}", train=arg.split, validation=arg.validation
+    )
 
     def subset(millions: int) -> PretrainingSet:
         images = millions * arg.unit
@@ -41,8 +43,8 @@ def get_study(arg: str | None = None) -> Study:
         return PretrainingSet(f"{arg.dataset} {images:,}", images, fields)
 
     grid = Grid(
-        pretraining(arg.dataset, arg.split, arg.validation, fewshot=fewshot),
-        models=tuple(model(name, {"schedule.peak": JFT_RATES[name]}) for name in MODELS),
+        merge(recipe, {"evaluators.ImageNet": fewshot}),
+        models=tuple(map(model, MODELS)),
         sets=tuple(map(subset, MILLIONS)),
         budgets=(Budget(arg.steps),),
     )
