@@ -194,7 +194,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
                     config.position_at,
                     (rows, columns),
                     prefix,
-                    None if config.rotary == "none" else Rotary(config.rotary, *rotary),
+                    rotary=None if config.rotary == "none" else Rotary(config.rotary, *rotary),
                 ),
                 pool=config.pool,
                 pool_config=dataclasses.replace(
