@@ -93,6 +93,8 @@ def row(name: str) -> str:
         again = timm.create_model(f"local-dir:{second}", pretrained=True).eval()
         written = np.abs(theirs(again, images) - expected).max() / max(1, np.abs(expected).max())
     note = "" if max(read, written) < TOLERANCE else "DIFFERS"
+    if note and re.search(r"_r(26|50)_", name):  # see `timm_export.to_timm`
+        note = "timm standardises a hybrid's kernels with another epsilon"
     return f"| {name} | read and written | {max(read, written):.1e} | {note} |"
 
 

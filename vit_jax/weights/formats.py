@@ -15,7 +15,17 @@ from absl import logging
 
 from vit_jax.config import InputError
 from vit_jax.models.variants import ModelConfig, build_model, described_model
-from vit_jax.weights import bit, files, folders, hugging_face, official, onnx, pytorch, timm
+from vit_jax.weights import (
+    bit,
+    files,
+    folders,
+    hugging_face,
+    official,
+    onnx,
+    published,
+    pytorch,
+    timm,
+)
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
 from vit_jax.weights.published import BUCKET
@@ -55,7 +65,7 @@ def read(
       ValueError: a damaged file, an unknown architecture, or missing or unknown tensors.
       FileNotFoundError: there is no such file.
     """
-    path = os.fspath(path)
+    address = path = os.fspath(path)
     if Path(path).is_dir():
         if not folders.holds_weights(Path(path)):
             raise FileNotFoundError(folders.explain(path))
@@ -72,6 +82,8 @@ def read(
         _check_size(description, image_size)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    if text := published.licence(address):
+        description = {**description, "notes": [*description.get("notes", ()), f"licence: {text}"]}
     for note in description.get("notes", ()):
         logging.info("%s: %s", path, note)
     return unflatten(params), description
