@@ -139,11 +139,13 @@ def torchvision_crop(
     fraction: float = 1.0,
     method: str = "bicubic_antialias",
     squash: bool = False,
+    floor: bool = False,
 ) -> np.ndarray:
     """The centre of the resized image, with the sizes of torchvision's `Resize` and `CenterCrop`.
 
-    timm's and Hugging Face's evaluation. The image just covers size / fraction, rounded down, with
-    its aspect ratio kept, or with `squash` has that size.
+    timm's evaluation, and with `floor`, which rounds the crop's offset down, Hugging Face's. The
+    image just covers size / fraction, rounded down, with its aspect ratio kept, or with `squash`
+    has that size.
     """
     _enlarge(size, fraction)
     enlarged = (math.floor(size[0] / fraction), math.floor(size[1] / fraction))
@@ -154,7 +156,8 @@ def torchvision_crop(
         else:
             enlarged = (int(enlarged[1] * height / width), enlarged[1])
     image = resize(image, rng, enlarged, method)
-    top, left = (round((a - b) / 2) for a, b in zip(enlarged, size, strict=True))
+    spare = ((a - b) / 2 for a, b in zip(enlarged, size, strict=True))
+    top, left = (math.floor(s) if floor else round(s) for s in spare)
     return image[top : top + size[0], left : left + size[1]]
 
 

@@ -18,7 +18,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _METHODS = {name: f"{name}_antialias" for name in ("bilinear", "bicubic", "lanczos")}
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _CROP = re.compile(
-    r"torchvision_crop\((?P<fraction>[\d.e-]+), '(?P<method>\w+)_antialias'(?P<squash>, True)?\)"
+    r"torchvision_crop\((?P<fraction>[\d.e-]+), '(?P<method>\w+)_antialias'"
+    r"(?P<squash>, True)?(?:, floor=True)?\)"
 )
 _OURS = re.compile(
     r"resize(?:\('?(?P<resize>\w+)'?\))?"
@@ -71,7 +72,7 @@ def from_hugging_face(config: Stated, size: tuple[int, int]) -> tuple[str, tuple
         return f"resize('{method}')", mean, std
     while math.floor(crop[0] / fraction) < edge[0]:
         fraction = math.nextafter(fraction, 0)
-    return _crop(fraction, method, squash), mean, std
+    return _crop(fraction, method, squash).replace(")", ", floor=True)"), mean, std
 
 
 def _edges(config: Stated, name: str, default: tuple[int, int]) -> tuple[tuple[int, int], bool]:
