@@ -391,8 +391,14 @@ MISTAKES = {
     ),
     "unknown flag": (["--colour=red", *RECIPE], "unknown flag --colour=red: expected --"),
     "flag without a value": (["--workdir", *RECIPE], "write --flag=value"),
-    "relative workdir": (["--workdir=runs", *RECIPE], "--workdir=runs: expected the absolute path"),
-    "bucket": (["--workdir=gs://b/runs", *RECIPE], "expected the absolute path of a folder"),
+    "relative workdir": (
+        ["--workdir=runs", *RECIPE],
+        "--workdir=runs: expected gs://BUCKET/PATH, or an absolute path",
+    ),
+    "other bucket": (
+        ["--workdir=az://b/runs", *RECIPE],
+        "expected gs://BUCKET/PATH, or an absolute",
+    ),
     "workdir twice": ([*RECIPE, "--workdir=/x"], "--workdir=/x after --"),
     "not a number": (["--max-restarts=many", *RECIPE], "--max-restarts=many: expected a number"),
 }
@@ -458,6 +464,17 @@ def test_shellcheck(script):
     subprocess.run([SHELLCHECK, "--external-sources", LAUNCH / script], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch"])
+def test_a_workdir_in_a_bucket(desk, script):
+    """Machines get what reads and writes one; no folder is made for it."""
+    flags = [flag for flag in LAUNCHERS[script] if not flag.startswith("--workdir")]
+    done = desk.run(script, *flags, "--dry-run", "--workdir=gs://b/runs", *RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert "--workdir=gs://b/runs" in done.stdout
+    assert "mkdir -p" not in done.stdout and "--output=gs" not in done.stdout
+    assert (".[tpu,gcs]" in done.stdout) == (script != "slurm.sbatch")
+
+
 def page_commands():
     """Returns the launchers' commands on the page, one per line."""
     blocks = (LAUNCH / "README.md").read_text().split("```")[1::2]
@@ -474,7 +491,12 @@ def test_the_pages_commands_run(desk):
             continue
         scripts.add(script)
         shown = " -- ".join([f"{command} --dry-run", *rest])
-        environment = {**os.environ, "SETUP": "mount it", "ZONE": "us-west4-a"}
+        environment = {
+            **os.environ,
+            "SETUP": "mount it",
+            "ZONE": "us-west4-a",
+            "BUCKET": "my-bucket",
+        }
         done = subprocess.run(
             ["bash", "-c", shown],
             cwd=desk.checkout,

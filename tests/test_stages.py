@@ -38,6 +38,7 @@ def values(**changes):
         "batch_size": 16,
         "steps": 8,
         "schedule": {"peak": 1e-2, "warmup": 2},
+        "optimizer": {"name": "muon"},
         "checkpoint": {"every": 100},
         "log_every": 1,
         "stages": STAGES,
@@ -259,11 +260,19 @@ def test_flops_follow_the_stages():
             r"token_mixing/Dense_0/kernel .* can't be resized",
         ),
         (
-            {"model": {"variant": "R26x1"}, "stages": ({"share": 1.0, "keep": 0.5},)},
+            {
+                "model": {"variant": "R26x1"},
+                "stages": ({"share": 1.0, "keep": 0.5},),
+                "optimizer": {},
+            },
             "R26x1 keeps all patches",
         ),
         (
-            {"model": {"variant": "R26x1"}, "stages": ({"share": 1.0, "patch": 8},)},
+            {
+                "model": {"variant": "R26x1"},
+                "stages": ({"share": 1.0, "patch": 8},),
+                "optimizer": {},
+            },
             "patch = 8: only a ViT's patches change",
         ),
     ],

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vit_jax"
 FLOORS = [
     {
         *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
-        *("visualize", "embed", "list_recipes", "list_models", "doctor"),
+        *("visualize", "replay", "embed", "list_recipes", "list_models", "doctor"),
     },
     {"classifier"},
     {"training"},

@@ -14,7 +14,7 @@ from vit_jax.training.workdir import open_workdir
     ("name", "message"),
     [
         ("", "say where to keep this run with --workdir=FOLDER"),
-        ("gs://bucket/run", r"gs://bucket/run: expected a folder.*Filestore.*--workdir=/mnt/runs"),
+        ("az://bucket/run", "az://bucket/run: expected a folder, gs://BUCKET/PATH or s3://BUCKET"),
     ],
 )
 def test_what_is_no_folder_is_told_what_to_do(name, message, tmp_path, monkeypatch):

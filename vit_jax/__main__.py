@@ -15,7 +15,7 @@ VERBS = {
     **{
         verb: f"vit_jax.{verb}" for verb in ("pretrain", "transfer", "predict", "embed", "evaluate")
     },
-    **{verb: f"vit_jax.{verb}" for verb in ("convert", "prepare", "plan", "visualize")},
+    **{verb: f"vit_jax.{verb}" for verb in ("convert", "prepare", "plan", "visualize", "replay")},
     "scaling": "experiments.scaling.__main__",
     "quickstart": "experiments.quickstart",
     "recipes": "vit_jax.list_recipes",

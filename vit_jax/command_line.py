@@ -221,6 +221,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         for name in unset:
             _unset(flags.FLAGS["config"].value, name)
     except flags.Error as error:
+        if told := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
+            raise told[-1] from None  # the recipe's own, which absl shows with a traceback
         raise InputError(f"{error}; {_program()} --help lists the flags") from error
     except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
         raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
@@ -235,6 +237,13 @@ def parse_flags(argv: list[str]) -> list[str]:
         os.environ["VIT_JAX_OFFLINE"] = "1"
     skip_absent_tpu()
     return arguments
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised for, the first one last."""
+    while error:
+        yield error
+        error = error.__context__
 
 
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:

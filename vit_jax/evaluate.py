@@ -12,7 +12,6 @@ choose their options on --dev_split, or on a held-out part of --train_split.
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 from absl import flags
 
@@ -20,7 +19,7 @@ from vit_jax.command_line import numbers, run
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
-from vit_jax.parallel.run_files import locked_output
+from vit_jax.parallel.run_files import as_path, locked_output
 from vit_jax.weights.trained import load
 
 flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
@@ -72,7 +71,7 @@ def _lock_output(stack: ExitStack, output: str | None) -> Callable[[str], None]:
     write, problem = lambda text: None, ""
     if output and multihost.is_main():
         try:
-            write = stack.enter_context(locked_output(Path(output)))
+            write = stack.enter_context(locked_output(as_path(output)))
         except OSError as error:
             problem = str(error)
     if problem := multihost.first_of_all(problem):

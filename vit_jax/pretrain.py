@@ -17,7 +17,7 @@ from vit_jax.training.plan import check_recipe
 from vit_jax.training.recipe import TrainConfig
 
 CONFIG = define_config_flag()
-flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_string("workdir", "", "Folder of the run, also gs://BUCKET/PATH.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 flags.DEFINE_string("check", "", "Only check the recipe for so many devices: 256, v5litepod-256.")

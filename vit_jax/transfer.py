@@ -28,7 +28,7 @@ from vit_jax.training.clock import Clock, process_age
 
 INIT = "augreg:S/16"  # on accelerators, where neither a checkpoint nor a model is named
 CONFIG = define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://BUCKET/PATH.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 

@@ -102,8 +102,9 @@ check_recipe() {
   done
   [[ -n $config ]] || die "no recipe: end with -- --config=configs/pretrain/RECIPE.py:ARGUMENT"
   [[ -f $config ]] || die "no recipe $config in $PWD"
-  [[ $workdir == /* ]] ||
-    die "--workdir=$workdir: expected the absolute path of a folder that every machine mounts"
+  [[ $workdir == /* || $workdir == gs://?* ]] ||
+    die "--workdir=$workdir: expected gs://BUCKET/PATH, or an absolute path that every machine mounts"
+  if [[ $workdir == gs://* ]]; then extras=,gcs; else extras=''; fi
   [[ -n ${SLURM_JOB_ID:-} ]] || build_recipe "$1"
   pretrain=("${python:-python}" -m vit_jax.pretrain "${recipe[@]}")
   pretrain+=(--workdir="$workdir" --distributed)

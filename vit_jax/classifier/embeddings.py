@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax.classifier.labels import Row, csv_line, csv_name, opened_text
 from vit_jax.config import InputError, unknown
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights.files import atomic
 from vit_jax.weights.trained import TrainedModel
 
@@ -94,7 +95,7 @@ def opened_embeddings(
     Raises ValueError for another ending than those of `WRITERS` or a package that is missing, and
     OSError for a folder that can't be written, before anything is loaded.
     """
-    path = Path(output)
+    path = as_path(output)
     if (ending := path.suffix.lower()) not in WRITERS:
         raise unknown("ending of a file of embeddings", ending, WRITERS)
     if ending == ".parquet":
@@ -105,7 +106,7 @@ def opened_embeddings(
                 f"{output}: .parquet needs a package that is not installed: pip install pyarrow, "
                 "or write .npz or .csv"
             ) from error
-    with atomic(path, path.suffix) as partial:
+    with written_locally(path) as local, atomic(local, path.suffix) as partial:
         partial.touch()
 
         def write(model: TrainedModel, files: Sequence[Path], batch_size: int) -> list[Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vit_jax.config import InputError, printable, unknown
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights.trained import TrainedModel
 
 Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
@@ -118,10 +119,10 @@ def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], 
     if not output:
         yield lambda text: print(printable(text), end="", flush=True)
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with opened_text(path) as file:
-        yield file.write
+    with written_locally(as_path(output)) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with opened_text(path) as file:
+            yield file.write
 
 
 def opened_text(path: Path) -> IO[str]:

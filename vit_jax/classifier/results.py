@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import resource
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from vit_jax.data.sources import Source, open_source
 from vit_jax.models.lora import merged_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
+from vit_jax.parallel.run_files import remove_tree, write_whole
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.workdir import compiled_kept
@@ -108,11 +108,11 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
     remarks = compare(scores, others, metric)
     results |= {"baselines": baselines, "remarks": remarks}
     files = export(done.config.workflow.export, done.workdir, model)
-    (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(done.workdir / "results.json", json.dumps(results, indent=2) + "\n")
     probabilities = softmax(logits.astype(np.float64), axis=1)
     page = _page(done, model, command, results, probabilities, labels, files)
-    (done.workdir / "report.html").write_text(render(page), "utf-8", "backslashreplace")
-    (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8", "backslashreplace")
+    for name, text in (("report.html", render(page)), ("MODEL_CARD.md", model_card(page))):
+        write_whole(done.workdir / name, text.encode("utf-8", "backslashreplace"))
     low, high = scores["accuracy_interval"]
     print(
         f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images",
@@ -191,7 +191,7 @@ def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict
         path.parent.mkdir(exist_ok=True)
         try:
             if path.is_dir() and not (path / WEIGHTS).exists():
-                shutil.rmtree(path)  # an earlier version could be killed between its files
+                remove_tree(path)  # an earlier version could be killed between its files
             if not path.exists():
                 model.save(path, name)
             files[shown] = f"the model as {name}"

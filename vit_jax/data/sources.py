@@ -19,6 +19,7 @@ from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
+from vit_jax.parallel.run_files import as_path
 
 VALIDATION_FIRST = 1 << 60  # index of the first validation example, beyond any train split
 # Splits of the datasets that are drawn: nominal size, index of the first example.
@@ -118,24 +119,37 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
+    check_mounted(data_dir or "")
     if name.startswith(PREFIX):
         return open_vtab(name, data_dir)
-    if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
+    if is_path(name) and not (as_path(name).expanduser() / METADATA).exists():
         return open_path(name)
+    check_mounted(name)
     return open_array_records(name, data_dir, ("digits", *FORMULAS))
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or exists.
+    """Whether a dataset's name is a path: it begins with `/`, `.`, `~` or `gs://`, or exists.
 
     Names of embedded and of TFDS datasets are never paths: `digits`, `strokes`, and `cifar10` even
     if the working directory holds the prepared dataset `cifar10/3.0.2/`.
     """
-    if name.startswith(("/", ".", "~")):
+    if name.startswith(("/", ".", "~")) or "://" in name:
         return True
     if name == "digits" or name.partition("/")[0] in FORMULAS or not Path(name).exists():
         return False
     return not any(Path(name).glob(f"*/{METADATA}"))
+
+
+def check_mounted(folder: str) -> None:
+    """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
+    if "://" in folder:
+        bucket, _, below = folder.partition("://")[2].partition("/")
+        raise InputError(
+            f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
+            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
+            f"name /mnt/{bucket}/{below}"
+        )
 
 
 def open_path(path: str) -> Listing:
@@ -146,8 +160,9 @@ def open_path(path: str) -> Listing:
       ValueError: the dataset is inconsistent: see `image_folder.read_folder`,
         `tables.read_table`, `idx.read_idx` and `tars.read_tars`.
     """
-    found = Path(path).expanduser()
+    found = as_path(path).expanduser()
     if found.is_dir():
+        check_mounted(path)
         if idx := find_idx(found):
             return read_idx(idx)
         if tars := find_tars(found):

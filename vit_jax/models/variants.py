@@ -286,15 +286,14 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")
-        unit = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
-        if config.rotary != "none" and config.width % unit["rotary"]:
+        units = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
+        if config.rotary != "none" and config.width % units["rotary"]:
             raise InputError(
-                f"width {config.width}: rotary positions need a multiple of {unit['rotary']}"
+                f"width {config.width}: rotary positions need a multiple of {units['rotary']}"
             )
-        if config.width % unit.get(config.position, 1):
+        if config.width % (unit := units.get(config.position, 1)):
             raise InputError(
-                f"width {config.width}: {config.position} positions need a multiple of "
-                f"{unit[config.position]}"
+                f"width {config.width}: {config.position} positions need a multiple of {unit}"
             )
         _check_tokens(config)
         _check_attention(config)
@@ -330,11 +329,8 @@ def _check_attention(config: ModelConfig) -> None:
     if config.attention in ("auto", "xla"):
         return
     problem = misfit(config.attention, config.width // config.num_heads, config.dtype)
-    if config.attention_dropout:
-        problem = (
-            f"attention_dropout = {config.attention_dropout} needs the weights, which it never "
-            "stores"
-        )
+    if rate := config.attention_dropout:
+        problem = f"attention_dropout = {rate} needs the weights, which it never stores"
     elif config.position == "relative":
         problem = "it doesn't support relative positions"
     if problem:

@@ -136,12 +136,24 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(constrain, tree)
 
 
-def split_over_all_devices(x: jax.Array) -> jax.Array:
-    """Constrains x [N, ...] so that each device has its share of the N, under `use_mesh`."""
+def map_over_devices(function: Callable, x: jax.Array) -> jax.Array:
+    """Applies a function of x [N, ...], one item by one, with each device's share of the N.
+
+    Inside jit under `use_mesh`. Splits one mesh axis after another, and joins them in reverse: in
+    one go XLA replicates x where it is split over several axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
+        return function(x)
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    axes = ("fsdp", "tensor", "data")  # the parameters' first: `data` then only takes slices
+    specs = [PartitionSpec(axes[:n], *rest) for n in range(1, len(axes) + 1)]
+    for spec in specs:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    x = function(x)
+    for spec in reversed(specs):
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x
 
 
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:

@@ -177,15 +177,18 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
     heard: dict[socket.socket | None, dict[str, Any]] = {None: me}
     problem, tells_at = "", time.monotonic() + _QUIET_SECONDS
     with socket.create_server(("", port), family=family, dualstack_ipv6=both) as server:
-        while (len(heard) < me["of"] or problem) and (now := time.monotonic()) < deadline:
+        waiting = []
+        while len(heard) < me["of"] or problem or wait(waiting, 0):
+            if (now := time.monotonic()) > deadline:
+                break
             if now > tells_at:
                 tells_at = deadline
                 logging.warning(
                     "waiting for processes %s of %s, up to %.0f s",
                     *(_missing(heard), me["of"], deadline - now),
                 )
-            waiting = [connection for connection in heard if connection]
-            for ready in wait([server, *waiting], min(deadline, max(tells_at, now)) - now):
+            found = wait([server, *waiting], min(deadline, max(tells_at, now)) - now)
+            for ready in sorted(found, key=lambda ready: ready is server):
                 if ready is not server:  # a process that has reported says no more: it has ended
                     del heard[ready]
                     ready.close()
@@ -196,6 +199,7 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
                     if not problem and (odd or any(said[k] != me[k] for k in ("of", "jax"))):
                         problem = "the processes don't fit together"
                         deadline = min(deadline, now + _LINGER_SECONDS)  # for late processes
+            waiting = [] if problem else [*filter(None, heard)]
         if not problem and len(heard) < me["of"]:
             problem = f"processes {_missing(heard)} of {me['of']} did not connect"
         lines = [

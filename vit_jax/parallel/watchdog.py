@@ -17,8 +17,9 @@ _watchdogs: dict[int, "Watchdog"] = {}  # of threads, by their idents
 
 def waits_for(what: str) -> None:
     """Tells this thread's watchdog, if there is one, of progress, and what comes next."""
-    if watchdog := _watchdogs.get(threading.get_ident()):
-        watchdog.told = (what, time.monotonic())
+    told, watchdog = (what, time.monotonic()), _watchdogs.get(threading.get_ident())
+    while watchdog:
+        watchdog.told, watchdog = told, watchdog.outer
 
 
 class Watchdog:
@@ -38,7 +39,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.get_ident()
-        self._outer = _watchdogs.get(self._thread)
+        self.outer = _watchdogs.get(self._thread)
         _watchdogs[self._thread] = self
         waits_for("the start")
         if self._minutes:
@@ -47,8 +48,8 @@ class Watchdog:
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        if self._outer:
-            _watchdogs[self._thread] = self._outer
+        if self.outer:
+            _watchdogs[self._thread] = self.outer
         else:
             del _watchdogs[self._thread]
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.config import InputError
+from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import OutOfMemory, compile_for, memory
 from vit_jax.models.transformer import further_remat
 from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
 from vit_jax.training.initial import fresh_state
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
-GIB = 2**30
 # Of what a device says it has: the rest is for batches on their way, evaluation and fragmentation.
 USABLE = 0.9
 USABLE_ON_HOST = 0.6  # where other programs want some, too

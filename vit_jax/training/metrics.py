@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vit_jax.config import InputError
 from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
-from vit_jax.parallel.run_files import write_whole
+from vit_jax.parallel.run_files import open_lines, write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 from vit_jax.training.writers import MetricsConfig, Writer, open_writers
 from vit_jax.weights.trained import saved_steps
@@ -72,7 +72,7 @@ class Metrics:
             return
         path = workdir / "metrics.jsonl"
         _truncate(path, resumed_step)
-        self._file = path.open("a", buffering=1)
+        self._file = open_lines(path)
         self._writers = open_writers(config or MetricsConfig(), workdir, resumed_step, recipe or {})
         if sys.stderr.isatty() and not label:
             self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
@@ -80,15 +80,22 @@ class Metrics:
             self.say(note)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records scalars of a step; they are on the disk's way when this returns."""
+        """Records scalars of a step; `flush` makes sure that they are kept."""
         if not self._file:
             return
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
+            if error.errno is None:  # a bucket's, which names it
+                raise
             raise OSError(error.errno, os.strerror(error.errno), self._file.name) from error
         for writer in self._writers:
             writer.write(step, values)
+
+    def flush(self) -> None:
+        """Returns when what was recorded is kept, also by a bucket."""
+        if self._file:
+            self._file.flush()
 
     def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
         """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
@@ -137,11 +144,13 @@ class Metrics:
         """Whether an evaluation of that step is recorded; processes that don't record say yes."""
         if not is_main():
             return True
+        self.flush()
         records = read_metrics(self.workdir)
         return any(r["step"] == step and any("/" in name for name in r) for r in records)
 
     def last(self) -> dict[str, float]:
         """The newest value of everything recorded."""
+        self.flush()
         records = read_metrics(self.workdir) if is_main() else []
         return {name: value for record in records for name, value in record.items()}
 
@@ -237,7 +246,8 @@ class Recorder:
                 f"not finite after step {step}: {fetched}. It was finite after step "
                 f"{self._checked}; {good} ({self.metrics.workdir}). Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
-                f"steps {self._checked + 1} to {step}."
+                f"steps {self._checked + 1} to {step}. What it was, and where: "
+                f"vit_jax replay --workdir={self.metrics.workdir} --step={step}"
             )
         self._checked = step
         if due:
@@ -263,7 +273,7 @@ class Recorder:
         seconds = running / (step - self._recorded)
         flops, left = self._flops(self._recorded, step), self._flops(step, self.metrics.steps)
         self._recorded = step
-        self._starts.keep(step)
+        self._starts.keep(step, in_passing=True)
         run = shares(self._starts.seconds())
         stalls = (self._lap["evaluate"] + self._lap["save"]) / (step - self._start)
         values = {

@@ -26,7 +26,7 @@ import optax
 
 from vit_jax.config import InputError
 from vit_jax.models.names import KERNELS, PROJECTIONS, is_stacked
-from vit_jax.parallel.mesh import path_name, split_over_all_devices
+from vit_jax.parallel.mesh import map_over_devices, path_name
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial
 ITERATIONS = 5
@@ -105,7 +105,7 @@ def _orthogonalize_tree(updates: Any) -> Any:
     for (_, longer), members in groups.items():
         matrices = [wide(i, results[i].reshape(shapes[i])) for i in members]
         joined = jnp.concatenate(matrices).astype(jnp.float32)
-        joined = RMS * longer**0.5 * orthogonalize(split_over_all_devices(joined))
+        joined = RMS * longer**0.5 * map_over_devices(orthogonalize, joined)
         ends = np.cumsum([len(x) for x in matrices])
         for i, part in zip(members, jnp.split(joined, ends[:-1]), strict=True):
             results[i] = wide(i, part).reshape(results[i].shape).astype(results[i].dtype)

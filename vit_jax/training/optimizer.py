@@ -27,6 +27,7 @@ from vit_jax.config import InputError, unknown
 from vit_jax.models.names import HIDDEN_KERNELS, KERNELS, block_number, follows_blocks, is_stacked
 from vit_jax.parallel.mesh import path_name
 from vit_jax.training.muon import muon
+from vit_jax.training.spikes import skip_spikes
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
@@ -181,7 +182,11 @@ def make_schedule(
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: Schedule, peak: jax.Array | float, params: Any
+    config: OptimizerConfig,
+    schedule: Schedule,
+    peak: jax.Array | float,
+    params: Any,
+    spike_factor: float | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
@@ -189,6 +194,7 @@ def make_optimizer(
     In the state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They
     have its shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is
     [1]).
+    `spike_factor`: leaves out updates, see `spikes.skip_spikes`.
 
     Raises ValueError if every parameter is frozen, and what `match_rules` and `muon` raise.
     """
@@ -198,13 +204,15 @@ def make_optimizer(
         raise InputError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
+    parts = (
         optax.masked(optax.chain(clip, _direction(config, params)), trained),
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
         _decay_layers(config.layer_decay, params),
-        optax.scale_by_learning_rate(schedule),
     )
+    if spike_factor is not None:  # the schedule goes on meanwhile
+        parts = (skip_spikes(optax.chain(*parts), spike_factor),)
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
 def match_rules(rules: Rules, params: Any) -> Any:

@@ -5,7 +5,7 @@ Nothing is computed here: `loop` runs the step, `plan` compiles it for chips tha
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vit_jax.config import InputError, setting, unknown
 from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.distillation import DistillConfig
@@ -56,9 +57,12 @@ class TrainConfig:
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
       distill: a teacher whose logits the model learns from, too.
-      stages: parts of the run with fewer tokens, see `stages`.
+      stages: parts of the run with fewer tokens: mappings of share, image_size, keep and patch,
+        see `stages.StageConfig`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
+      skip_spikes: leaves out an update whose gradients' norm is above so many times its running
+        median: see `spikes.skip_spikes`. The record `spikes` counts them.
       accumulation: microbatches; a step takes the mean of their gradients.
       resume: a checkpoint of another workdir to continue from, with all its state.
       start_over: whether a run whose state is there but can't be used begins at step 0, see
@@ -93,6 +97,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = ()
     ema_decay: float | None = None
     ema_warmup: bool = False
+    skip_spikes: float | None = None
     accumulation: int = setting(1, changes="speed")
     resume: str = ""
     start_over: bool = setting(False, changes="speed")
@@ -131,6 +136,14 @@ class TrainConfig:
         if kept.get("early_stopping") and "watch" not in kept and values.get("classification"):
             kept["watch"] = next(iter(values["classification"]))
         return {**kept, "evaluators": evaluators}
+
+    def weighed(self, source: Source) -> "TrainConfig":
+        """The recipe with a weight for each class of the training data, where it weighs classes."""
+        if not self.loss.class_weights:
+            return self
+        names = source.class_names or tuple(map(str, range(source.num_classes)))
+        counts = source.class_counts() if self.loss.class_weights == "balanced" else ()
+        return dataclasses.replace(self, loss=self.loss.weigh(names, counts))
 
     @property
     def objective(self) -> LossConfig | MaskedPatchConfig:
@@ -176,6 +189,8 @@ class TrainConfig:
             raise InputError(f"epochs = {self.epochs}: expected more than 0")
         if self.early_stopping and not self.eval_every:
             raise InputError("early_stopping counts evaluations: set eval_every, too")
+        if self.skip_spikes is not None and self.skip_spikes <= 1:
+            raise InputError(f"skip_spikes = {self.skip_spikes}: expected more than 1, such as 5")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise InputError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.ema_warmup and self.ema_decay is None:
@@ -243,36 +258,52 @@ class Training:
             self.shardings,
         )
 
+    def step(
+        self,
+        state: TrainState,
+        batch: dict,
+        peak: jax.Array,
+        taught_by: dict | None = None,
+        observe: Callable[[Any, Any], dict] | None = None,
+    ) -> tuple[TrainState, dict]:
+        """The training step, see `step.make_train_step`, at a peak of the learning rate.
+
+        `peak` is an argument, so that runs that differ in it alone have the same program.
+        `taught_by` are the teacher's parameters, if there is one.
+        """
+        config, teacher = self.config, self.teacher
+        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        schedule = make_schedule(config.schedule, self.scheduled, peak)
+        train_step = make_train_step(
+            self.model,
+            make_optimizer(config.optimizer, schedule, peak, state.params, config.skip_spikes),
+            schedule,
+            config.loss,
+            augmentation=config.augmentation,
+            masked=config.masked_patches,
+            seed=config.seed,
+            trainable=jax.tree.map(bool, multipliers),
+            accumulation=config.accumulation,
+            ema_decay=config.ema_decay,
+            ema_warmup=config.ema_warmup,
+            distill=config.distill,
+            teacher=teacher and partial(teacher.logits, taught_by),
+            observe=observe,
+        )
+        return train_step(state, batch)
+
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """The step for arrays, or shapes with shardings, like these; `state` is donated.
 
         Its third argument is the peak of the learning rate, float32 []; a fourth, if there is a
         teacher, its parameters.
         """
-        config, teacher = self.config, self.teacher
-        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        teacher = self.teacher
 
         def step(
             state: TrainState, batch: dict, peak: jax.Array, taught_by: dict | None = None
         ) -> tuple[TrainState, dict]:
-            # An argument, so that runs that differ in it alone have the same program.
-            schedule = make_schedule(config.schedule, self.scheduled, peak)
-            train_step = make_train_step(
-                self.model,
-                make_optimizer(config.optimizer, schedule, peak, state.params),
-                schedule,
-                config.loss,
-                augmentation=config.augmentation,
-                masked=config.masked_patches,
-                seed=config.seed,
-                trainable=jax.tree.map(bool, multipliers),
-                accumulation=config.accumulation,
-                ema_decay=config.ema_decay,
-                ema_warmup=config.ema_warmup,
-                distill=config.distill,
-                teacher=teacher and partial(teacher.logits, taught_by),
-            )
-            return train_step(state, batch)
+            return self.step(state, batch, peak, taught_by)
 
         out = (self.shardings, replicated(self.mesh))
         rest = [jax.ShapeDtypeStruct((), jnp.float32), *([teacher.shapes] if teacher else [])]
@@ -295,7 +326,9 @@ def build_training(
         raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    optimizer = make_optimizer(
+        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes
+    )
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
     shardings = state_shardings(mesh, config.mesh, shapes)

@@ -16,9 +16,9 @@ import jax
 
 from vit_jax.config import InputError
 from vit_jax.costs.flops import training_flops
+from vit_jax.models.head import Output
 from vit_jax.models.positions import ADDED
 from vit_jax.models.stacking import flatten, unflatten
-from vit_jax.models.transformer import Output
 from vit_jax.models.variants import Model, build_model
 from vit_jax.models.vit import ViT
 from vit_jax.weights.adapt import resize

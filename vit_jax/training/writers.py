@@ -132,6 +132,12 @@ def open_writers(
     """
     kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     names = config.writers
+    on_disk = isinstance(workdir, Path)
     if names is None:
-        names = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
+        names = ("tensorboard",) if on_disk and importlib.util.find_spec("tensorboardX") else ()
+    if not on_disk and {*names} & {*kinds}:
+        raise InputError(
+            f"metrics.writers = {names}: all but {JSONL} write to a disk, and {workdir} is in a "
+            "bucket: leave them out"
+        )
     return [kinds[name](workdir, resumed_step, recipe) for name in names if name in kinds]

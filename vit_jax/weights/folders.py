@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.config import InputError
+from vit_jax.parallel.run_files import as_path
 from vit_jax.weights import files
 
 WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
@@ -43,7 +44,7 @@ def holds_weights(folder: Path) -> bool:
 
 def explain(path: str | os.PathLike) -> str:
     """Says what is at a path where a model was expected, and what would do."""
-    folder, text = Path(path), os.fspath(path)
+    folder, text = as_path(path), os.fspath(path)
     expected = (
         "expected a run's workdir (it holds `checkpoints/`), one checkpoint's folder (`params/`), "
         f"an exported one ({WEIGHTS}) or a .npz file"

@@ -15,6 +15,7 @@ from absl import logging
 
 from vit_jax.config import InputError
 from vit_jax.models.variants import ModelConfig, build_model, described_model
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights import (
     bit,
     files,
@@ -42,6 +43,19 @@ FORMATS = (*_FILES, *_FOLDERS, "onnx")
 _NOT_WEIGHTS = re.compile(r"config|step|epoch|global_step|iteration|metadata|version")
 
 
+def is_foreign(path: str) -> bool:
+    """Whether an address is for `read`, and not of one of our Orbax folders."""
+    if _is_file_elsewhere(path):
+        return True
+    return as_path(path).is_file() or folders.holds_weights(as_path(path))
+
+
+def _is_file_elsewhere(path: str) -> bool:
+    """Whether an address is downloaded: its site isn't asked what is there."""
+    named = path.endswith((".npz", ".safetensors"))
+    return path.startswith(("hf://", "https://")) or ("://" in path and named)
+
+
 def read(
     path: str | os.PathLike,
     image_size: tuple[int, int] | None = None,
@@ -66,8 +80,8 @@ def read(
       FileNotFoundError: there is no such file.
     """
     address = path = os.fspath(path)
-    if Path(path).is_dir():
-        if not folders.holds_weights(Path(path)):
+    if not _is_file_elsewhere(path) and as_path(path).is_dir():
+        if not folders.holds_weights(as_path(path)):
             raise FileNotFoundError(folders.explain(path))
         path = os.path.join(path, WEIGHTS)
     arrays = folders.read_arrays(path)
@@ -175,9 +189,12 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     Reading it back gives the same bits, except ONNX, which `read` doesn't support. Raises
     ValueError, and writes nothing, for models that the format can't hold.
     """
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    path, flat = Path(path), unstack(flatten(params))
+    flat = unstack(flatten(params))
+    with written_locally(as_path(path)) as local:
+        _write(local, flat, description, format)
+
+
+def _write(path: Path, flat: dict, description: dict, format: str) -> None:
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
     elif format in _FOLDERS:

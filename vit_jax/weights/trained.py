@@ -30,6 +30,7 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
+from vit_jax.parallel.run_files import as_path, is_complete, saved_steps
 from vit_jax.weights import folders, formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
 from vit_jax.weights.prediction import Prediction
@@ -231,7 +232,7 @@ class TrainedModel:
         check_output(path)
         params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(Path(path), params, description)
+            _write_orbax(as_path(path), params, description)
         else:
             formats.write(path, params, description, format)
 
@@ -298,10 +299,8 @@ class TrainedModel:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Raises ValueError unless `path` is local and doesn't exist."""
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    if Path(path).exists():
+    """Raises ValueError if `path` exists."""
+    if as_path(path).exists():
         raise InputError(f"{path} exists: choose another path, or remove it")
 
 
@@ -351,8 +350,7 @@ def load(
       ValueError: a damaged file, or one that isn't a model.
     """
     resolved = published.resolve(path)
-    folder = Path(resolved).absolute()
-    if "://" in str(resolved) or folder.is_file() or folders.holds_weights(folder):
+    if formats.is_foreign(resolved):
         params, description = formats.read(resolved, image_size, variant)
     elif image_size is not None or variant is not None:
         raise InputError(f"{path} says what its model is: leave out image_size and variant")
@@ -363,20 +361,15 @@ def load(
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """Returns the folder of one checkpoint: `path` itself, or the newest of a run's workdir."""
-    folder = Path(path).absolute()
+    folder = as_path(path).absolute()
     if (folder / "checkpoints").is_dir():
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
-    if not ((folder / "params").is_dir() and (folder / "model").is_dir()):
+    whole = (folder / "model").is_dir() and is_complete(folder)
+    if not ((folder / "params").is_dir() and whole):
         raise FileNotFoundError(folders.explain(path))
     return folder
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of complete checkpoints (Orbax renames a folder once it is complete)."""
-    folder = workdir / "checkpoints"
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
 
 def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
@@ -393,7 +386,12 @@ def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
 
 def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
-    temporary = checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath)
     handler = ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler, temporary_path_class=temporary) as writer:
+    with ocp.Checkpointer(handler, temporary_path_class=written_by(path)) as writer:
         writer.save(path.absolute(), args=ocp.args.Composite(**items))
+
+
+def written_by(path: Path) -> type:
+    """How a checkpoint becomes complete: its folder is renamed; in a bucket it gets a mark."""
+    way = "AtomicRename" if isinstance(path, Path) else "CommitFile"
+    return checksummed(getattr(ocp.path.atomicity, f"{way}TemporaryPath"))
