@@ -349,7 +349,7 @@ def test_workdirs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="say where to keep this run"):
         loop.prepare(config(), "")
     with pytest.raises(ValueError, match="expected a folder"):
-        loop.prepare(config(), "gs://bucket/run")
+        loop.prepare(config(), "az://bucket/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         loop.prepare(config(), str(tmp_path / "file"))

@@ -124,13 +124,10 @@ class ModelConfig:
     mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
     norm_epsilon: float = 1e-6  # of LayerNorm
 
-    # Rank and scale of LoRA's adapters of attention; 0: none (`models.lora`).
-    lora_rank: int = setting(0, inherited=False)
-    lora_alpha: float = setting(16.0, inherited=False)
-    # Predictions per patch; set by masked patch prediction.
-    patch_outputs: int | None = None
-    # Initial bias of the head, for example -10 for a sigmoid loss over many classes.
-    head_bias: float = setting(0.0, inherited=False)
+    lora_rank: int = setting(0, inherited=False)  # of LoRA's adapters of attention; 0: none
+    lora_alpha: float = setting(16.0, inherited=False)  # they are scaled by alpha / rank
+    patch_outputs: int | None = None  # predictions per patch; set by masked patch prediction
+    head_bias: float = setting(0.0, inherited=False)  # initial; -10 for a sigmoid of many classes
     # Implementation of attention (`models.attention`): auto | xla | pallas | cudnn. Results agree
     # within rounding.
     attention: str = setting("auto", changes="speed")
