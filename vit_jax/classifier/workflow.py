@@ -47,7 +47,7 @@ from vit_jax.training import loop
 from vit_jax.training.clock import Clock, read_starts
 from vit_jax.training.memory import device_memory, fit_memory
 from vit_jax.training.recipe import build_training
-from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
+from vit_jax.training.workdir import CONFIG, compiled_kept, keep_same, lock_workdir
 
 SWEEP = "sweep.json"  # the recipe of the final run, before its values are chosen
 
@@ -86,22 +86,20 @@ def transfer(
         values = values.to_dict()
     values = merge(values, {"data.dataset": data} if data else {})
     dataset = values["data"].get("dataset", "")
-    if (
-        is_path(dataset) and not as_path(dataset).expanduser().exists()
-    ):  # before a download of `init`
+    # Before a download of `init`.
+    if is_path(dataset) and not as_path(dataset).expanduser().exists():
         raise FileNotFoundError(f"there is no {dataset}")
     if init is None:
         init = _first_init(workdir, values)
     values = merge(values, {"init": init})
-    config = build(TransferConfig, complete(values, _first_device(workdir)))
+    config = build(TransferConfig, complete(values, _first_device(workdir), _folded(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
-    return run_workflow(
-        config, as_path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})"
-    )
+    command = command or f"vit_jax.transfer({data!r}, {init!r})"
+    return run_workflow(config, as_path(workdir), command)
 
 
 def default_workdir(dataset: str) -> Path:
@@ -145,6 +143,16 @@ def _first_init(workdir: str | os.PathLike, values: Mapping[str, Any]) -> str:
     if multihost.is_main():
         print(f"it starts from {init}; another start: --config.init=CHECKPOINT", flush=True)
     return init
+
+
+def _folded(workdir: str | os.PathLike) -> bool:
+    """Whether a version began the run whose models had no mean and deviation of pixels."""
+    if not workdir:
+        return False
+    folder = as_path(workdir)
+    files = [folder / CONFIG, *sorted(folder.glob(f"trials/*/{CONFIG}"))[:1]]
+    first = next((file for file in files if file.exists()), None)
+    return first is not None and "mean" not in read_json(first, "copy it back").get("model", {})
 
 
 def _is_earlier(workdir: Path) -> bool:
