@@ -49,11 +49,7 @@ OPTIMIZERS = {
         (1e-4, 3e-4),
         {"name": "adamw", "weight_decay": 0.05, "layer_decay": 0.75},
     ),
-    "resnet": (
-        (1e-4, 3e-4, 1e-3, 3e-3),
-        (1e-3,),
-        {"name": "adamw", "weight_decay": 0.05},
-    ),
+    "resnet": ((1e-4, 3e-4, 1e-3, 3e-3), (1e-4,), {"name": "adamw", "weight_decay": 0.05}),
     "scratch": ((3e-3,), (3e-3,), {"name": "adamw", "weight_decay": 0.05}),
 }
 # By device: which of the rates, what else. Where no model is named, "cpu_embedded" is for the
