@@ -1,4 +1,4 @@
-"""The state that a run begins with: random, loaded or restored, created with its shardings."""
+"""The initial state of a run: random, loaded or restored, created with its shardings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,10 +43,10 @@ def loaded_state(training: Training, loaded: dict) -> TrainState:
 def first_state(
     training: Training, loaded: dict | None, resumes: Path | None, workdir: Path
 ) -> tuple[TrainState, list[str]]:
-    """Returns the state to begin with, and what to say about it.
+    """Returns the initial state and notes about it.
 
-    `resumes`: the workdir itself, whose newest whole checkpoint is restored, or the folder of one
-    checkpoint of another run. Without it the state is `loaded`'s, or random.
+    `resumes` is the workdir itself, to restore its newest whole checkpoint, or the folder of
+    another run's checkpoint. Without it the state is `loaded`'s, or random.
     """
     if resumes is None:
         if loaded is not None:
