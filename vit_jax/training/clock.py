@@ -153,7 +153,7 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
     if not (file := workdir / STARTS).exists():
         return []
     keys = ("began", "ended", "from_step", "to_step", "chips", "seconds")
-    remedy = "remove it: the run then loses the record of its earlier time"
+    remedy = "remove it: the run then forgets how its time was spent"
     return read_json(file, remedy, list, keys)
 
 

@@ -9,7 +9,7 @@ momentum m of a matrix [in, out]:
 
 The scale gives u the root mean square of AdamW's updates, so AdamW's learning rates are a good
 start. Query, key and value are one matrix each over all heads; experiments/efficiency/README.md
-compares this with a matrix a head.
+compares this with one matrix per head.
 
 Letters in shapes: N matrices, m shorter side, n longer side.
 """
@@ -91,7 +91,7 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _orthogonalize_tree(updates: Any) -> Any:
-    """Orthogonalises and scales all matrices, those of one shape together, split over devices."""
+    """Orthogonalises and scales all matrices, batched by shape and split over devices."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
     shapes = [_matrix_shape(path_name(path), x.shape) for path, x in leaves]
     groups = defaultdict(list)  # (m, n) -> positions in `leaves`
