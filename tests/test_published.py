@@ -2,7 +2,8 @@
 
 import pytest
 
-from vit_jax.weights.published import PUBLISHED, resolve
+from vit_jax.weights.published import PUBLISHED, licence, resolve
+from vit_jax.weights.timm_architectures import architecture
 from vit_jax.weights.trained import load
 
 
@@ -13,6 +14,16 @@ def test_addresses():
     assert resolve("hf:google/vit-base-patch16-224") == "hf://google/vit-base-patch16-224"
     for path in ("runs/b16", "/abs/x.npz", "gs://bucket/x.npz", "hf://a/b"):
         assert resolve(path) == path
+    assert resolve("dinov3:S/16") == "hf://timm/vit_small_patch16_dinov3.lvd1689m"
+    assert resolve("siglip2:B/16") == "hf://timm/vit_base_patch16_siglip_224.v2_webli"
+    assert licence(resolve("dinov3:S+/16")).startswith("DINOv3 License, https://")
+    assert licence(resolve("vit:B/16-21k")) == "Apache-2.0" and licence("hf://a/b") is None
+    with pytest.raises(ValueError, match="unknown published checkpoint 'dinov2:S/16'"):
+        resolve("dinov2:S/16")
+    for address in PUBLISHED.values():  # of timm's, the architecture is one that is read
+        if address.startswith("hf://timm/"):
+            name = address.removeprefix("hf://timm/").partition(".")[0]
+            assert architecture(name) is not None, name
     assert len(set(PUBLISHED.values())) == len(PUBLISHED)
     with pytest.raises(ValueError, match="unknown published checkpoint 'vit:B/16': did you mean"):
         resolve("vit:B/16")

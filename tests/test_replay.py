@@ -50,6 +50,7 @@ def test_steps_are_those_of_the_run(finished):
         assert sum(v**2 for v in layers) ** 0.5 == pytest.approx(step.values["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_an_overflow_in_one_layer_is_named(finished):
     training, source = open_run(finished, microbatch=64)
     with use_mesh(training.mesh):

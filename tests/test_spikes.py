@@ -55,6 +55,7 @@ def test_a_norm_that_stays_high_becomes_the_usual_one():
     assert left_out == list(range(WINDOW, WINDOW + MOST)) and int(state.skipped) == MOST
 
 
+@pytest.mark.long
 def test_its_state_is_kept_and_a_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
     """A spike in step 3: without it the run would differ."""
     monkeypatch.setattr("vit_jax.training.spikes.FEWEST", 2)

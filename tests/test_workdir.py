@@ -14,6 +14,7 @@ from vit_jax.training.workdir import open_workdir
     ("name", "message"),
     [
         ("", "say where to keep this run with --workdir=FOLDER"),
+        ("s3://bucket/run", "s3://bucket/run: .*(orbax doesn't support s3://: mount|s3fs)"),
         ("az://bucket/run", "az://bucket/run: expected a folder, gs://BUCKET/PATH or s3://BUCKET"),
     ],
 )

@@ -27,6 +27,9 @@ FORMAT = flags.DEFINE_enum(
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size", None, "HEIGHT,WIDTH of the input's model, if its file doesn't have it."
 )
+VARIANT = flags.DEFINE_string(
+    "variant", None, "Architecture of safetensors without a config.json: ViT-B/16, or timm's name."
+)
 
 
 def main(_) -> None:
@@ -34,8 +37,11 @@ def main(_) -> None:
     if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
         raise InputError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
     check_output(OUTPUT.value)
-    model = load(INPUT.value, numbers("image_size", IMAGE_SIZE.value, int))
+    size = numbers("image_size", IMAGE_SIZE.value, int)
+    model = load(INPUT.value, size, VARIANT.value)
     model.save(OUTPUT.value, FORMAT.value)
+    for note in model.notes:
+        print(f"{INPUT.value}: {note}")
     height, width = model.image_size
     print(
         f"{OUTPUT.value}: {model.config.variant}, {height}x{width} pixels, "

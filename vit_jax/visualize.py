@@ -26,7 +26,7 @@ flags.DEFINE_string("output", None, "Folder for the pictures.", required=True)
 flags.DEFINE_string("dataset", "", "Name, as in a recipe's data.dataset.")
 flags.DEFINE_string("split", "test[:128]", "Split of the dataset.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared datasets.")
-flags.DEFINE_string("preprocess", "resize", "As in a recipe's data.preprocess.")
+flags.DEFINE_string("preprocess", None, "As data.preprocess; by default the model's own.")
 flags.DEFINE_integer("shown", 8, "Number of images with a drawn rollout.", lower_bound=1)
 
 

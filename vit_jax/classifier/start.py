@@ -20,7 +20,9 @@ from vit_jax.parallel.lanes import ALONE, Lane
 from vit_jax.parallel.mesh import make_mesh, put_tree, state_shardings, use_mesh
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock
-from vit_jax.weights.adapt import adapt
+from vit_jax.weights.adapt import adapt, fold_standardisation
+from vit_jax.weights.preprocessing import MEAN, STD
+from vit_jax.weights.trained import TrainedModel
 
 _CHANGE_NOTHING = f"{names.HEAD}|{names.ADAPTERS}"  # in the features, at first
 _LOADING = threading.Lock()  # trials that go side by side download and read it once
@@ -57,6 +59,28 @@ def prepare(
     return loop.prepare(config, workdir, load, clock, extra, lane)
 
 
+# Options that no tensor's name or shape would betray.
+_HIDDEN = (
+    *("mlp", "norm_epsilon", "zero_padded_pool", "mean", "std"),
+    *("rotary", "rotary_base", "rotary_reference", "rotary_offset"),
+)
+
+
+def _as_standardised_here(source: TrainedModel, model: Model) -> TrainedModel:
+    """Folds the checkpoint's mean and deviation of pixels into it, if the model has the default."""
+    default = {"mean": MEAN, "std": STD}
+    theirs = {name: tuple(getattr(source.config, name)) for name in default}
+    ours = {name: tuple(getattr(model.config, name)) for name in default}
+    if theirs == ours or ours != default or "embedding" not in source.params:
+        return source
+    if model.config.stages is not None:
+        return source
+    config = dataclasses.replace(source.config, **default)
+    architecture = dataclasses.replace(source.architecture, config=config)
+    params = fold_standardisation(source.params, **theirs)
+    return dataclasses.replace(source, params=params, architecture=architecture)
+
+
 def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
     """The parameters of `config.init`, adapted to the model: arrays, shapes for fresh ones.
 
@@ -64,8 +88,8 @@ def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
     """
     with _LOADING:
         source = load_init(config.init)
-    # What no tensor's name or shape would betray.
-    for name in ("mlp", "norm_epsilon", "zero_padded_pool"):
+    source = _as_standardised_here(source, model)
+    for name in _HIDDEN:
         there, here = getattr(source.config, name), getattr(model.config, name)
         if there != here:
             raise InputError(

@@ -202,6 +202,16 @@ def open_lines(file: Path) -> IO | Lines:
     return file.open("a", buffering=1) if isinstance(file, Path) else Lines(file)
 
 
+def check_holds_checkpoints(folder: Path) -> Path:
+    """Returns the folder; ValueError for one at s3://, where orbax can't keep checkpoints."""
+    if str(folder).startswith("s3://"):
+        raise InputError(
+            f"{folder}: checkpoints are kept on a disk or at gs://, orbax doesn't support s3://: "
+            "mount the bucket (mount-s3), or use another folder"
+        )
+    return folder
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint's folder is complete: on a disk it has no name before that."""
     if isinstance(checkpoint, Path):

@@ -25,7 +25,8 @@ class Programs:
         peak = np.float32(training.config.schedule.peak)
         teacher = [training.teacher.place()] if training.teacher else []
         self._rest = [put_tree(peak, replicated(training.mesh)), *teacher]
-        self._stages = [s for s in training.stages if step < s.stop and s.start < training.steps]
+        end = max(step + 1, training.steps)
+        self._stages = [s for s in training.stages if step < s.stop and s.start < end]
         self._pool = ThreadPoolExecutor(1)
         self._stage: Stage | None = None
         self._next: Future[Callable] | None = None

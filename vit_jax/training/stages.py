@@ -17,9 +17,9 @@ import jax
 
 from vit_jax.config import InputError
 from vit_jax.costs.flops import training_flops
+from vit_jax.models.head import Output
 from vit_jax.models.positions import ADDED
 from vit_jax.models.stacking import flatten, unflatten
-from vit_jax.models.transformer import Output
 from vit_jax.models.variants import Model, build_model
 from vit_jax.models.vit import ViT
 from vit_jax.weights.adapt import resize
@@ -161,6 +161,8 @@ def _kept(model: Model, module: ViT, keep: float) -> int | None:
             f"keep = {keep}: position = {positions.kind!r} at {positions.at!r} needs all patches: "
             f"expected one of {', '.join(ADDED)} at 'stem'"
         )
+    if positions.rotary is not None:
+        raise InputError(f"keep = {keep}: rotary positions need all patches: leave keep at 1")
     kept = round(keep * rows * columns)
     if not kept:
         raise InputError(f"keep = {keep} of {rows} x {columns} patches leaves none: keep more")

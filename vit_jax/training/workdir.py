@@ -14,7 +14,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import InputError, build, covered, fields_where
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
-from vit_jax.parallel.run_files import Lock, as_path, read_json, saved_steps, write_whole
+from vit_jax.parallel.run_files import (
+    Lock,
+    as_path,
+    check_holds_checkpoints,
+    read_json,
+    saved_steps,
+    write_whole,
+)
 from vit_jax.training.clock import read_starts
 from vit_jax.training.metrics import read_metrics
 
@@ -59,6 +66,7 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
 
 def lock_workdir(path: Path) -> Lock | None:
     """Locks a folder on process 0. Raises OSError on all processes, with the owner, if in use."""
+    check_holds_checkpoints(path)
     lock, problem = None, ""
     if is_main():
         try:

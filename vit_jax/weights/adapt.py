@@ -227,6 +227,24 @@ def resize_patch_kernel(
     return _einsum("pqcd,Pp,Qq->PQcd", kernel, down, along)
 
 
+def fold_standardisation(params: dict, mean: Iterable[float], std: Iterable[float]) -> dict:
+    """Folds a standardisation of pixels into the patch embedding of a ViT, which has no padding.
+
+    Converts nested parameters for pixels (p - mean) / std, p in [0, 1], to those for 2 p - 1.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (mean, std))
+    kernel = np.asarray(params["embedding"]["kernel"], np.float64)
+    bias = params["embedding"].get("bias")
+    if bias is None:
+        raise InputError("the patch embedding has no bias to fold the mean of pixels into")
+    shift = np.einsum("hwco,c->o", kernel, (0.5 - mean) / std)
+    embedding = {
+        "kernel": (kernel * (0.5 / std)[:, None]).astype(np.float32),
+        "bias": (bias + shift).astype(np.float32),
+    }
+    return {**params, "embedding": embedding}
+
+
 def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
     """Returns the matrix [new, old] of linear interpolation.
 

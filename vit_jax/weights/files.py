@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from vit_jax.config import InputError
 from vit_jax.weights.download import NotPublicError, fetch
@@ -44,6 +45,7 @@ _HEADER = re.compile(
 )
 # numpy writes bfloat16 as V2 (google-research/big_vision issue 107).
 _NPY_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|V2)")
+_NPY_TEXT = re.compile(r"[<>|=]?[US]\d+")
 _SAFETENSORS_NUMBERS = re.compile("BOOL|BF16|F16|F32|F64|[IU](8|16|32|64)")
 _BROKEN = (zipfile.BadZipFile, safetensors.SafetensorError, zlib.error, struct.error)
 _BROKEN += (EOFError, OSError, ValueError, RuntimeError)
@@ -286,11 +288,15 @@ def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                     f"member {member.filename!r} is no .npy array: save arrays with numpy.savez. A "
                     "PyTorch .bin, .pt or .pth holds pickles and is never read: export safetensors"
                 )
-            yield member.filename.removesuffix(".npy"), _read_npy(archive, member)
+            if (array := _read_npy(archive, member)) is not None:
+                yield member.filename.removesuffix(".npy"), array
 
 
-def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Reads one array; checks first that compressed, declared and array sizes agree."""
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
+    """Reads one array; checks first that compressed, declared and array sizes agree.
+
+    Passes over text, such as a config beside the weights: returns None, and logs its name.
+    """
     name = member.filename.removesuffix(".npy")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
     if (ratio := ratios.get(member.compress_type)) is None:
@@ -303,6 +309,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with _intact(f"tensor {name!r}"):
         stream = archive.open(member)
         descr, shape, order = _npy_header(stream)
+    if _NPY_TEXT.fullmatch(descr):
+        logging.info("passed over %r: it is text", name)
+        return None
     if not _NPY_NUMBERS.fullmatch(descr):
         raise InputError(_not_numbers(name, descr))
     dtype = np.dtype(descr)

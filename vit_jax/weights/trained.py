@@ -30,8 +30,8 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.parallel.run_files import as_path, is_complete, saved_steps
-from vit_jax.weights import formats, published
+from vit_jax.parallel.run_files import as_path, check_holds_checkpoints, is_complete, saved_steps
+from vit_jax.weights import folders, formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
 from vit_jax.weights.prediction import Prediction
 
@@ -50,6 +50,7 @@ class TrainedModel:
       preprocessing: converts images to the network's input: see `data.augment.parse_preprocess`.
       temperature: divides the logits to calibrate probabilities.
       origin: the argument of `load`.
+      notes: what `load` passed over or assumed, a sentence each.
     """
 
     architecture: Model
@@ -58,6 +59,7 @@ class TrainedModel:
     preprocessing: str = "resize"
     temperature: float = 1.0
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_description(
@@ -75,6 +77,7 @@ class TrainedModel:
             preprocessing=description.get("preprocess", "resize"),
             temperature=description.get("temperature", 1.0),
             origin=origin,
+            notes=tuple(description.get("notes", ())),
         )
 
     @property
@@ -229,7 +232,7 @@ class TrainedModel:
         check_output(path)
         params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(as_path(path), params, description)
+            _write_orbax(check_holds_checkpoints(as_path(path)), params, description)
         else:
             formats.write(path, params, description, format)
 
@@ -326,7 +329,11 @@ def create_model(
     return TrainedModel(architecture, {}).with_random_weights(seed)
 
 
-def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> TrainedModel:
+def load(
+    path: str | os.PathLike,
+    image_size: tuple[int, int] | None = None,
+    variant: str | None = None,
+) -> TrainedModel:
     """Reads a trained model.
 
     Args:
@@ -334,6 +341,7 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
         that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs://,
         hf:// or https://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
+      variant: the architecture of safetensors without a config.json, such as "ViT-B/16".
 
     Loads the exponential moving average (EMA) of the parameters if the run kept one.
 
@@ -343,7 +351,9 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
     """
     resolved = published.resolve(path)
     if formats.is_foreign(resolved):
-        params, description = formats.read(resolved, image_size)
+        params, description = formats.read(resolved, image_size, variant)
+    elif image_size is not None or variant is not None:
+        raise InputError(f"{path} says what its model is: leave out image_size and variant")
     else:
         params, description = _read_orbax(find_checkpoint(resolved))
     return TrainedModel.from_description(params, description, os.fspath(path))
@@ -351,16 +361,14 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """Returns the folder of one checkpoint: `path` itself, or the newest of a run's workdir."""
-    folder = as_path(path).absolute()
+    folder = check_holds_checkpoints(as_path(path)).absolute()
     if (folder / "checkpoints").is_dir():
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
-    if not ((folder / "params").is_dir() and is_complete(folder)):
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (`checkpoints/`), one checkpoint's "
-            f"folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
-        )
+    whole = (folder / "model").is_dir() and is_complete(folder)
+    if not ((folder / "params").is_dir() and whole):
+        raise FileNotFoundError(folders.explain(path))
     return folder
 
 
