@@ -173,7 +173,7 @@ def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What the steps of a run need."""
+    """The parts of a run that its steps use."""
 
     run: Run
     programs: Programs

@@ -67,8 +67,8 @@ def check_same_data(workdir: Path, facts: Facts) -> list[str]:
         raise InputError(
             f"the data isn't what the run in {workdir} was trained on:\n"
             + "\n".join(changed)
-            + "\nPut it back as it was, or train anew in another --workdir. To go on with the data "
-            f"as it is now, remove {workdir / FILE}."
+            + "\nRestore it, or start again in another --workdir. To continue with the current "
+            f"data, remove {workdir / FILE}."
         )
     return []
 
