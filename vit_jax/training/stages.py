@@ -40,7 +40,7 @@ class StageConfig:
     def __post_init__(self):
         for name in ("share", "keep"):
             if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"stages: {name} = {getattr(self, name)}: expected (0, 1]")
+                raise InputError(f"stages: {name} = {getattr(self, name)}: expected over 0, to 1")
         for name in ("image_size", "patch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"stages: {name} = {getattr(self, name)}: expected at least 1")
