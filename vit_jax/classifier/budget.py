@@ -199,7 +199,7 @@ def check_sweep(config: TransferConfig) -> None:
     for field, _ in config.workflow.sweep.grid:
         if not covered(field, SAME_TIME) or field in ("schedule.warmup", "schedule.cooldown"):
             raise InputError(
-                f"workflow.minutes sets the steps by one measured step: leave out {field} of "
+                f"workflow.minutes sets the steps by one measured step: leave {field} out of "
                 "workflow.sweep.grid, or minutes"
             )
 
