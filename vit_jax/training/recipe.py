@@ -38,6 +38,7 @@ from vit_jax.training.optimizer import (
 )
 from vit_jax.training.profile import parse_window
 from vit_jax.training.step import TrainState, make_train_step, start_state
+from vit_jax.training.width_rule import WidthFactors, scaled, width_factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,7 @@ class Training:
     model: Model
     steps: int
     scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
+    width: WidthFactors | None  # of the optimizer's width rule
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
@@ -198,6 +200,11 @@ class Training:
             self.shardings,
         )
 
+    def init(self, key: jax.Array) -> dict:
+        """Initial parameters: the model's, scaled by the width rule."""
+        params = self.model.init(key)
+        return params if self.width is None else scaled(params, self.width.initial)
+
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """The step for arrays, or shapes with shardings, like these; `state` is donated.
 
@@ -211,7 +218,7 @@ class Training:
             schedule = make_schedule(config.schedule, self.scheduled, peak)
             train_step = make_train_step(
                 self.model,
-                make_optimizer(config.optimizer, schedule, peak, state.params),
+                make_optimizer(config.optimizer, schedule, peak, state.params, self.width),
                 schedule,
                 config.loss,
                 augmentation=config.augmentation,
@@ -243,7 +250,12 @@ def build_training(
     scheduled = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
+    width = None
+    if config.optimizer.width_rule:
+        width = width_factors(
+            config.optimizer.name, config.optimizer.base_width, config.optimizer.base_heads, model
+        )
+    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params, width)
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
     shardings = state_shardings(mesh, config.mesh, shapes)
@@ -254,6 +266,7 @@ def build_training(
         model=model,
         steps=scheduled if config.stop is None else min(config.stop, scheduled),
         scheduled=scheduled,
+        width=width,
         optimizer=optimizer,
         shapes=shapes,
         shardings=shardings,
