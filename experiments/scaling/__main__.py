@@ -7,7 +7,8 @@ cost      estimates exaFLOPs, chip-hours and price per run on a given slice
 run       runs what is missing; can be killed and restarted, and run on several machines at once
 status    shows the state of every run
 figures   draws the paper's figures with the study's results
-fit       fits scaling laws, the compute-optimal frontier and crossing points, with intervals
+fit       fits laws, frontiers and crossings and predicts larger runs, with intervals
+advise    says what to train for a budget of chip-hours, and the accuracy to expect
 """
 
 import argparse
@@ -68,6 +69,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     fit = add("fit")
     fit.add_argument("--output", type=Path, help="folder; by default of the results")
+    advise = add("advise")
+    advise.add_argument("--budget", type=float, required=True, help="chip-hours")
+    advise.add_argument("--topology", required=True, help="v5e:16x16, h100:8, ...")
+    advise.add_argument("--images", type=int, help="in your pretraining set")
+    advise.add_argument("--task", help="whose accuracy counts")
+    advise.add_argument("--mfu", type=float, default=0.4)
     return parser.parse_args(arguments)
 
 
@@ -192,6 +199,10 @@ def main(arguments: list[str]) -> int:
             else:
                 written = draw_paper(options.output or OF_THE_PAPER)
             print("\n".join(map(str, written)))
+        elif options.command == "advise":
+            from experiments.scaling.advise import show_advice
+
+            show_advice(study, open_store(options, study) if study else None, options)
         else:
             from experiments.scaling.findings import show_fits
 

@@ -130,7 +130,7 @@ def predicted(predictor: Predictor, cells: list[Cell], known: bool, unit: str):
 
 def paper_points() -> list[Point]:
     """Returns Table 6 and Figure 4 of the paper as points of a study."""
-    nothing = {"sweep": "", "seed": 0, "images_seen": 0, "parameters": 0, "img_per_sec": 0.0}
+    nothing = {"sweep": "", "seed": 0, "parameters": 0, "img_per_sec": 0.0}
     families = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
     found = []
     for row in paper("table6"):
@@ -146,6 +146,7 @@ def paper_points() -> list[Point]:
                     accuracy=float(row[column]),
                     noise=0.05,
                     exaflops=float(row["exaFLOPs"]),
+                    images_seen=int(row["epochs"]) * 303_000_000,
                     **nothing,
                 )
             )
@@ -163,6 +164,7 @@ def paper_points() -> list[Point]:
                     accuracy=float(row[size]),
                     noise=0.2,
                     exaflops=np.nan,
+                    images_seen=0,
                     **nothing,
                 )
             )
