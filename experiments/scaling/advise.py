@@ -107,7 +107,7 @@ def affordable(budget: float, topology: Topology, mfu: float, cells: list[Cell])
 
 
 def best_predictor(cells: list[Cell]) -> tuple[Predictor | None, str]:
-    """Returns a predictor of the models in the data, else of other models, else why there's none."""
+    """Returns a predictor of models in the data, else of other models, else why there is none."""
     for known in (True, False):
         try:
             return calibrate(cells, known), ""

@@ -51,7 +51,7 @@ def estimate(
       ValueError, FileNotFoundError: epochs of an unknown dataset.
     """
     config = run.config
-    classes, examples = _size(config)
+    classes, examples = dataset_of(config)
     model = build_model(build(ModelConfig, config["model"]), classes, (config["image_size"],) * 2)
     batch_size = config["batch_size"]
     steps = config.get("steps") or math.ceil(config["epochs"] * examples / batch_size)
@@ -78,7 +78,8 @@ def estimate(
     return Cost(run, steps, exaflops, hours, days, report.get("price"), fits)
 
 
-def _size(config: Mapping[str, Any]) -> tuple[int, int]:
+def dataset_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns classes and images of a config's dataset; zeros if unknown and not needed."""
     data = build(DataConfig, config["data"])
     try:
         return dataset_size(data)
