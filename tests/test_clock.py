@@ -120,7 +120,7 @@ def make_recorder(workdir, clock, log_every):
         start=0,
         log_every=log_every,
         batch_size=8,
-        flops_per_image=1,
+        flops=lambda start, stop: 8 * (stop - start),
         devices=8,
     )
 

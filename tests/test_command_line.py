@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from processes import ROOT, commands
 
+from vit_jax import command_line
 from vit_jax.__main__ import VERBS, usage
 from vit_jax.classifier.workflow import default_workdir
 from vit_jax.command_line import stoppable
@@ -23,6 +25,7 @@ CASES = {  # arguments -> exit code, what is printed
     (): (0, "usage: vit_jax VERB"),
     ("--version",): (0, "vit_jax 0."),
     ("trasnfer",): (1, "unknown verb 'trasnfer': did you mean transfer"),
+    ("pretrain", "--config=pretrain/paper:B/16,foo=3"): (1, "error: unknown config argument 'foo'"),
     ("recipes",): (0, "transfer/folder"),
     ("recipes", "transfer/foldr"): (1, "did you mean 'transfer/folder'"),
     ("recipes", "transfer/folder:steps=7"): (0, "steps                    int | None = 7"),
@@ -39,6 +42,7 @@ CASES = {  # arguments -> exit code, what is printed
     ("evaluate", "model", "digits"): (1, "no checkpoint at model"),
     ("evaluate", "model", "digits", "more"): (1, "unexpected more"),
     ("predict", "model", "tests/golden"): (1, "no images: name files"),
+    ("convert", "hf:a/b", "nowhere", "--offline"): (1, "offline, as --offline"),
     **{(verb, "--help"): (0, f"usage: vit_jax {verb}") for verb in VERBS},
 }
 
@@ -176,3 +180,41 @@ def test_the_wheel_has_all_that_the_command_needs(tmp_path):
             check=True,
         )
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "last"),
+    [
+        ("InputError('so it is')", "error: so it is"),
+        ("ZeroDivisionError('a fault')", "ZeroDivisionError: a fault"),
+    ],
+)
+def test_an_error_is_the_last_thing_said(fault, last):
+    """Behind it come neither what threads and libraries say at an end, nor a wait for them."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "from vit_jax.command_line import run\n"
+        "from vit_jax.config import InputError\n"
+        "atexit.register(print, 'noise', file=sys.stderr)\n"
+        "threading.Thread(target=time.sleep, args=[600]).start()\n"
+        "def main(_):\n"
+        "    print('result')\n"
+        f"    raise {fault}\n"
+        "run(main)"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, cwd=ROOT, check=False, **pipes)
+    assert done.returncode == 1 and done.stdout == "result\n"
+    assert done.stderr.strip().splitlines()[-1] == last
+    assert ("Traceback" in done.stderr) == (last[:5] != "error")
+
+
+def test_the_loss_of_another_process_is_one_line(monkeypatch):
+    distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(client=object()))
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer\nmore")
+    assert "ValueError: UNKNOWN: Gloo" in command_line._explained(lost)  # the traceback
+    monkeypatch.setitem(sys.modules, "jax._src.distributed", distributed)
+    said = command_line._explained(lost)
+    assert said.startswith("error: another process of this run has ended") and "\n" not in said
+    assert command_line._explained(ValueError("a fault")).startswith("ValueError: a fault")

@@ -1,6 +1,7 @@
 """Recipes become dataclasses, or a clear error."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -49,6 +50,9 @@ def test_nested_mappings():
             "config.inner.rate = 'high': expected float, found str",
         ),
         ({"name": "x", "inner": {"rate": float("inf")}}, "rate = inf: expected a finite number"),
+        ({"name": "x", "inner": {"rate": 1e-50}}, "rate = 1e-50: expected 0, or a size of"),
+        ({"name": "x", "inner": {"rate": -1e39}}, "rate = -1e+39: expected 0, or a size of"),
+        ({"name": "x", "inner": {"rate": 1 - 1e-9}}, "0.999999999 is 1 in float32"),
         ({"name": "x", "steps": 1.5}, "config.steps = 1.5: expected int, found float"),
         ({"name": "x", "flag": 1}, "config.flag = 1: expected bool, found int"),
         ({"name": "x", "pair": [1, 2, 3]}, "expected 2 items"),
@@ -56,8 +60,13 @@ def test_nested_mappings():
     ],
 )
 def test_errors_name_the_path(values, message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         build(Outer, values)
+
+
+def test_numbers_that_float32_holds():
+    for rate in (0.0, -0.0, 1.2e-38, 3.4e38, 1 - 2**-24, -1.0, 1 + 1e-12):
+        assert build(Inner, {"rate": rate}).rate == rate
 
 
 def test_arguments():

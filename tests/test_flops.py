@@ -17,6 +17,7 @@ from vit_jax.costs.flops import (
     pretraining_exaflops,
 )
 from vit_jax.models.variants import KNOWN, ModelConfig, build_model
+from vit_jax.training.stages import StageConfig, build_stages
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,6 +117,28 @@ def test_padding(image_size, preactivation):
 def test_every_option(variant, options):
     model = make(variant, (96, 160), num_classes=7, **options)
     assert traced_macs(forward(model)) == forward_macs(model)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        StageConfig(1.0, image_size=48, keep=0.5),
+        StageConfig(1.0, patch=8, keep=0.3),
+        StageConfig(1.0, image_size=160),
+    ],
+)
+@pytest.mark.parametrize("pool", ["map", "gap"])
+def test_every_stage(stage, pool):
+    model = make("ViT-Ti/16", (96, 96), num_classes=7, pool=pool, registers=2, scan=True)
+    (stage,) = build_stages([stage], model, 10)
+    small = stage.model
+    shapes = (
+        jax.eval_shape(small.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, *small.image_size, 3), jnp.float32),
+    )
+    run = lambda p, x: small.module.apply({"params": p}, x, jax.random.split(jax.random.key(0), 1))  # noqa: E731
+    traced = jax.make_jaxpr(lambda *args: run(*args).logits)(*shapes)
+    assert traced_macs(traced) == forward_macs(small) != forward_macs(model)
 
 
 # XLA counts element-wise work (softmax, norms, GELU) too: under 1% of large models, though 1.3% of

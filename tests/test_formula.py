@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.formula import Fractals, Strokes, Synthetic
 
 both = pytest.mark.parametrize("formula", [Strokes, Fractals])
+every = pytest.mark.parametrize("formula", [Strokes, Fractals, Synthetic])
 
 
 def digest(source, indices) -> str:
@@ -37,6 +38,14 @@ def digest(source, indices) -> str:
                 "3dec07da2b89027140c288b2ff7f7bf7930daf8f0ca80b5ad4bb4946aad43797",
             ),
         ),
+        (
+            Synthetic,
+            [181, 181, 181, 181, 181, 181, 181, 181, 181, 181],
+            (
+                "344e6f4d538e8ff47ec059c0bc79e82a78f0fd0c8bd6e062d2a4b4f3e3a0a3e1",
+                "d7136bf049eb940ad3152031409bca5469f564d4f1a78502076007dbc964c303",
+            ),
+        ),
     ],
 )
 def test_golden_pixels(formula, pixels, sha256):
@@ -47,7 +56,7 @@ def test_golden_pixels(formula, pixels, sha256):
     assert digest(formula(10, num_classes=4, image_size=57), range(10)) == sha256[1]
 
 
-@both
+@every
 def test_images_are_a_function_of_seed_and_index(formula):
     source = formula(1000, num_classes=50, seed=7)
     indices = [3, 0, 999, 51, 500]
@@ -64,7 +73,7 @@ def test_images_are_a_function_of_seed_and_index(formula):
     assert all(np.array_equal(a, b) for a, b in zip(images[:5], images[-5:], strict=True))
 
 
-@both
+@every
 def test_another_process_draws_the_same(formula):
     source = formula(100, num_classes=10)
     code = (
@@ -83,7 +92,7 @@ def test_another_process_draws_the_same(formula):
     assert output.decode().strip() == digest(source, [9, 1])
 
 
-@both
+@every
 def test_first_selects_a_range_of_one_set(formula):
     whole, part = formula(200, num_classes=20), formula(50, num_classes=20, first=100)
     for i in (0, 17, 49):
@@ -93,7 +102,7 @@ def test_first_selects_a_range_of_one_set(formula):
     assert len({image["image"].tobytes() for image in [*far, *part]}) == 70
 
 
-@both
+@every
 def test_seed_changes_classes_and_instances(formula):
     def class_mean(seed, first):
         source = formula(40 * 5, num_classes=5, seed=seed, first=first)
@@ -121,7 +130,7 @@ def test_examples(formula, size):
         assert example["image"].mean() < 160  # on a dark background
 
 
-@both
+@every
 @pytest.mark.parametrize("num_examples", [33, 1000])
 def test_every_prefix_is_class_balanced(formula, num_examples):
     source = formula(num_examples, num_classes=11, first=4, image_size=8)
@@ -142,7 +151,7 @@ def test_images_of_a_class_are_alike(formula):
     assert len(np.unique(images.reshape(len(source), -1), axis=0)) == len(source)
 
 
-@both
+@every
 def test_errors(formula):
     source = formula(10)
     for i in (10, -1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+from vit_jax.__main__ import VERBS
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "experiments/launch"
@@ -388,8 +391,14 @@ MISTAKES = {
     ),
     "unknown flag": (["--colour=red", *RECIPE], "unknown flag --colour=red: expected --"),
     "flag without a value": (["--workdir", *RECIPE], "write --flag=value"),
-    "relative workdir": (["--workdir=runs", *RECIPE], "--workdir=runs: expected the absolute path"),
-    "bucket": (["--workdir=gs://b/runs", *RECIPE], "expected the absolute path of a folder"),
+    "relative workdir": (
+        ["--workdir=runs", *RECIPE],
+        "--workdir=runs: expected gs://BUCKET/PATH, or an absolute path",
+    ),
+    "other bucket": (
+        ["--workdir=az://b/runs", *RECIPE],
+        "expected gs://BUCKET/PATH, or an absolute",
+    ),
     "workdir twice": ([*RECIPE, "--workdir=/x"], "--workdir=/x after --"),
     "not a number": (["--max-restarts=many", *RECIPE], "--max-restarts=many: expected a number"),
 }
@@ -455,6 +464,17 @@ def test_shellcheck(script):
     subprocess.run([SHELLCHECK, "--external-sources", LAUNCH / script], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch"])
+def test_a_workdir_in_a_bucket(desk, script):
+    """Machines get what reads and writes one; no folder is made for it."""
+    flags = [flag for flag in LAUNCHERS[script] if not flag.startswith("--workdir")]
+    done = desk.run(script, *flags, "--dry-run", "--workdir=gs://b/runs", *RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert "--workdir=gs://b/runs" in done.stdout
+    assert "mkdir -p" not in done.stdout and "--output=gs" not in done.stdout
+    assert (".[tpu,gcs]" in done.stdout) == (script != "slurm.sbatch")
+
+
 def page_commands():
     """Returns the launchers' commands on the page, one per line."""
     blocks = (LAUNCH / "README.md").read_text().split("```")[1::2]
@@ -471,7 +491,12 @@ def test_the_pages_commands_run(desk):
             continue
         scripts.add(script)
         shown = " -- ".join([f"{command} --dry-run", *rest])
-        environment = {**os.environ, "SETUP": "mount it", "ZONE": "us-west4-a"}
+        environment = {
+            **os.environ,
+            "SETUP": "mount it",
+            "ZONE": "us-west4-a",
+            "BUCKET": "my-bucket",
+        }
         done = subprocess.run(
             ["bash", "-c", shown],
             cwd=desk.checkout,
@@ -483,3 +508,77 @@ def test_the_pages_commands_run(desk):
         assert done.returncode == 0, done.stderr
         assert done.stdout
     assert scripts == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("tpu_vm.sh", ["--max-restarts=08", "--num-slices=010", "--poll=00"]),
+        ("gke_xpk.sh", ["--max-restarts=08", "--num-slices=010"]),
+        ("slurm.sbatch", ["--max-restarts=08", "--nodes=010", "--gpus-per-node=09"]),
+    ],
+)
+def test_numbers_are_decimal(desk, script, flags):
+    """Zeros in front, which bash takes for octal; none where one at least is needed."""
+    done = desk.run(script, *LAUNCHERS[script], "--dry-run", *flags, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout
+    assert any(text in commands for text in ("StartLimitBurst=9", "max-restarts=8", "--ntasks=90"))
+    assert any(text in commands for text in ("--node-count=10", "num-slices=10", "--nodes=10"))
+    for flag in flags:
+        name = flag.partition("=")[0]
+        least = ("max-restarts", "poll")
+        for wrong in ["-1", "1e3", "9" * 12] + ["00"] * (name.strip("-") not in least):
+            done = desk.run(script, *LAUNCHERS[script], f"{name}={wrong}", *RECIPE)
+            failed(done, f"{name}={wrong.replace('00', '0')}: expected a number")
+    assert desk.calls() == []
+
+
+@pytest.mark.slow  # it imports jax
+def test_a_recipe_that_cannot_be_trained_is_not_launched():
+    """For the devices that are asked for, with the Python that is there."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [LAUNCH / "gke_xpk.sh", "launch", "--dry-run", *GKE, "--", CONFIG]
+    for wrong, message in (
+        ("--config.mesh.fsdp=3", "fsdp=3 x tensor=1 does not fit 256 devices"),
+        ("--config.model.depht=3", "unknown field of config.model 'depht'"),
+        ("", ""),
+    ):
+        done = subprocess.run(
+            [*command, wrong][: None if wrong else -1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (message in done.stderr) and (done.returncode == 2) == bool(wrong), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["cuda", "tpu"])
+def test_dockerfiles(kind):
+    """Known instructions, the versions of setup.py, paths that are there and are all it needs."""
+    file = LAUNCH / f"Dockerfile.{kind}"
+    text, setup = file.read_text(), (ROOT / "setup.py").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    steps = [line.partition(" ")[::2] for line in lines]
+    order = ["FROM", "WORKDIR", "RUN", *["COPY"] * 4, "RUN", "ENV", "ENTRYPOINT", "CMD"]
+    assert [name for name, _ in steps] == order
+
+    image = re.fullmatch(r"python:3\.(\d+)-slim-\w+", steps[0][1])  # neither latest nor unnamed
+    low, high = re.search(r'python_requires=">=3\.(\d+),<3\.(\d+)"', setup).groups()
+    assert int(low) <= int(image[1]) < int(high)
+    jax = re.search('JAX = "(.*)"', setup)[1]
+    extra = re.search(rf'"{kind}": \[f"(jax\[\w+\]){{JAX}}"\]', setup)[1]
+    runs = [shlex.split(what) for name, what in steps if name == "RUN"]
+    assert [run[:3] for run in runs] == [["pip", "install", "--no-cache-dir"]] * 2
+    assert [run[3] for run in runs] == [f"{extra}{jax}", f".[{kind}]"]
+
+    copied = [what.split()[:-1] for name, what in steps if name == "COPY"]
+    sources = [source for row in copied for source in row]
+    assert all((ROOT / source).exists() for source in sources)
+    read = {"setup.py", "pyproject.toml", *re.findall(r'Path\("([\w.]+)"\)', setup)}
+    assert read | {"vit_jax", "configs", "experiments"} <= {*sources}
+    (entry,) = (json.loads(what) for name, what in steps if name == "ENTRYPOINT")
+    (default,) = (json.loads(what) for name, what in steps if name == "CMD")
+    assert entry == ["vit_jax"] and f'"{entry[0]} = ' in setup and {*default} <= {*VERBS}
+    assert f"docker build -f {file.relative_to(ROOT)} " in text

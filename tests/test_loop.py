@@ -152,10 +152,10 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """The update of step 5 is not finite; the loop finds it by step 6, before the save."""
-    step = loop._compile
+    program = loop.Programs.at
 
-    def breaking(run, state, batch):
-        compiled = step(run, state, batch)
+    def breaking(programs, step):
+        compiled = program(programs, step)
 
         def wrapped(state, batch):
             state, values = compiled(state, batch)
@@ -166,7 +166,7 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
 
         return wrapped
 
-    monkeypatch.setattr(loop, "_compile", breaking)
+    monkeypatch.setattr(loop.Programs, "at", breaking)
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, log_every=100)
     text = str(error.value)
@@ -349,7 +349,7 @@ def test_workdirs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="say where to keep this run"):
         loop.prepare(config(), "")
     with pytest.raises(ValueError, match="expected a folder"):
-        loop.prepare(config(), "gs://bucket/run")
+        loop.prepare(config(), "az://bucket/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         loop.prepare(config(), str(tmp_path / "file"))
@@ -369,7 +369,8 @@ def test_the_compiled_step_never_recompiles(tmp_path):
         )(key)
         batches = prepared.batches(0)
         batch = loop.put_batch(prepared.mesh, next(batches))
-        step = loop._compile(prepared, state, batch)
+        with loop.Programs(prepared, batch, 0, prepared.clock) as programs:
+            step = programs.at(0)
         batches.close()
         with pytest.raises(TypeError):
             step(state, {**batch, "image": batch["image"][:8]})
@@ -379,7 +380,9 @@ def test_config_errors():
     for changes, message in [
         ({"epochs": 1.0}, "set exactly one"),
         ({"steps": None}, "set exactly one"),
+        ({"steps": None, "epochs": 0.0}, "epochs = 0.0: expected more than 0"),
         ({"log_every": 0}, "log_every = 0"),
+        ({"hang_minutes": 0.0}, "hang_minutes = 0.0: expected a positive number, or none"),
         ({"seed": 2**32}, "seed = 4294967296: expected 0 to 4294967295"),
         ({"data": {"dataset": "digits", "num_threads": -1}}, "data.num_threads = -1"),
         ({"ema_decay": 1.0}, "ema_decay"),

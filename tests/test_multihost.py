@@ -1,5 +1,6 @@
 """Processes find each other or are told why not; here they are threads."""
 
+import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,6 +106,76 @@ def test_strangers_are_left_alone(monkeypatch):
         assert main.result() is None
 
 
+def test_a_process_that_leaves_is_missing(monkeypatch):
+    """And may come again, as one that its launcher has started again."""
+    port = free_port()
+
+    me = {"process": 1, "of": 3, "host": "here", "jax": jax.__version__}
+
+    def come_and_go():
+        while True:
+            try:
+                with socket.create_connection(("localhost", port)) as connection:
+                    connection.sendall((json.dumps(me) + "\n").encode())
+                    return
+            except ConnectionRefusedError:
+                pass
+
+    with ThreadPoolExecutor(3) as pool:
+        main = pool.submit(multihost._roll_call, f"localhost:{port}", 3, 0, 0.6)
+        come_and_go()
+        with pytest.raises(ValueError, match=r"processes \[1, 2\] of 3 did not connect"):
+            main.result()
+        port = free_port()
+        main = pool.submit(multihost._roll_call, f"localhost:{port}", 3, 0, 20)
+        come_and_go()
+        others = [pool.submit(multihost._roll_call, f"localhost:{port}", 3, i) for i in (1, 2)]
+        assert [future.result() for future in (main, *others)] == [None] * 3
+
+
+def test_a_port_in_use(monkeypatch):
+    """By a stranger, or by another process 0, which then is told as well."""
+    monkeypatch.setattr(multihost, "_LINGER_SECONDS", 0.5)
+    with socket.create_server(("", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match=r"process 0 can't listen at .* choose a free one"):
+            multihost._roll_call(address, 2, 0, 5)
+    errors = roll_call(monkeypatch, (0, 2), (0, 2))
+    assert errors[0] == errors[1] and "don't fit together" in errors[0]
+
+
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_tasks_of_slurm(monkeypatch):
+    """They have a roll call, too; each alone is refused. A shell of salloc is one process."""
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert multihost._cluster(1) == ("node03:61517", 2, 1)
+    with pytest.raises(ValueError, match="task 1 of 2 of srun, and each would train for itself"):
+        multihost.initialize(False)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --pty
+        multihost.initialize(False)
+    with monkeypatch.context() as patch:  # the script of a batch job
+        patch.delenv("SLURM_STEP_NODELIST")
+        patch.setenv("SLURM_PROCID", "0")
+        multihost.initialize(False)
+        patch.delenv("SLURM_PROCID")  # a shell
+        multihost.initialize(False)
+    for name, value in (("SLURM_NTASKS", "0"), ("SLURM_NTASKS", "x"), ("SLURM_PROCID", "2")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ValueError, match=r"--distributed: .*variables"):
+                multihost.initialize(True)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -116,6 +187,10 @@ def test_strangers_are_left_alone(monkeypatch):
             "JAX_PROCESS_ID": "0",
         },
         {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "host:0", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "host:70000", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
     ],
 )
 def test_variables_that_do_not_say_it(monkeypatch, variables):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vit_jax.weights import files
-from vit_jax.weights.published import PUBLISHED, resolve
+from vit_jax.weights.published import PUBLISHED, licence, resolve
+from vit_jax.weights.timm_architectures import architecture
 from vit_jax.weights.trained import load
 
 
@@ -14,6 +14,16 @@ def test_addresses():
     assert resolve("hf:google/vit-base-patch16-224") == "hf://google/vit-base-patch16-224"
     for path in ("runs/b16", "/abs/x.npz", "gs://bucket/x.npz", "hf://a/b"):
         assert resolve(path) == path
+    assert resolve("dinov3:S/16") == "hf://timm/vit_small_patch16_dinov3.lvd1689m"
+    assert resolve("siglip2:B/16") == "hf://timm/vit_base_patch16_siglip_224.v2_webli"
+    assert licence(resolve("dinov3:S+/16")).startswith("DINOv3 License, https://")
+    assert licence(resolve("vit:B/16-21k")) == "Apache-2.0" and licence("hf://a/b") is None
+    with pytest.raises(ValueError, match="unknown published checkpoint 'dinov2:S/16'"):
+        resolve("dinov2:S/16")
+    for address in PUBLISHED.values():  # of timm's, the architecture is one that is read
+        if address.startswith("hf://timm/"):
+            name = address.removeprefix("hf://timm/").partition(".")[0]
+            assert architecture(name) is not None, name
     assert len(set(PUBLISHED.values())) == len(PUBLISHED)
     with pytest.raises(ValueError, match="unknown published checkpoint 'vit:B/16': did you mean"):
         resolve("vit:B/16")
@@ -29,22 +39,9 @@ def test_addresses():
         ("hf:google/vit-base-patch16-224", r"curl -LO https://huggingface\.co/google/vit-base"),
     ],
 )
-def test_no_network(monkeypatch, name, message):
-    """For any error of a library, the message says where the file is and how to fetch it."""
-
-    class Disconnected:
-        def get_file(self, *_):
-            raise RuntimeError("no route to host")
-
-    monkeypatch.setattr("fsspec.url_to_fs", lambda path: (Disconnected(), path))
-    with pytest.raises(ConnectionError, match=rf"RuntimeError: no route to host(.|\n)*{message}"):
+def test_no_network(monkeypatch, tmp_path, name, message):
+    """The message says where the file is, how to fetch it and where to put it."""
+    monkeypatch.setenv("VIT_JAX_OFFLINE", "1")
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=rf"{message}.*into {tmp_path}/.*--config\.init"):
         load(name)
-
-
-def test_package_that_is_missing(monkeypatch):
-    def missing(path):
-        raise ImportError("gcsfs")
-
-    monkeypatch.setattr("fsspec.url_to_fs", missing)
-    with pytest.raises(ValueError, match=r"pip install gcsfs(.|\n)*curl -O https"):
-        files.read_arrays(resolve("augreg:Ti/16"))

@@ -1,5 +1,6 @@
 """Every shipped recipe builds at full size and trains for two steps at a reduced size."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -9,18 +10,24 @@ import pytest
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.config import build
 from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.pipeline import dataset_size, open_data
 from vit_jax.models.variants import build_model
 from vit_jax.parallel.lanes import Lane
+from vit_jax.parallel.mesh import make_mesh
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import make_optimizer, make_schedule
+from vit_jax.training.recipe import build_training
+from vit_jax.training.stages import build_stages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What may stand behind the colon: beside nothing, which also trains for two steps, arguments that
 # train too, and those that are built alone.
 TRAINED = {
+    "pretrain/better_plain_vit.py": ["half=True"],
     "pretrain/jft.py": ["R50+ViT-L/32,epochs=14"],
     "pretrain/masked.py": ["target=colors_4x4"],
+    "pretrain/rehearsal.py": ["L/16,steps=2"],
     "transfer/bit_hyperrule.py": ["50000,small=True,flip=False"],
     "transfer/folder.py": ["adamw,size=384,train=attention,augment=light,patience=2"],
 }
@@ -40,6 +47,7 @@ BUILT = {
         "ViT-H/14",
     ],
     "pretrain/scaling_vit.py": ["ViT-G/14"],
+    "transfer/folder.py": ["train=lora,rank=4"],
     "transfer/paper.py": [
         *("cifar100", "imagenet2012", "oxford_iiit_pet", "oxford_flowers102"),
         "imagenet2012,variant=ViT-H/14,size=518,ema=0.9999,sweep=True",
@@ -78,19 +86,22 @@ def reduce(values):
         values["image_size"] = 16
     if model.get("representation_size", -1) != -1:
         model["representation_size"] = 32
+    if values.get("stages"):
+        values["stages"] = ({"share": 0.5, "image_size": values["image_size"] // 2}, {"share": 0.5})
     values["batch_size"] = 8
     values["steps"] = 2
     values.pop("epochs", None)
     values["schedule"].update(warmup=1)
     if values["schedule"].get("cooldown"):
         values["schedule"]["cooldown"] = 1
-    values["data"].update(dataset="strokes/4", split="train[:100]")
+    dataset = "synthetic/4" if values["data"]["dataset"].startswith("synthetic") else "strokes/4"
+    values["data"].update(dataset=dataset, split="train[:100]")
     if values.get("early_stopping"):  # it watches what the sweep's trials are evaluated on
         values["evaluators"] = {"dev": {"data": {}}}
     # Evaluations differ only in their splits, so one is enough.
     values["evaluators"] = dict(list(values.get("evaluators", {}).items())[:1])
     for evaluation in values["evaluators"].values():
-        evaluation["data"].update(dataset="strokes/4", split="validation[:12]")
+        evaluation["data"].update(dataset=dataset, split="validation[:12]")
         evaluation["batch_size"] = 8
     return values
 
@@ -109,6 +120,7 @@ def test_recipe_builds_at_full_size(path, argument):
     model = build_model(config.model, 1000, size)
     params = jax.eval_shape(model.init, jax.random.key(0))
     schedule = make_schedule(config.schedule, config.steps or 90_000)
+    build_stages(config.stages, model, 90_000)
     make_optimizer(config.optimizer, schedule, config.schedule.peak, params)
     for data in (config.data, *(c.data for c in config.evaluators.values())):
         parse_preprocess(data.preprocess, size)
@@ -124,6 +136,35 @@ def test_recipe_trains(path, argument, tmp_path):
     assert final["step"] == 2
     assert all(f"{name}/accuracy" in final for name in config.evaluators)
     assert read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset"),
+    [
+        ("rehearsal:L/16", ""),
+        ("rehearsal:R50x1,steps=20", ""),
+        ("paper:ViT-L/16,dataset=imagenet21k", "synthetic/21843"),
+        ("paper:ViT-H/14", "synthetic"),
+        ("jft:R50+ViT-B/16", "synthetic"),
+        ("masked:", "synthetic"),
+        ("better_plain_vit:", "synthetic"),
+        ("scaling_vit:ViT-G/14", "synthetic"),
+    ],
+)
+def test_large_recipes_are_rehearsed_and_planned_without_data(recipe, dataset):
+    """With --config.data.dataset and --config.stop alone: their evaluators need no data either."""
+    name, _, argument = recipe.partition(":")
+    values = load(CONFIGS / f"pretrain/{name}.py", argument)
+    if dataset:
+        values["data"]["dataset"], values["stop"] = dataset, 100
+    config = build(loop.TrainConfig, values)
+    assert build(loop.TrainConfig, dataclasses.asdict(config)) == config  # as config.json keeps it
+    for evaluator in config.evaluators.values():
+        assert len(open_data(evaluator.data)) >= 8192
+    training = build_training(config, make_mesh(config.mesh), *dataset_size(config.data))
+    assert training.steps == (20 if "steps=20" in recipe else 100) < training.scheduled
+    if config.eval_every == 50:  # the rehearsal's own recipe shows an evaluation before its end
+        assert config.checkpoint.every == 50 and training.model.num_classes == 21_843
 
 
 @pytest.mark.parametrize(

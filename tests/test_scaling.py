@@ -13,7 +13,6 @@ import pytest
 
 from experiments.scaling import runner
 from experiments.scaling.__main__ import main, show
-from experiments.scaling.claims import Claims
 from experiments.scaling.runner import Store, statuses, work
 from experiments.scaling.study import (
     Budget,
@@ -28,6 +27,7 @@ from experiments.scaling.study import (
     load_study,
     merge,
 )
+from vit_jax.parallel.claims import Claims
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {

@@ -30,10 +30,11 @@ from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.step import start_state
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
-# Model, optimizer, fields of the model, mesh: 128 devices.
+# Model (and another optimizer), optimizer, fields of the model, mesh: 128 devices.
 MODELS = {
     "ViT-B/16": ("adamw", {"scan": True}, (4, 16, 2)),
     "ViT-L/16": ("adamw", {"scan": True}, (4, 16, 2)),
+    "ViT-L/16 muon": ("muon", {"scan": True}, (4, 16, 2)),
     "ViT-H/14": ("adamw", {"scan": True}, (1, 32, 4)),
     "ViT-G/14": ("adafactor", {"scan": True, "pool": "map"}, (1, 64, 2)),
     "R50x1": ("sgd", {}, (8, 16, 1)),
@@ -45,7 +46,7 @@ MODELS = {
 def shapes_and_shardings(variant, min_size=MeshConfig.min_size):
     """Returns the train state for 1,000 classes: (shapes, shardings), by path."""
     optimizer, options, sizes = MODELS[variant]
-    model = build_model(ModelConfig(variant, **options), 1000, (224, 224))
+    model = build_model(ModelConfig(variant.split()[0], **options), 1000, (224, 224))
     params = jax.eval_shape(model.init, jax.random.key(0))
     made = make_optimizer(OptimizerConfig(optimizer), lambda step: step, 1.0, params)
     state = jax.eval_shape(partial(start_state, optimizer=made, use_ema=False), params)

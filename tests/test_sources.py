@@ -121,6 +121,17 @@ def test_formula_splits(name):
         assert part[i]["label"] == train[5 + i]["label"]
 
 
+def test_synthetic_images_are_large_and_in_imagenets_splits():
+    """`test` is nobody else's, `full` and `train` begin with the same images."""
+    names = ("train[:20]", "full[:20]", "validation[:20]", "test[:20]", "train[99%:]+test")
+    train, full, validation, test, joined = (open_source("synthetic/7", name) for name in names)
+    images = [{s[i]["image"].tobytes() for i in range(20)} for s in (train, full, validation, test)]
+    assert images[0] == images[1] and len(set.union(*images)) == 60
+    assert train[3]["image"].shape == (256, 256, 3) and train[8]["label"] == 1
+    assert len(open_source("synthetic", "full[51200:]")) == 14_197_122 - 51_200
+    assert len(joined) == 14_197_122 - 14_055_151 + 100_000
+
+
 def test_no_training_split_reaches_the_validation_examples():
     assert len(open_source("strokes", f"train[{2**60 - 1}:{2**60}]")) == 1
     with pytest.raises(ValueError, match=f"expected to end by {2**60}"):

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ PACKAGE = ROOT / "vit_jax"
 FLOORS = [
     {
         *("__main__", "pretrain", "transfer", "evaluate", "predict", "convert", "plan", "prepare"),
-        *("visualize", "list_recipes", "list_models", "doctor"),
+        *("visualize", "replay", "embed", "list_recipes", "list_models", "doctor"),
     },
     {"classifier"},
     {"training"},
@@ -84,6 +85,16 @@ def test_imports_have_no_circles():
 def test_no_file_is_a_house_of_its_own():
     lengths = {name: len(path.read_text().splitlines()) for name, path in modules()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def test_each_dependency_is_explained():
+    """Those of the default install, in the table of CONTRIBUTING.md."""
+    setup = (ROOT / "setup.py").read_text().split("install_requires=[")[1].split("]")[0]
+    needed = {re.match(r"[\w-]+", text)[0] for text in re.findall('"([^"]+)"', setup)}
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*) \|[^|]+\| [\d.]+", page, re.MULTILINE)
+    explained = [name for row in rows for name in re.findall("`([^`]+)`", row)]
+    assert len(needed) > 15 and sorted(explained) == sorted(needed)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)

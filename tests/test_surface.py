@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights.trained import FORMATS, TrainedModel
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "experiments/notebooks"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,8 @@ def test_the_import_is_light_and_commands_hide_no_function():
         "from vit_jax import config, recipes; import vit_jax.pretrain;"
         "assert vit_jax.pretrain.__module__ == 'vit_jax.training.loop';"
         "assert set(vit_jax.__all__) <= set(dir(vit_jax));"
-        "[getattr(vit_jax, name) for name in vit_jax.__all__]"
+        "[getattr(vit_jax, name) for name in vit_jax.__all__];"
+        "late = {'sklearn', 'tensorflow'} & set(sys.modules); assert not late, late"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
@@ -138,15 +141,32 @@ def test_names_can_be_listed():
     assert {"classification", "fewshot", "knn", "linear", "masked_patches"} == {*list_protocols()}
 
 
+def executed(notebook, tmp_path, monkeypatch):
+    """The names that a notebook's cells, run from top to bottom, leave."""
+    cells = json.loads((NOTEBOOKS / notebook).read_text())["cells"]
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {}
+    with matplotlib.rc_context():
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    return names
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_can_be_opened(notebook):
+    """A badge for Colab, no output of somebody's machine."""
+    cells = json.loads(notebook.read_text())["cells"]
+    assert "colab.research.google.com" in "".join(cells[0]["source"])
+    assert "".join(cells[0]["source"]).startswith("# ")
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
 @pytest.mark.long
 def test_the_notebook(tmp_path, monkeypatch):
-    """Runs its cells: recipes, training, transfer, predictions, measures, files."""
-    notebook = json.loads((ROOT / "experiments/notebooks/first_steps.ipynb").read_text())
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda: tmp_path)
-    names = {}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
+    """Recipes, training, transfer, predictions, measures, files."""
+    names = executed("first_steps.ipynb", tmp_path, monkeypatch)
     run, found = names["pretrained"], names["head"]
     assert run.metrics["step"] == 12 and "<td>loss</td>" in run._repr_html_()
     assert names["transferred"].metrics["step"] == 10
@@ -155,6 +175,21 @@ def test_the_notebook(tmp_path, monkeypatch):
     config = vit_jax.recipe("pretrain/formula:classes=10", batchsize=32)
     with pytest.raises(ValueError, match="did you mean 'batch_size'"):
         vit_jax.pretrain(config, tmp_path / "other")
+
+
+@pytest.mark.long
+def test_the_notebook_that_looks_inside(tmp_path, monkeypatch):
+    names = executed("look_inside.ipynb", tmp_path, monkeypatch)
+    assert names["pretrained"].metrics["step"] == names["steps"]
+    assert {*names["pictures"]} == {"filters", "positions", "rollout", "attention_distance"}
+    assert names["numbers"]["images"] == 8 and 0.1 < names["same_class"] <= 1
+
+
+def test_the_notebook_of_the_papers_figures(tmp_path, monkeypatch):
+    names = executed("paper_figures.ipynb", tmp_path, monkeypatch)
+    assert len(names["figure_5"].axes) == 2 and names["figure_3"].axes and names["figure_4"].axes
+    assert 1 < names["low"] < names["median"] < names["high"] < 10
+    assert names["law"](4000) < names["law"](50)
 
 
 def test_a_result_shows_its_report(tmp_path):

@@ -26,6 +26,7 @@ from vit_jax.data.pipeline import open_data
 from vit_jax.parallel.lanes import make_lanes
 from vit_jax.parallel.multihost import HEARTBEAT_SECONDS, PREEMPTED, Preemption
 from vit_jax.training import checkpoint, loop
+from vit_jax.training import run as training_run
 from vit_jax.training.metrics import Metrics, read_metrics
 from vit_jax.weights import checksums
 from vit_jax.weights.trained import load
@@ -176,7 +177,7 @@ def test_a_state_that_cannot_be_used_stops_until_told(whole, tmp_path, monkeypat
     for path, content in good.items():
         path.write_bytes(content)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_data", more_classes)
+        patch.setattr(training_run, "open_data", more_classes)
         refused("train: 10 classes then, 11 now", evaluators={})
         (tmp_path / "data.json").unlink()  # as the run of an earlier version
         refused(r"params.head.bias: \(10,\) in the checkpoint, \(11,\) in the", evaluators={})
@@ -320,6 +321,22 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capsys, mo
     run(tmp_path)
     assert "from step 4 of 8" in capsys.readouterr().err
     assert_equal_runs(tmp_path, whole)
+
+
+def test_a_save_that_fails_says_what_there_is(tmp_path):
+    """The first of a run has none before it."""
+
+    class Full:
+        def wait_until_finished(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = object.__new__(checkpoint.Checkpoints)
+    checkpoints._manager, checkpoints._workdir = Full(), tmp_path
+    for left in ("There is no checkpoint yet", "Step 4 is complete"):
+        checkpoints._saving = 6
+        with pytest.raises(OSError, match=rf"step 6 could not be saved: .*space left.*\n{left}: "):
+            checkpoints.wait()
+        (tmp_path / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
 
 
 def reported(capsys):

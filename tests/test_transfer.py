@@ -221,7 +221,7 @@ def browse(page, shot):
 
 def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
     before = (finished / "results.json").read_text(), checkpoint_arrays(finished)
-    monkeypatch.setattr(loop, "_take_steps", None)  # would be called to train
+    monkeypatch.setattr(loop, "Programs", None)  # would be called to train
     run_workflow(config, finished, COMMAND)
     after = json.loads((finished / "results.json").read_text())
     assert after["trials"] == json.loads(before[0])["trials"]
@@ -232,7 +232,7 @@ def test_what_is_finished_is_not_repeated(config, finished, monkeypatch):
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
     """Copies the run's folder, with nothing left to train."""
-    monkeypatch.setattr(loop, "_take_steps", None)
+    monkeypatch.setattr(loop, "Programs", None)
     return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
@@ -448,7 +448,7 @@ def test_what_was_settled_stays(probed, monkeypatch):
     config, workdir = probed
     before = (workdir / "budget.json").read_text(), checkpoint_arrays(workdir)
     monkeypatch.setattr(loop, "measure_step", None)
-    monkeypatch.setattr(loop, "_take_steps", None)
+    monkeypatch.setattr(loop, "Programs", None)
     run_workflow(config, workdir, COMMAND)
     assert (workdir / "budget.json").read_text() == before[0]
     for name, array in checkpoint_arrays(workdir).items():

@@ -12,8 +12,10 @@ from vit_jax import __version__
 PACKAGE = Path(__file__).parent
 # Each is a module that runs as `python -m` too.
 VERBS = {
-    **{verb: f"vit_jax.{verb}" for verb in ("pretrain", "transfer", "predict", "evaluate")},
-    **{verb: f"vit_jax.{verb}" for verb in ("convert", "prepare", "plan", "visualize")},
+    **{
+        verb: f"vit_jax.{verb}" for verb in ("pretrain", "transfer", "predict", "embed", "evaluate")
+    },
+    **{verb: f"vit_jax.{verb}" for verb in ("convert", "prepare", "plan", "visualize", "replay")},
     "scaling": "experiments.scaling.__main__",
     "quickstart": "experiments.quickstart",
     "recipes": "vit_jax.list_recipes",

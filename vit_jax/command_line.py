@@ -5,14 +5,17 @@ import glob
 import importlib.util
 import inspect
 import logging as standard_logging
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import sys
+import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -25,7 +28,11 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
 _NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
 # Loggers that report what was tried before it failed or worked; our errors say what matters of it.
 CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
+# How collectives and jax's service fail when another process is gone.
+_OTHERS = re.compile("gloo|nccl|mpi|coordination|barrier|heartbeat|unavailable|by peer", re.I)
+_LINGER_SECONDS = 5  # for errors that all processes have: each is to say it
 HELP = ("-h", "-help", "--help", "--helpshort")
+flags.DEFINE_bool("offline", False, "Download nothing, as VIT_JAX_OFFLINE=1: use what was fetched.")
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -83,8 +90,43 @@ def run(
             raise InputError(f"unexpected {' '.join(arguments)}\n{usage}")
         return [typed, *arguments]
 
-    with stoppable(), explained_errors():
-        app.run(main, flags_parser=parse)
+    try:
+        with stoppable(), explained_errors():
+            app.run(main, flags_parser=parse)
+    except SystemExit as ended:
+        if not isinstance(ended.code, str):
+            raise
+        _fail(ended.code)
+    except Exception as error:
+        _fail(_explained(error))
+
+
+def _fail(message: str) -> NoReturn:
+    """Ends the process with this as its last words.
+
+    An ordinary end would have threads and libraries complain behind it, and jax wait for the
+    other processes, which wait for this one.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    distributed = sys.modules.get("jax._src.distributed")
+    if distributed and distributed.global_state.service:  # process 0's: the others end with it
+        time.sleep(_LINGER_SECONDS)
+    os._exit(1)
+
+
+def _explained(error: Exception) -> str:
+    """The traceback; one line where the error is that another process has ended."""
+    distributed = sys.modules.get("jax._src.distributed")
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    if distributed and distributed.global_state.client and _OTHERS.search(first):
+        return (
+            "error: another process of this run has ended, and its log says why. The same command "
+            f"on all goes on from the newest checkpoint, if there is one ({printable(first)})"
+        )
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 @contextlib.contextmanager
@@ -179,6 +221,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         for name in unset:
             _unset(flags.FLAGS["config"].value, name)
     except flags.Error as error:
+        if told := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
+            raise told[-1] from None  # the recipe's own, which absl shows with a traceback
         raise InputError(f"{error}; {_program()} --help lists the flags") from error
     except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
         raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
@@ -189,8 +233,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
         for library in CHATTY:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
+    if flags.FLAGS["offline"].value:
+        os.environ["VIT_JAX_OFFLINE"] = "1"
     skip_absent_tpu()
     return arguments
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised for, the first one last."""
+    while error:
+        yield error
+        error = error.__context__
 
 
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:
@@ -203,9 +256,10 @@ def _unset(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 def _is_ours(record: standard_logging.LogRecord) -> bool:
-    """Whether a log record is this package's, or an error."""
+    """Whether a log record is this package's, or an error that isn't raised as well."""
     ours = record.pathname.startswith(os.path.dirname(__file__))
-    return ours or record.levelno >= standard_logging.ERROR
+    raised = "/orbax/" in record.pathname  # with the traceback of each thread
+    return ours or (record.levelno >= standard_logging.ERROR and not raised)
 
 
 def skip_absent_tpu() -> None:
@@ -250,7 +304,7 @@ def _help(main: Callable, usage: str, recipe: str) -> str:
     own = flags.FLAGS.get_flags_for_module(sys.argv[0])
     if "config" in flags.FLAGS:
         own = [flags.FLAGS["config"], *(flag for flag in own if flag.name != "config")]
-    for flag in own:
+    for flag in (*own, flags.FLAGS["offline"]):
         default = recipe if flag.name == "config" else flag.default
         if isinstance(default, list):
             default = ",".join(map(str, default))

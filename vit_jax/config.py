@@ -173,13 +173,24 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         )
     if hint is float and type(value) is int:
         value = float(value)
-    if hint is float and type(value) is float and not math.isfinite(value):
-        raise InputError(f"{path} = {value}: expected a finite number")
+    if hint is float and type(value) is float:
+        _check_float(value, path)
     if isinstance(hint, type) and type(value) is not hint:
         raise InputError(
             f"{path} = {value!r}: expected {hint.__name__}, found {type(value).__name__}"
         )
     return value
+
+
+def _check_float(value: float, path: str) -> None:
+    """ValueError for a number that is none in float32, in which runs compute, or 0 or 1 there."""
+    if not math.isfinite(value):
+        raise InputError(f"{path} = {value}: expected a finite number")
+    least, most = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+    if value and not least <= abs(value) <= most:
+        raise InputError(f"{path} = {value}: expected 0, or a size of {least:.1e} to {most:.1e}")
+    if 1 - 2.0**-25 <= abs(value) < 1:
+        raise InputError(f"{path} = {value!r} is 1 in float32: expected 1, or less by 1e-7")
 
 
 WORKFLOW = ("sweep", "split", "fit_memory", "memory_gib", "export")
@@ -204,10 +215,12 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
         "augmentation",
         "checkpoint",
         "data",
+        "distill",
         "evaluators",
         "loss",
         "masked_patches",
         "mesh",
+        "metrics",
         "model",
         "optimizer",
         "schedule",

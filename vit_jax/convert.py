@@ -5,9 +5,8 @@ vit_jax convert --input=runs/digits --output=exported --format=hugging_face
 vit_jax convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
 
 Reads google-research/vision_transformer's, big_vision's, BiT's and MLP-Mixer's `.npz`, timm's and
-Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, gs://
-(pip install gcsfs) and hf:// (huggingface_hub). Writes them all, and ONNX (jax2onnx, onnx and
-onnxruntime).
+Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, https://,
+gs:// and hf://. Writes them all, and ONNX (jax2onnx, onnx and onnxruntime).
 """
 
 from absl import flags
@@ -28,6 +27,9 @@ FORMAT = flags.DEFINE_enum(
 IMAGE_SIZE = flags.DEFINE_list(
     "image_size", None, "HEIGHT,WIDTH of the input's model, where its file doesn't tell."
 )
+VARIANT = flags.DEFINE_string(
+    "variant", None, "Architecture of safetensors without a config.json: ViT-B/16, or timm's name."
+)
 
 
 def main(_) -> None:
@@ -35,8 +37,11 @@ def main(_) -> None:
     if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
         raise InputError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
     check_output(OUTPUT.value)
-    model = load(INPUT.value, numbers("image_size", IMAGE_SIZE.value, int))
+    size = numbers("image_size", IMAGE_SIZE.value, int)
+    model = load(INPUT.value, size, VARIANT.value)
     model.save(OUTPUT.value, FORMAT.value)
+    for note in model.notes:
+        print(f"{INPUT.value}: {note}")
     height, width = model.image_size
     print(
         f"{OUTPUT.value}: {model.config.variant}, {height}x{width} pixels, "

@@ -20,9 +20,10 @@ GIB = 2**30
 OPTIONAL = {  # module -> (what for, what to install)
     "tensorflow": ("building TFDS datasets", "tensorflow-cpu apache-beam mlcroissant"),
     "tensorboardX": ("TensorBoard", "tensorboardX"),
+    "wandb": ("Weights & Biases", "wandb"),
     "jax2onnx": ("ONNX", "jax2onnx onnx onnxruntime"),
-    "gcsfs": ("gs://", "gcsfs"),
-    "huggingface_hub": ("hf://", "huggingface_hub"),
+    "gcsfs": ("private gs://", "gcsfs"),
+    "huggingface_hub": ("private hf://", "huggingface_hub"),
     "libtpu": ("TPUs, and plans for them", "'jax[tpu]'"),
     "jax_cuda12_plugin": ("NVIDIA GPUs, and plans for them", "'jax[cuda12]'"),
 }

@@ -10,7 +10,8 @@ choose their options on --dev_split, or on a held-out part of --train_split.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from absl import flags
 
@@ -18,6 +19,7 @@ from vit_jax.command_line import numbers, run
 from vit_jax.evaluation.measure import evaluate
 from vit_jax.evaluation.registry import list_protocols
 from vit_jax.parallel import multihost
+from vit_jax.parallel.run_files import as_path, locked_output
 from vit_jax.weights.trained import load
 
 flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
@@ -39,6 +41,7 @@ flags.DEFINE_bool("random_weights", False, "Measure fresh weights of the same ar
 flags.DEFINE_integer("seed", 0, "Of --random_weights, and of linear's held-out part.")
 flags.DEFINE_string("output", None, "File for the result, as well as the terminal.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 
 COMMON = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
 COMMON += ("loss",)
@@ -48,18 +51,32 @@ OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbour
 def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
-    multihost.initialize(args.distributed)
+    multihost.initialize(args.distributed, args.join_seconds)
     given = {name: args[name].value for name in OWN if args[name].value is not None}
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
     options |= {"seed": args.seed} if args.protocol == "linear" else {}
     options |= {name: args[name].value for name in COMMON}
-    model = load(args.checkpoint)
-    model = model.with_random_weights(args.seed) if args.random_weights else model
-    text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
-    if multihost.is_main():
-        print(text)
-        if args.output:
-            Path(args.output).write_text(text + "\n")
+    with ExitStack() as stack:
+        write = _lock_output(stack, args.output)
+        model = load(args.checkpoint)
+        model = model.with_random_weights(args.seed) if args.random_weights else model
+        text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
+        if multihost.is_main():
+            print(text)
+            write(text + "\n")
+
+
+def _lock_output(stack: ExitStack, output: str | None) -> Callable[[str], None]:
+    """Locks --output on process 0; returns what writes it. OSError, on all, if that fails."""
+    write, problem = lambda text: None, ""
+    if output and multihost.is_main():
+        try:
+            write = stack.enter_context(locked_output(as_path(output)))
+        except OSError as error:
+            problem = str(error)
+    if problem := multihost.first_of_all(problem):
+        raise OSError(problem)
+    return write
 
 
 if __name__ == "__main__":

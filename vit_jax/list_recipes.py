@@ -62,7 +62,9 @@ def fields(
         made = field.default_factory is not dataclasses.MISSING
         default = field.default_factory() if made else field.default
         value, hint = values.get(field.name, default), hints[field.name]
-        inner = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+        listed = typing.get_origin(hint) is tuple  # set as a whole
+        parts = () if listed else (hint, *typing.get_args(hint))
+        inner = [t for t in parts if dataclasses.is_dataclass(t)]
         if inner and not isinstance(value, Mapping):
             value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {}
         name = f"{prefix}{field.name}"

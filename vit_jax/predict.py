@@ -9,13 +9,12 @@ written as they come. In CSV a name that a spreadsheet would take for a formula 
 """
 
 import dataclasses
-import sys
 
 from absl import flags
 
-from vit_jax.classifier.labels import WRITERS, write_labels
+from vit_jax.classifier.labels import WRITERS, report_unreadable, write_labels
 from vit_jax.command_line import run
-from vit_jax.config import InputError, printable
+from vit_jax.config import InputError
 from vit_jax.data.listing import find_images
 from vit_jax.weights.trained import load
 
@@ -48,12 +47,7 @@ def main(arguments: list[str]) -> None:
     )
     options = {"top": args.top, "batch_size": args.batch_size}
     unreadable = write_labels(model, files, args.format, args.output, **options)
-    if unreadable:
-        print(f"{len(unreadable)} of {len(files)} files can't be read:", file=sys.stderr)
-        for row in unreadable:
-            print(printable(f"  {row['file']}: {row['error']}"), file=sys.stderr)
-    if len(unreadable) == len(files):
-        sys.exit("error: no file could be read")
+    report_unreadable(unreadable, len(files))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,24 @@ from vit_jax.config import build
 from vit_jax.parallel import multihost
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, process_age
+from vit_jax.training.plan import check_recipe
 from vit_jax.training.recipe import TrainConfig
 
 CONFIG = define_config_flag()
-flags.DEFINE_string("workdir", "", "Folder of the run.")
+flags.DEFINE_string("workdir", "", "Folder of the run, also gs://BUCKET/PATH.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
+flags.DEFINE_string("check", "", "Only check the recipe for so many devices: 256, v5litepod-256.")
 
 
 def main(_) -> None:
-    """Builds the run from its flags, and trains."""
+    """Builds the run from its flags, and trains; with --check it only looks for mistakes."""
     clock = Clock(process_age())
     config = build(TrainConfig, CONFIG.value)
-    multihost.initialize(flags.FLAGS.distributed)
+    if flags.FLAGS.check:
+        check_recipe(config, flags.FLAGS.check)
+        return
+    multihost.initialize(flags.FLAGS.distributed, flags.FLAGS.join_seconds)
     run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 

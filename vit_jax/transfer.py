@@ -28,8 +28,9 @@ from vit_jax.training.clock import Clock, process_age
 
 INIT = "augreg:S/16"  # on accelerators, where neither a checkpoint nor a model is named
 CONFIG = define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://BUCKET/PATH.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
     clock = Clock(process_age())
     if len(data) > 1:
         raise InputError(f"{len(data)} datasets, {', '.join(data)}: expected one")
-    multihost.initialize(DISTRIBUTED.value)
+    multihost.initialize(DISTRIBUTED.value, flags.FLAGS.join_seconds)
     dataset, workdir, init = "".join(data), WORKDIR.value, None
     if workdir is None:
         workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))

@@ -11,13 +11,13 @@ has filters alone. MODEL (--model) is whatever `evaluate --checkpoint` reads.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from vit_jax.command_line import run
 from vit_jax.data.listing import find_images
 from vit_jax.data.sources import open_source
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.pictures.learned import visualize
 from vit_jax.weights.trained import load
 
@@ -26,23 +26,24 @@ flags.DEFINE_string("output", None, "Folder for the pictures.", required=True)
 flags.DEFINE_string("dataset", "", "Name, as in a recipe's data.dataset.")
 flags.DEFINE_string("split", "test[:128]", "Split of the dataset.")
 flags.DEFINE_string("data_dir", None, "Where prepared datasets lie.")
-flags.DEFINE_string("preprocess", "resize", "As in a recipe's data.preprocess.")
+flags.DEFINE_string("preprocess", None, "As data.preprocess; by default the model's own.")
 flags.DEFINE_integer("shown", 8, "Images whose rollout is drawn.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> None:
     """Draws, and says where."""
     args = flags.FLAGS
+    output = as_path(args.output)
     source = open_source(args.dataset, args.split, args.data_dir) if args.dataset else None
     files = find_images(arguments[1:])
     pictures, numbers = visualize(load(args.model), files, source, args.preprocess, args.shown)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        for ending in ("png", "pdf"):
-            figure.savefig(folder / f"{name}.{ending}", dpi=200)
-    (folder / "visualize.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"{', '.join(pictures)} in {folder}")
+    with written_locally(output) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            for ending in ("png", "pdf"):
+                figure.savefig(folder / f"{name}.{ending}", dpi=200)
+        (folder / "visualize.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{', '.join(pictures)} in {output}")
 
 
 if __name__ == "__main__":

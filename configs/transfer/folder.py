@@ -20,6 +20,8 @@ Options for small datasets, from other papers:
     scratch             AdamW for random weights; on a CPU without a checkpoint the default
     head=probe          starts with a head fitted to frozen features (arXiv 2202.10054)
     train=attention     trains only attention and head (arXiv 2203.09795); train=head: only the head
+    train=lora          trains low-rank adapters of attention, and the head (arXiv 2106.09685), by
+                        AdamW; rank=8,alpha=16 are its defaults. They are merged in what is exported
     augment=light       RandAugment(2, 10) and mixup 0.2; medium: (2, 15) and 0.5; strong: (2, 20)
                         and 0.8; levels of AugReg (arXiv 2106.10270)
     patience=3          ends trials after 3 evaluations without improvement on dev; the final run
@@ -70,6 +72,7 @@ TRAINED = {
     "all": ((".*", 1.0),),
     "attention": ((names.ATTENTION_LAYERS, 1.0), (names.HEAD, 1.0), (".*", 0.0)),
     "head": ((names.HEAD, 1.0), (".*", 0.0)),
+    "lora": ((names.ADAPTERS, 1.0), (names.HEAD, 1.0), (".*", 0.0)),
 }
 AUGMENT = {  # RandAugment's magnitude, mixup's alpha
     "none": (None, 0.0),
@@ -93,6 +96,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         flip=True,
         head="zero",
         train="all",
+        rank=0,
+        alpha=0.0,
         augment="none",
         patience=None,
     )
@@ -101,6 +106,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         if getattr(arg, name) not in known:
             shown = ", ".join(filter(None, known))
             raise InputError(f"{name}={getattr(arg, name)}: expected one of {shown}")
+    adapters = {}
+    if arg.train == "lora":
+        adapters = {"lora_rank": arg.rank or 8, "lora_alpha": arg.alpha or 16.0}
+        arg.preset = arg.preset or "adamw"
+    elif arg.rank or arg.alpha:
+        raise InputError(f"rank={arg.rank}, alpha={arg.alpha}: only with train=lora")
     magnitude, mixup = AUGMENT[arg.augment]
     preprocess = "random_crop(0.857)" + "|flip" * arg.flip
     if magnitude is not None:
@@ -110,6 +121,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         init="",
         head=arg.head,
         **({} if arg.size is None else {"image_size": arg.size}),
+        model=adapters,
         data={"dataset": "", "preprocess": preprocess},
         eval_preprocess="resize",
         augmentation={"mixup": mixup},

@@ -67,7 +67,7 @@ def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
     from vit_jax.models.variants import ModelConfig, build_model
     from vit_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, use_mesh
     from vit_jax.training.initial import fresh_state
-    from vit_jax.training.loop import return_freed_memory
+    from vit_jax.training.memory import return_freed_memory
     from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
     from vit_jax.training.recipe import TrainConfig, build_training
 

@@ -23,8 +23,8 @@ from absl import app, flags, logging
 
 from vit_jax.config import build
 from vit_jax.parallel.mesh import make_mesh, use_mesh
-from vit_jax.training import loop
 from vit_jax.training.checkpoint import Checkpoints, restore
+from vit_jax.training.recipe import TrainConfig, Training, build_training
 
 VARIANT = flags.DEFINE_string("variant", "ViT-B/16", "The model.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
@@ -32,10 +32,10 @@ ROLE = flags.DEFINE_enum("role", "both", ["both", "write", "read"], "Internal.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Internal.")
 
 
-def training(mesh: dict) -> loop.Training:
+def training(mesh: dict) -> Training:
     """Builds the model's training on all devices."""
     config = build(
-        loop.TrainConfig,
+        TrainConfig,
         {
             "model": {"variant": VARIANT.value},
             "data": {"dataset": "imagenet2012"},
@@ -46,7 +46,7 @@ def training(mesh: dict) -> loop.Training:
             "mesh": mesh,
         },
     )
-    return loop.build_training(config, make_mesh(config.mesh), 1000, 1_281_167)
+    return build_training(config, make_mesh(config.mesh), 1000, 1_281_167)
 
 
 def write() -> None:

@@ -34,9 +34,19 @@ need() {
   for key; do [[ -n ${!key} ]] || die "--${key//_/-} is missing (see --help)"; done
 }
 
+# Reads numbers, in base 10 also with zeros in front, which bash would take for octal.
 count() {
   local key
-  for key; do [[ ${!key} =~ ^[0-9]+$ ]] || die "--${key//_/-}=${!key}: expected a number"; done
+  for key; do
+    [[ ${!key} =~ ^0*[0-9]{1,9}$ ]] || die "--${key//_/-}=${!key}: expected a number"
+    printf -v "$key" '%d' "$((10#${!key}))"
+  done
+}
+
+positive() {
+  local key
+  count "$@"
+  for key; do ((${!key} > 0)) || die "--${key//_/-}=${!key}: expected a number, 1 or more"; done
 }
 
 programs() {
@@ -65,7 +75,22 @@ run() {
   return "$status"
 }
 
-# What follows --, checked here: on the machines a mistake costs their price. Sets `pretrain`.
+# Builds the recipe for $1 devices, as the run will build it, if a Python here can.
+build_recipe() {
+  local name needs='import importlib.util as u, sys; sys.exit(not (u.find_spec("flax")'
+  needs+=' and u.find_spec("grain") and u.find_spec("orbax")))'
+  [[ -d vit_jax ]] || return 0
+  for name in "${python:-python3}" .venv/bin/python python3 python; do
+    if type -P "$name" >/dev/null && "$name" -c "$needs" 2>/dev/null; then
+      "$name" -m vit_jax.pretrain "${recipe[@]}" --check="$1" || die "the recipe can't be trained"
+      return
+    fi
+  done
+  echo "${0##*/}: the recipe isn't checked: no Python here has what vit_jax needs" >&2
+}
+
+# What follows --, checked for $1 devices: on the machines a mistake costs their price. Sets
+# `pretrain`.
 check_recipe() {
   local word
   config=''
@@ -77,8 +102,10 @@ check_recipe() {
   done
   [[ -n $config ]] || die "no recipe: end with -- --config=configs/pretrain/RECIPE.py:ARGUMENT"
   [[ -f $config ]] || die "no recipe $config in $PWD"
-  [[ $workdir == /* ]] ||
-    die "--workdir=$workdir: expected the absolute path of a folder that every machine mounts"
+  [[ $workdir == /* || $workdir == gs://?* ]] ||
+    die "--workdir=$workdir: expected gs://BUCKET/PATH, or an absolute path that every machine mounts"
+  if [[ $workdir == gs://* ]]; then extras=,gcs; else extras=''; fi
+  [[ -n ${SLURM_JOB_ID:-} ]] || build_recipe "$1"
   pretrain=("${python:-python}" -m vit_jax.pretrain "${recipe[@]}")
   pretrain+=(--workdir="$workdir" --distributed)
   [[ -z $data_dir ]] || pretrain=(env TFDS_DATA_DIR="$data_dir" "${pretrain[@]}")

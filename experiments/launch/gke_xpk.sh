@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Pretrains on a GKE cluster's TPUs, one slice or several, through xpk (pip install xpk).
 #
-#   gke_xpk.sh launch --cluster=pod --zone=us-west4-a --workload=l16 --workdir=/mnt/runs/l16 \
+#   gke_xpk.sh launch --cluster=pod --zone=us-west4-a --workload=l16 --workdir=gs://my-runs/l16 \
 #       -- --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k
 #
 # launch   build an image of this checkout, queue the workload
 # logs     of the first pod, following        delete   the workload (the cluster stays)
 #
-# --cluster, --zone, --workload, --workdir   required; the workdir is a folder that every pod mounts
+# --cluster, --zone, --workload, --workdir   required; the workdir is gs://BUCKET/PATH, or mounted
 # --tpu-type=v5litepod-256  --num-slices=1
 # --storage=NAME[,NAME]       of `xpk storage attach`: what is mounted
 # --data-dir=FOLDER           of the TFDS datasets, mounted too
@@ -30,14 +30,15 @@ action=$1
 [[ $action == -* ]] || shift
 parse "$@"
 need cluster zone workload
-count num_slices max_restarts
+count max_restarts
+positive num_slices
 programs xpk kubectl git
 where=(--cluster="$cluster" --zone="$zone" --workload="$workload")
 
 launch() {
   local disk storages=()
   need workdir
-  check_recipe
+  check_recipe "$tpu_type*$num_slices"
   check_revision
   checkout=$(git rev-parse --absolute-git-dir)/launch
   trap 'run git worktree remove --force "$checkout"' EXIT
@@ -49,7 +50,7 @@ launch() {
     ${storages[@]+"${storages[@]}"} \
     --max-restarts="$max_restarts" --restart-on-exit-codes=75 \
     --termination-grace-period-seconds=300 \
-    --command="pip install --quiet '.[tpu]' && exec $(quoted "${pretrain[@]}")"
+    --command="pip install --quiet '.[tpu$extras]' && exec $(quoted "${pretrain[@]}")"
 }
 
 logs() {

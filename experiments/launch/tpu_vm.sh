@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains on Cloud TPU VMs, one slice or several, through queued resources.
 #
-#   tpu_vm.sh launch --name=l16 --zone=us-west4-a --workdir=/mnt/runs/l16 \
+#   tpu_vm.sh launch --name=l16 --zone=us-west4-a --workdir=gs://my-runs/l16 \
 #       -- --config=configs/pretrain/paper.py:ViT-L/16,dataset=imagenet21k
 #
 # launch   create, install, start, watch             create   request the VMs, and wait for them
@@ -9,7 +9,7 @@
 # watch    it until it ends; delete the VMs of a finished one, create preempted ones again
 # logs     of the first VM, following                delete   the VMs: until then they cost money
 #
-# --name, --zone, --workdir   required; the workdir is a folder that every VM mounts
+# --name, --zone, --workdir   required; the workdir is gs://BUCKET/PATH, or mounted by every VM
 # --accelerator-type=v5litepod-256  --runtime-version=v2-alpha-tpuv5-lite  --num-slices=1
 # --capacity=on-demand        or spot, or reserved
 # --setup=COMMAND             runs on every VM before an installation, perhaps again: mounts
@@ -40,11 +40,12 @@ case $action in
   create | logs | delete) need name zone ;;
   *) die "unknown action $action: expected launch, create, install, start, watch, logs or delete" ;;
 esac
-count num_slices max_restarts poll
+count max_restarts poll
+positive num_slices
 [[ $capacity =~ ^(on-demand|spot|reserved)$ ]] ||
   die "--capacity=$capacity: expected on-demand, spot or reserved"
 programs gcloud git
-if [[ -n $workdir ]]; then check_recipe; check_revision; fi
+if [[ -n $workdir ]]; then check_recipe "$accelerator_type*$num_slices"; check_revision; fi
 at=("$name" --zone="$zone" --quiet)
 all=(--node=all --worker=all)
 first=(--node=0 --worker=0)
@@ -86,7 +87,7 @@ install() {
   tpus ssh "${at[@]}" "${all[@]}" --command="sudo systemctl stop vit_jax; set -e; \
 rm -rf vit_jax; mkdir vit_jax; tar -xzf vit_jax.tar.gz -C vit_jax; cd vit_jax; \
 curl -LsSf https://astral.sh/uv/install.sh | sh; ~/.local/bin/uv venv --python=3.12; \
-~/.local/bin/uv pip install --editable '.[tpu]'"
+~/.local/bin/uv pip install --editable '.[tpu$extras]'"
 }
 
 start() {

@@ -8,11 +8,11 @@ from typing import Any
 
 from experiments.scaling.study import Run, Study, expand
 from vit_jax.config import build
-from vit_jax.costs.flops import training_flops
 from vit_jax.costs.report import run_report
 from vit_jax.costs.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
 from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.training.stages import StageConfig, build_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,11 @@ def estimate(
     model = build_model(build(ModelConfig, config["model"]), classes, (config["image_size"],) * 2)
     batch_size = config["batch_size"]
     steps = config.get("steps") or math.ceil(config["epochs"] * examples / batch_size)
+    configs = [build(StageConfig, values) for values in config.get("stages", ())]
+    stages = build_stages(configs, model, steps)
+    total = batch_size * sum(stage.flops(run.trunk_steps, steps) for stage in stages)
     steps -= run.trunk_steps
-    flops = training_flops(model) * batch_size
+    flops = total / max(steps, 1)
     fits = None
     if compiled is not None:
         planned = _compile(run, topology, classes, examples, compiled)
@@ -101,7 +104,7 @@ def _compile(
     fields = {k: v for k, v in run.config.items() if k in names}
     fields |= {"seed": 0, "data": {"dataset": run.config["data"]["dataset"]}}
     fields |= {"evaluators": {}}
-    fields |= {"steps": None, "epochs": 1.0, "schedule": {"peak": 1.0, "warmup": 0}}
+    fields |= {"steps": 1000, "epochs": None, "schedule": {"peak": 1.0, "warmup": 0}}
     config = build(TrainConfig, fields)
     program = f"{config} {classes} {topology}"  # shared by learning rates, seeds, budgets
     if program not in compiled:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.scaling.claims import LEASE, Claims, write_atomically
 from experiments.scaling.study import (
     Run,
     Study,
@@ -29,7 +28,8 @@ from experiments.scaling.study import (
     merge,
 )
 from vit_jax.config import InputError, covered
-from vit_jax.parallel.run_files import read_json
+from vit_jax.parallel.claims import LEASE, Claims, write_atomically
+from vit_jax.parallel.run_files import read_json, saved_steps
 
 DEATHS = 3  # a run over which this many processes died is tried after all others
 Train = Callable[[Run, dict, Path], dict[str, Any]]
@@ -70,9 +70,7 @@ class Store:
 
     def checkpoint(self, name: str) -> int:
         """Returns the step of a run's newest checkpoint; 0 without one."""
-        folder = self.workdir(name) / "checkpoints"
-        found = folder.iterdir() if folder.is_dir() else ()
-        return max((int(p.name) for p in found if p.name.isdigit()), default=0)
+        return max(saved_steps(self.workdir(name)), default=0)
 
     def is_kept(self, record: Mapping[str, Any]) -> bool:
         """Whether a finished run's last checkpoint exists, for other runs to start from."""
@@ -343,7 +341,6 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     from vit_jax.classifier.recipe import TransferConfig
     from vit_jax.classifier.start import prepare
     from vit_jax.config import build
-    from vit_jax.costs.flops import training_flops
     from vit_jax.training import loop
     from vit_jax.training.metrics import read_metrics
 
@@ -361,7 +358,8 @@ def train(run: Run, config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     result = {
         "steps": last["step"],
         "batch_size": prepared.config.batch_size,
-        "flops_per_image": training_flops(prepared.model),
+        "flops_per_image": prepared.flops(0, prepared.scheduled)
+        / (prepared.scheduled * prepared.config.batch_size),
         "parameters": sum(leaf.size for leaf in shapes),
         "evaluations": list(evaluations.values()),
         "loss": last.get("loss"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import matplotlib as mpl
 
 from vit_jax.config import InputError
+from vit_jax.parallel.run_files import written_locally
 
-mpl.use("Agg")
+mpl.use(mpl.get_backend() if mpl.is_interactive() else "Agg")  # a notebook shows its figures
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,7 +97,8 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
         metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
-        figure.savefig(path, dpi=160, metadata=metadata)
+        with written_locally(path) as local:
+            figure.savefig(local, dpi=160, metadata=metadata)
     plt.close(figure)
     return paths
 

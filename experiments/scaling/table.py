@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -115,10 +116,11 @@ def write_csv(path: Path, rows: Iterable[Any]) -> None:
     """Writes dataclasses or dicts as CSV."""
     rows = [dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), newline="")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

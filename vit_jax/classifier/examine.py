@@ -1,6 +1,6 @@
 """Examines a classifier: test predictions, most confident errors, attention."""
 
-import os
+import io
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ from vit_jax.evaluation.features import make_batches, make_extractor
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.models.variants import Model
 from vit_jax.parallel.multihost import all_agree, barrier, is_main
+from vit_jax.parallel.run_files import write_whole
 from vit_jax.pictures.attention import attention_maps
 from vit_jax.pictures.figures import heat
 
@@ -54,15 +55,15 @@ def write_outputs(
 ) -> None:
     """Writes what `read_outputs` reads, as a whole or not at all."""
     if is_main():
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, **{output: outputs}, labels=labels)
-        os.replace(partial, file)
+        content = io.BytesIO()
+        np.savez(content, **{output: outputs}, labels=labels)
+        write_whole(file, content.getvalue())
 
 
 def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.ndarray, np.ndarray]:
     """(outputs, labels) that `keep_outputs` kept; ValueError if the file is damaged."""
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             return arrays[output], arrays["labels"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file} is damaged ({error}): {remedy}") from error

@@ -5,11 +5,13 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vit_jax.config import InputError, printable, unknown
+from vit_jax.parallel.run_files import as_path, written_locally
 from vit_jax.weights.trained import TrainedModel
 
 Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file", "error"}
@@ -24,24 +26,27 @@ def as_table(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[s
             yield printable(f"{printable(row['file']):{width}}  {labels}") + "\n"
 
 
+def csv_line(cells: list) -> str:
+    """A row of a table, with its line break."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def csv_name(text: str) -> str:
+    """A name that a spreadsheet would take for a formula gets a ' in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def as_csv(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
     """file, label, probability, label_2, ..., error; of unreadable files the error alone."""
-
-    def line(cells: list) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue()
-
-    def name(text: str) -> str:
-        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
     suffixes = ["", *(f"_{i}" for i in range(2, top + 1))]
     columns = [f"{column}{suffix}" for suffix in suffixes for column in ("label", "probability")]
-    yield line(["file", *columns, "error"])
+    yield csv_line(["file", *columns, "error"])
     for row in rows:
-        cells = [cell for label, p in row.get("labels", ()) for cell in (name(label), p)]
+        cells = [cell for label, p in row.get("labels", ()) for cell in (csv_name(label), p)]
         cells += [""] * (len(columns) - len(cells))
-        yield line([name(row["file"]), *cells, row.get("error", "")])
+        yield csv_line([csv_name(row["file"]), *cells, row.get("error", "")])
 
 
 def as_json(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
@@ -114,8 +119,22 @@ def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], 
     if not output:
         yield lambda text: print(printable(text), end="", flush=True)
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Bytes of file names that are no UTF-8 stay as they are.
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield file.write
+    with written_locally(as_path(output)) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with opened_text(path) as file:
+            yield file.write
+
+
+def opened_text(path: Path) -> IO[str]:
+    """The file to write text to. Bytes of file names that are no UTF-8 stay as they are."""
+    return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def report_unreadable(unreadable: Sequence[Row], total: int) -> None:
+    """Lists the files that couldn't be read on stderr; ends the process if there are no others."""
+    if unreadable:
+        print(f"{len(unreadable)} of {total} files can't be read:", file=sys.stderr)
+        for row in unreadable:
+            print(printable(f"  {row['file']}: {row['error']}"), file=sys.stderr)
+    if len(unreadable) == total:
+        sys.exit("error: no file could be read")

@@ -134,8 +134,14 @@ def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[
     return values
 
 
-def complete(values: dict[str, Any], device: str | None = None) -> dict[str, Any]:
-    """The recipe's fields, with what it leaves open: see `with_defaults`, then the checkpoint's."""
+def complete(
+    values: dict[str, Any], device: str | None = None, folded: bool = False
+) -> dict[str, Any]:
+    """The recipe's fields, with what it leaves open: see `with_defaults`, then the checkpoint's.
+
+    `folded`: the model standardises pixels to [-1, 1], as in runs of earlier versions; the
+    checkpoint's mean and deviation are folded into its weights.
+    """
     values = with_defaults(values, device)
     if not (values["data"].get("dataset") or values["data"].get("mixture")):
         raise InputError("no images: say which, --config.data=FOLDER or the name of a dataset")
@@ -150,6 +156,7 @@ def complete(values: dict[str, Any], device: str | None = None) -> dict[str, Any
     source = load_init(values["init"])
     if "variant" not in model:
         of_training = set(configuration.fields_where(ModelConfig, inherited=False))
+        of_training |= {"mean", "std"} if folded else set()
         fields = dataclasses.asdict(source.config).items()
         model = {**{k: v for k, v in fields if k not in of_training}, **model}
     height, width = source.image_size

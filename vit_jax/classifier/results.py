@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import resource
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +22,10 @@ from vit_jax.classifier.splits import Splits
 from vit_jax.classifier.sweep import Trial, best_trial, show_trials, shown, trial_name
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.data.sources import Source, open_source
+from vit_jax.models.lora import merged_model
 from vit_jax.parallel import multihost
 from vit_jax.parallel.mesh import put_tree, state_shardings, use_mesh
+from vit_jax.parallel.run_files import remove_tree, write_whole
 from vit_jax.training import loop
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.workdir import compiled_kept
@@ -76,8 +77,9 @@ def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tupl
         return put_tree(loaded, state_shardings(run.mesh, run.config.mesh, loaded))
 
     source = open_source(data.dataset, data.split, data.data_dir)
+    model = merged_model(run.model)
     with use_mesh(run.mesh), compiled_kept(folder, run.config.compilation_cache):
-        return keep_outputs(file, run.model, params, run.mesh, source, data, run.config.batch_size)
+        return keep_outputs(file, model, params, run.mesh, source, data, run.config.batch_size)
 
 
 def report(done: Finished, command: str, started: float) -> dict[str, Any]:
@@ -106,11 +108,11 @@ def report(done: Finished, command: str, started: float) -> dict[str, Any]:
     remarks = compare(scores, others, metric)
     results |= {"baselines": baselines, "remarks": remarks}
     files = export(done.config.workflow.export, done.workdir, model)
-    (done.workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(done.workdir / "results.json", json.dumps(results, indent=2) + "\n")
     probabilities = softmax(logits.astype(np.float64), axis=1)
     page = _page(done, model, command, results, probabilities, labels, files)
-    (done.workdir / "report.html").write_text(render(page), "utf-8", "backslashreplace")
-    (done.workdir / "MODEL_CARD.md").write_text(model_card(page), "utf-8", "backslashreplace")
+    for name, text in (("report.html", render(page)), ("MODEL_CARD.md", model_card(page))):
+        write_whole(done.workdir / name, text.encode("utf-8", "backslashreplace"))
     low, high = scores["accuracy_interval"]
     print(
         f"test accuracy {scores['accuracy']:.2%} [{low:.2%}, {high:.2%}] of {len(labels)} images",
@@ -162,7 +164,9 @@ def _page(
         trials=show_trials(done.trials, metric),
         curves={**curves, "final": read_metrics(done.workdir)},
         mistakes=worst_mistakes(source, probabilities, labels, names, MISTAKES),
-        attention=where_it_looks(run.model, model.params, source, config.eval_preprocess, 6),
+        attention=where_it_looks(
+            model.architecture, model.params, source, config.eval_preprocess, 6
+        ),
         files=files,
     )
 
@@ -187,7 +191,7 @@ def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict
         path.parent.mkdir(exist_ok=True)
         try:
             if path.is_dir() and not (path / WEIGHTS).exists():
-                shutil.rmtree(path)  # an earlier version could be killed between its files
+                remove_tree(path)  # an earlier version could be killed between its files
             if not path.exists():
                 model.save(path, name)
             files[shown] = f"the model as {name}"

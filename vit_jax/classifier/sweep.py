@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from vit_jax.config import InputError
 from vit_jax.evaluation.intervals import accuracy_interval
 from vit_jax.parallel.lanes import ALONE, Lane, side_by_side
 from vit_jax.parallel.multihost import barrier, is_main
-from vit_jax.parallel.run_files import read_json, write_whole
+from vit_jax.parallel.run_files import read_json, remove_tree, write_whole
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.recipe import TrainConfig
 
@@ -191,7 +190,7 @@ def run_trials(
         of = f"trial {number} of {len(trials)}: {shown(values)}"
         if (folder / RESULT).exists():
             read_result(folder)  # which is whole, before anything is removed
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            remove_tree(folder / "checkpoints")
         else:
             jobs[trial_name(values)] = partial(_run_trial, config, values, folder, run, of)
     if len(lanes) == 1:
@@ -226,7 +225,7 @@ def _run_trial(
     if is_main():
         trial = _score(values, folder, config.watched)
         write_whole(folder / RESULT, json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        remove_tree(folder / "checkpoints")
 
 
 def _score(values: Values, folder: Path, watched: str) -> Trial:

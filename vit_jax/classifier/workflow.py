@@ -34,18 +34,20 @@ from vit_jax.classifier.sweep import (
     with_values,
 )
 from vit_jax.config import InputError, build, printable
+from vit_jax.costs.chips import GIB
 from vit_jax.data.sources import is_path, open_source
 from vit_jax.evaluation.calibration import fit_temperature
 from vit_jax.evaluation.protocols.classification import Config as ClassificationConfig
 from vit_jax.parallel import multihost
 from vit_jax.parallel.lanes import ALONE, Lane, make_lanes
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.parallel.run_files import as_path, read_json
 from vit_jax.recipes import merge, recipe
 from vit_jax.training import loop
 from vit_jax.training.clock import Clock, read_starts
-from vit_jax.training.memory import GIB, device_memory, fit_memory
+from vit_jax.training.memory import device_memory, fit_memory
 from vit_jax.training.recipe import build_training
-from vit_jax.training.workdir import compiled_kept, keep_same, lock_workdir
+from vit_jax.training.workdir import CONFIG, compiled_kept, keep_same, lock_workdir
 
 
 def transfer(
@@ -84,15 +86,17 @@ def transfer(
         given["init"] = init
     values = merge(values, given)
     dataset = values["data"].get("dataset", "")
-    if is_path(dataset) and not Path(dataset).expanduser().exists():  # before a download of `init`
+    # Before a download of `init`.
+    if is_path(dataset) and not as_path(dataset).expanduser().exists():
         raise FileNotFoundError(f"there is no {dataset}")
-    config = build(TransferConfig, complete(values, _first_device(workdir)))
+    config = build(TransferConfig, complete(values, _first_device(workdir), _folded(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
         return loop.Trained(run.workdir, loop.train(run))
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
-    return run_workflow(config, Path(workdir), command or f"vit_jax.transfer({data!r}, {init!r})")
+    command = command or f"vit_jax.transfer({data!r}, {init!r})"
+    return run_workflow(config, as_path(workdir), command)
 
 
 def default_workdir(dataset: str) -> Path:
@@ -120,10 +124,20 @@ def _first_device(workdir: str | os.PathLike) -> str | None:
     """The device whose defaults a workflow began with; None for one that begins."""
     if not workdir:
         return None
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if (workdir / budget.FILE).exists():
         return budget.read(workdir).device
     return "earlier" if _is_earlier(workdir) else None
+
+
+def _folded(workdir: str | os.PathLike) -> bool:
+    """Whether a version began the run whose models had no mean and deviation of pixels."""
+    if not workdir:
+        return False
+    folder = as_path(workdir)
+    files = [folder / CONFIG, *sorted(folder.glob(f"trials/*/{CONFIG}"))[:1]]
+    first = next((file for file in files if file.exists()), None)
+    return first is not None and "mean" not in read_json(first, "copy it back").get("model", {})
 
 
 def _is_earlier(workdir: Path) -> bool:

@@ -96,7 +96,7 @@ def published_parameters(model: Model) -> int:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     vit = model.module
-    if isinstance(vit, ViT) and vit.pool == "token" and vit.positions.kind == "learned_1d":
+    if isinstance(vit, ViT) and vit.class_token and vit.positions.kind == "learned_1d":
         total += vit.config.width
     return total
 
@@ -107,18 +107,21 @@ def _vit(vit: ViT, size: Size) -> tuple[int, int]:
     if vit.stem is not None:
         macs, size, channels = _stem(vit.stem, size)
     patches = math.prod(size) // vit.patch**2
-    tokens = patches + vit.positions.prefix
     macs += math.prod(size) * channels * config.width  # every pixel is in one patch
+    patches = vit.kept or patches
+    tokens = patches + vit.positions.prefix
     block = _attention(config, tokens, tokens) + _mlp(config, tokens, config.width, config.mlp_dim)
     if vit.positions.kind == "relative":
         # Products of queries and offset keys, in every layer, even where the keys are 0.
         block += tokens**2 * config.width
     macs += config.depth * block
     if vit.pool == "map":
-        macs += _attention(config, 1, patches) + _mlp(config, 1, config.width, config.mlp_dim)
+        read = patches + vit.class_token
+        macs += _attention(config, 1, read) + _mlp(config, 1, config.width, vit.pool_config.mlp_dim)
     macs += patches * config.width * (vit.patch_outputs or 0)
     if vit.representation_size is None:
-        return macs, config.width
+        twice = vit.pool == "token+gap" or vit.distillation
+        return macs, config.width * (2 if twice else 1)
     return macs + config.width * vit.representation_size, vit.representation_size
 
 

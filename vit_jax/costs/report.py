@@ -222,6 +222,15 @@ def show(report: dict) -> str:
                 cost = f"{row['flops']:9.3g} FLOPs {row['gib']:8.3f} GiB"
                 cost += f" {row['roofline_seconds'] * 1e3:9.2f} ms at least"
             lines.append(f"  {row['count']:4} x {row['name']:30} {cost}")
+    if stages := report.get("stages"):
+        lines += ["", "Stages; what is above is of the one that takes the most memory"]
+        for row in stages:
+            seconds = row["step_seconds"]
+            lines.append(
+                f"  {row['steps']:9,} steps at {row['image_size']:4} px, {row['tokens'] or '':5} "
+                f"patches: {row['flops']:9.3g} FLOPs, {row['peak_gib']:6.2f} GiB"
+                + ("" if seconds is None else f", {seconds * 1e3:9.1f} ms")
+            )
     if run := report.get("run"):
         lines += [
             "",

@@ -7,7 +7,8 @@ image's size.
 By default images are resized bilinearly without antialiasing, as in TensorFlow. The published
 weights were trained with this, and it is the fastest. Other values of `method`:
 
-- `bilinear_antialias`, `bicubic_antialias`: Pillow's, as for Hugging Face's and timm's weights;
+- `bilinear_antialias`, `bicubic_antialias`, `lanczos_antialias`: Pillow's, as for Hugging Face's
+  and timm's weights;
 - `area`: means over rectangles, big_vision's default for resizing the smaller side.
 """
 
@@ -33,6 +34,7 @@ METHODS = {
     "area": cv2.INTER_AREA,
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
+    "lanczos_antialias": Image.Resampling.LANCZOS,
 }
 
 
@@ -130,6 +132,35 @@ def central_crop(
     return _crop(resize(image, rng, covering, method), size)
 
 
+def torchvision_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    fraction: float = 1.0,
+    method: str = "bicubic_antialias",
+    squash: bool = False,
+    floor: bool = False,
+) -> np.ndarray:
+    """The centre of the resized image, with the sizes of torchvision's `Resize` and `CenterCrop`.
+
+    timm's evaluation, and with `floor`, which rounds the crop's offset down, Hugging Face's. The
+    image just covers size / fraction, rounded down, with its aspect ratio kept, or with `squash`
+    has that size.
+    """
+    _enlarge(size, fraction)
+    enlarged = (math.floor(size[0] / fraction), math.floor(size[1] / fraction))
+    if not squash:
+        height, width = image.shape[:2]
+        if enlarged[0] * width >= enlarged[1] * height:
+            enlarged = (enlarged[0], int(enlarged[0] * width / height))
+        else:
+            enlarged = (int(enlarged[1] * height / width), enlarged[1])
+    image = resize(image, rng, enlarged, method)
+    spare = ((a - b) / 2 for a, b in zip(enlarged, size, strict=True))
+    top, left = (math.floor(s) if floor else round(s) for s in spare)
+    return image[top : top + size[0], left : left + size[1]]
+
+
 def pad_crop(image: np.ndarray, rng: np.random.Generator, size: Size, pixels: int) -> np.ndarray:
     """Adds a black border of `pixels` on each side and takes a random crop; for small images."""
     if not (isinstance(pixels, int) and pixels >= 0):
@@ -180,7 +211,8 @@ def affine(
 OPS = {
     op.__name__: op
     for op in (
-        *(upright, resize, inception_crop, random_crop, central_crop, pad_crop, flip, affine),
+        *(upright, resize, inception_crop, random_crop, central_crop, torchvision_crop, pad_crop),
+        *(flip, affine),
         *(randaugment, autoaugment, random_erasing),
     )
 }

@@ -64,6 +64,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif name in ("listing", "sample"):
             what = "the list of files or labels" if name == "listing" else "images or labels"
             found.append(f"{what} changed")
+        elif name == "weights":
+            found.append("its weights changed")
         else:
             found.append(f"{old:,} {name} then, {new:,} now")
     return sorted(found)

@@ -11,6 +11,7 @@ import stat
 from functools import cache
 
 from vit_jax.config import InputError
+from vit_jax.parallel.run_files import as_path
 
 MAX_BYTES = 2 << 30  # of an encoded image; 200 megapixels with 16 bits a channel are 1.2 GB
 _KINDS = {
@@ -27,11 +28,13 @@ _SYSTEM = (
 
 
 def read_file(path: str | os.PathLike, most: int = MAX_BYTES) -> bytes:
-    """Reads a regular file.
+    """Reads a regular file, or an object in a bucket.
 
     Raises ValueError if the file is missing, is a folder, pipe, socket or device (also through a
     link), or has more than `most` bytes. Raises OSError for a fault of the machine.
     """
+    if "://" in os.fspath(path):
+        return as_path(path).read_bytes()
     try:
         check_regular(path)
         with open(path, "rb") as file:

@@ -2,7 +2,8 @@
 
 `Strokes` draws random characters of one to three cubic Bézier strokes: the idea of Omniglot (Lake
 et al., Science 2015) without its data. `Fractals` draws attractors of random iterated function
-systems, after "Pre-training without Natural Images" (Kataoka et al., ACCV 2020).
+systems, after "Pre-training without Natural Images" (Kataoka et al., ACCV 2020). `Synthetic` is
+for rehearsals: large images that are drawn in no time.
 
 Image i is a pure function of (seed, i), the number of classes and the image size, bit-identical on
 every machine. Random bits come from an integer hash. Floats only pass through +, -, *, / and sqrt,
@@ -135,6 +136,23 @@ class Fractals(_FormulaSet):
         contrast = _between(0.15, 0.6, v[335]) * np.square(size / 32 / (256 * radius))
         ink = np.minimum(contrast * density, 1)
         return np.floor(picture[..., :3] * (ink / np.maximum(density, 1))).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Synthetic(_FormulaSet):
+    """Squares of colours, of a photograph's size: fast stand-ins for images that aren't at hand.
+
+    A class is 8 x 8 colours; an instance averages them with its own. The fields are those of the
+    base class.
+    """
+
+    image_size: int = 256
+
+    def _draw(self, label: int, index: int) -> np.ndarray:
+        colours = _uniform(192, self.seed, CLASS, label) + _uniform(192, self.seed, INSTANCE, index)
+        colours = np.floor(128 * colours).astype(np.uint8).reshape(8, 8, 3)
+        at = np.arange(self.image_size) * 8 // self.image_size
+        return np.repeat(colours[at], np.bincount(at), axis=1)
 
 
 def _mix(z):

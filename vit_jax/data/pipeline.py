@@ -8,7 +8,8 @@ So the step is the only state. Grain only runs the function step -> batch ahead 
 Dimensions: B global batch, b local batch, H W image size, K labels per example.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from vit_jax.config import InputError, setting
-from vit_jax.data.augment import parse_preprocess
+from vit_jax.data.augment import Size, parse_preprocess
 from vit_jax.data.mixture import Mixture, PartConfig, open_mixture
 from vit_jax.data.order import epoch_stream, mixture_stream
 from vit_jax.data.sources import Source, open_source, parse_split
@@ -124,7 +125,7 @@ def train_batches(
     data: DataConfig,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: Size | Mapping[int, Size],
     seed: int,
     start_step: int = 0,
     rows: np.ndarray | None = None,
@@ -137,7 +138,7 @@ def train_batches(
       source: the examples.
       data: how to preprocess them, and with how many threads and processes.
       batch_size: B, of all processes together.
-      image_size: H, W.
+      image_size: H, W; or these by the first step that has them, of which one is 0.
       seed: for the order and the random preprocessing, 0 <= seed < 2**64.
       start_step: the first step to yield; not 0 when a run resumes.
       rows: int [b], this process's rows of the global batch; all of them by default.
@@ -151,16 +152,18 @@ def train_batches(
       ValueError: immediately if preprocessing fails on the first example; while iterating if an
         example is broken.
     """
-    read = _batch_reader(source, data, image_size, seed)
+    sizes = image_size if isinstance(image_size, Mapping) else {0: image_size}
+    read = _batch_reader(source, data, sizes.values(), seed)
     rows = _checked_rows(batch_size, rows)
 
     def batch(step: int) -> dict[str, np.ndarray]:
+        size = sizes[max(first for first in sizes if first <= step)]
         positions = [step * batch_size + row for row in rows]
         if isinstance(source, Mixture):
             indices = mixture_stream(seed, positions, source.sizes, source.weights)
         else:
             indices = epoch_stream(seed, positions, len(source))
-        return read(indices, positions)
+        return read(indices, positions, size)
 
     return _run_ahead(batch, range(start_step, 1 << 62), data)
 
@@ -170,7 +173,7 @@ def eval_batches(
     data: DataConfig,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: Size,
     rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over every example exactly once, in order, with equally many batches per process.
@@ -187,14 +190,14 @@ def eval_batches(
     Raises:
       ValueError: as `train_batches`.
     """
-    read = _batch_reader(source, data, image_size, seed=None)
+    read = _batch_reader(source, data, [image_size], seed=None)
     rows = _checked_rows(batch_size, rows)
     num_batches = -(-len(source) // batch_size)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         index = np.array(rows, np.int64) + step * batch_size
         index[index >= len(source)] = -1
-        found = read(index, index)
+        found = read(index, index, image_size)
         mask = index >= 0
         if data.skip_broken:
             mask &= ~found["skipped"]
@@ -215,9 +218,9 @@ def _checked_rows(batch_size: int, rows: np.ndarray | None) -> list[int]:
 
 
 def _batch_reader(
-    source: Source, data: DataConfig, image_size: tuple[int, int], seed: int | None
-) -> Callable[[Sequence[int], Sequence[int]], dict[str, np.ndarray]]:
-    """Returns a function (indices, positions) -> batch, after trying it on the first example.
+    source: Source, data: DataConfig, sizes: Iterable[Size], seed: int | None
+) -> Callable[[Sequence[int], Sequence[int], Size], dict[str, np.ndarray]]:
+    """Returns a function (indices, positions, size) -> batch, after trying it on the first example.
 
     Without a seed, broken examples are left out, not replaced.
     """
@@ -225,32 +228,32 @@ def _batch_reader(
         raise InputError("the source is empty: expected at least one example")
     if not 0 <= (seed or 0) < 1 << 64:
         raise InputError(f"seed {seed}: expected 0 <= seed < 2**64")
-    augment = parse_preprocess(data.preprocess, image_size)
+    augments = {size: parse_preprocess(data.preprocess, size) for size in sizes}
     single_label = source.labels_per_example is None
     records = _Cache(source, data.cache_gib) if data.cache_gib else source
 
-    def example(index: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def example(index: int, position: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
         try:
             record = records[index]
             rng = _generator(seed or 0, position)
-            image = augment(record["image"], rng)
+            image = augments[size](record["image"], rng)
             return image, _valid_labels(record["label"], source)
         except ValueError as error:
             raise InputError(f"{source.describe(index)}: {error}") from error
 
-    def another(broken: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def another(broken: int, position: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
         """Returns an example that replaces a broken one."""
         near = source.part_of(broken) if isinstance(source, Mixture) else range(len(source))
         rng = _generator(seed, position, purpose=1)
         for index in rng.integers(near.start, near.stop, size=_REPLACEMENTS):
             try:
-                return example(int(index), position)
+                return example(int(index), position, size)
             except ValueError as error:
                 found = error
         raise InputError(f"{_REPLACEMENTS} examples to replace it are broken too, such as {found}")
 
-    def read(indices: Sequence[int], positions: Sequence[int]) -> dict[str, np.ndarray]:
-        image = np.empty((len(indices), *image_size, 3), np.uint8)
+    def read(indices: Sequence[int], positions: Sequence[int], size: Size) -> dict[str, np.ndarray]:
+        image = np.empty((len(indices), *size, 3), np.uint8)
         label = np.full((len(indices), source.labels_per_example or 1), -1, np.int32)
         skipped = np.zeros(len(indices), bool)
         for row, (index, position) in enumerate(zip(indices, positions, strict=True)):
@@ -258,7 +261,7 @@ def _batch_reader(
                 image[row] = 0
                 continue
             try:
-                pixels, labels = example(int(index), int(position))
+                pixels, labels = example(int(index), int(position), size)
             except ValueError as error:
                 if not data.skip_broken:
                     raise
@@ -267,19 +270,20 @@ def _batch_reader(
                 if seed is None:
                     image[row] = 0
                     continue
-                pixels, labels = another(int(index), int(position))
-            if pixels.shape != (*image_size, 3):
+                pixels, labels = another(int(index), int(position), size)
+            if pixels.shape != (*size, 3):
                 raise InputError(
                     f"{source.describe(int(index))}: preprocessing gives an image of "
-                    f"{pixels.shape[0]} x {pixels.shape[1]}, expected {image_size[0]} x "
-                    f"{image_size[1]}: add `resize` or a crop"
+                    f"{pixels.shape[0]} x {pixels.shape[1]}, expected {size[0]} x "
+                    f"{size[1]}: add `resize` or a crop"
                 )
             image[row] = pixels
             label[row, : len(labels)] = labels
         batch = {"image": image, "label": label[:, 0] if single_label else label}
         return batch | ({"skipped": skipped} if data.skip_broken else {})
 
-    read([0], [0])
+    for size in augments:
+        read([0], [0], size)
     return read
 
 
@@ -325,8 +329,11 @@ def _run_ahead(
     data: DataConfig,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over batch(step) in order; ValueError when too many examples were skipped."""
-    if data.num_workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
+    if data.num_workers:
+        # What a run that ends leaves in /dev/shm is removed by Python, which would warn of it.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; notebooks parse none
     threads = grain.ReadOptions(data.num_threads, max(data.prefetch, data.num_threads))
     workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
     dataset = grain.MapDataset.source(steps).map(batch).to_iter_dataset(threads)
@@ -341,5 +348,12 @@ def _run_ahead(
                     "the warnings above, and repair the dataset or raise the limit"
                 )
             yield found
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a worker process of the input was ended from outside ({error}). Most often memory or "
+            "/dev/shm was full: lower data.num_workers, data.num_threads or data.prefetch"
+        ) from error
     finally:
         batches.close()

@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.data.array_records import ArrayRecords, open_array_records
-from vit_jax.data.formula import Fractals, Strokes
+from vit_jax.data.formula import Fractals, Strokes, Synthetic
 from vit_jax.data.idx import find_idx, read_idx
 from vit_jax.data.image_folder import read_folder
 from vit_jax.data.listing import Listing
@@ -19,10 +19,23 @@ from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
+from vit_jax.parallel.run_files import as_path
 
-FORMULAS = {"strokes": Strokes, "fractals": Fractals}
-FORMULA_SIZES = {"train": 1_000_000, "validation": 10_000}
 VALIDATION_FIRST = 1 << 60  # index of the first validation example, beyond any train split
+# Splits of the datasets that are drawn: nominal size, index of the first example.
+_DRAWN = {"train": (1_000_000, 0), "validation": (10_000, VALIDATION_FIRST)}
+# As large as ImageNet-21k, so that the warm-up of any recipe fits.
+_STAND_IN = {
+    "train": (14_197_122, 0),
+    "full": (14_197_122, 0),
+    "validation": (50_000, VALIDATION_FIRST),
+    "test": (100_000, 2 * VALIDATION_FIRST),
+}
+FORMULAS = {
+    "strokes": (Strokes, _DRAWN),
+    "fractals": (Fractals, _DRAWN),
+    "synthetic": (Synthetic, _STAND_IN),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         - `strokes/200`, `fractals/1000`: formula-driven, with the number of classes after the
           slash, 1000 by default. `train` is 1,000,000 examples, but larger slices such as
           `train[:5_000_000_000]` work too;
+        - `synthetic/1000`: the same for rehearsals, images of 256 px in the splits of ImageNet and
+          ImageNet-21k;
         - `vtab/clevr_count` and other tasks of VTAB-1k, see `vtab`;
         - `cifar10`, `cifar10:3.0.2`, `my_set/config`: prepared by TFDS in ArrayRecord format;
         - a path (see `is_path`) of such a dataset's folder, or of what `open_path` reads.
@@ -104,24 +119,37 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
+    check_mounted(data_dir or "")
     if name.startswith(PREFIX):
         return open_vtab(name, data_dir)
-    if is_path(name) and not (Path(name).expanduser() / METADATA).exists():
+    if is_path(name) and not (as_path(name).expanduser() / METADATA).exists():
         return open_path(name)
+    check_mounted(name)
     return open_array_records(name, data_dir, ("digits", *FORMULAS))
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name is a path: it begins with `/`, `.` or `~`, or exists.
+    """Whether a dataset's name is a path: it begins with `/`, `.`, `~` or `gs://`, or exists.
 
     Names of embedded and of TFDS datasets are never paths: `digits`, `strokes`, and `cifar10` even
     if the working directory holds the prepared dataset `cifar10/3.0.2/`.
     """
-    if name.startswith(("/", ".", "~")):
+    if name.startswith(("/", ".", "~")) or "://" in name:
         return True
     if name == "digits" or name.partition("/")[0] in FORMULAS or not Path(name).exists():
         return False
     return not any(Path(name).glob(f"*/{METADATA}"))
+
+
+def check_mounted(folder: str) -> None:
+    """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
+    if "://" in folder:
+        bucket, _, below = folder.partition("://")[2].partition("/")
+        raise InputError(
+            f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
+            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
+            f"name /mnt/{bucket}/{below}"
+        )
 
 
 def open_path(path: str) -> Listing:
@@ -132,8 +160,9 @@ def open_path(path: str) -> Listing:
       ValueError: the dataset is inconsistent: see `image_folder.read_folder`,
         `tables.read_table`, `idx.read_idx` and `tars.read_tars`.
     """
-    found = Path(path).expanduser()
+    found = as_path(path).expanduser()
     if found.is_dir():
+        check_mounted(path)
         if idx := find_idx(found):
             return read_idx(idx)
         if tars := find_tars(found):
@@ -165,13 +194,13 @@ def _open_formula(name: str, split: str) -> Source:
     match = re.fullmatch(r"(\w+)(?:/([1-9][0-9]*))?", name)
     if not match:
         raise InputError(f"dataset {name!r}: expected the number of classes after the slash")
-    formula, num_classes = FORMULAS[match[1]], int(match[2] or 1000)
-    first = {"train": 0, "validation": VALIDATION_FIRST}
+    (formula, splits), num_classes = FORMULAS[match[1]], int(match[2] or 1000)
 
     def read(part: str, start: int, stop: int) -> Sequence:
         if stop > VALIDATION_FIRST:
             raise InputError(f"split {split!r} of {name}: expected to end by {VALIDATION_FIRST}")
-        return formula(stop - start, num_classes=num_classes, first=first[part] + start)
+        return formula(stop - start, num_classes=num_classes, first=splits[part][1] + start)
 
-    records = read_split(split, FORMULA_SIZES, name, read, unbounded=["train"])
+    sizes = {part: size for part, (size, _) in splits.items()}
+    records = read_split(split, sizes, name, read, unbounded=["train", "full"])
     return Source(records, num_classes)

@@ -12,6 +12,7 @@ from typing import Any
 from vit_jax.config import InputError, unknown
 from vit_jax.data.foreign_files import read_file
 from vit_jax.data.listing import SPLIT_FOLDERS, ImageFiles, Listing
+from vit_jax.parallel.run_files import write_whole
 
 TABLES = (".csv", ".tsv", ".jsonl")
 CLASS_NAMES = "classes.txt"  # beside a table or tars: one class per line, the only valid labels
@@ -133,11 +134,8 @@ def write_table(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
         needed = value.startswith(" ") or any(c in value for c in '",')
         return '"' + value.replace('"', '""') + '"' if needed else value
 
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8", errors=_UNDECODABLE) as file:
-        for row in [("path", "label", "split"), *rows]:
-            file.write(",".join(map(quoted, row)) + "\r\n")
-    partial.replace(path)
+    lines = (",".join(map(quoted, row)) + "\r\n" for row in [("path", "label", "split"), *rows])
+    write_whole(path, "".join(lines))
 
 
 def read_text(path: Path) -> str:

@@ -11,6 +11,7 @@ from vit_jax.data.pipeline import DataConfig, eval_batches, open_data
 from vit_jax.data.sources import Source
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import check_batch_size, local_rows, put_batch, replicated
+from vit_jax.parallel.watchdog import waits_for
 
 Batches = Callable[[], Iterator[dict[str, jax.Array]]]
 
@@ -34,8 +35,13 @@ def make_batches(
             rows=local_rows(mesh, batch_size),
         )
 
+    def batches() -> Iterator[dict[str, jax.Array]]:
+        for number, batch in enumerate(read()):
+            waits_for(f"batch {number} of an evaluation or the next")
+            yield put_batch(mesh, batch)
+
     read().close()
-    return lambda: (put_batch(mesh, batch) for batch in read())
+    return batches
 
 
 def make_extractor(

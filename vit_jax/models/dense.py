@@ -18,6 +18,9 @@ class Dense(nn.Module):
     Parameters are those of `nn.DenseGeneral`: kernel [*inputs, *outputs] and bias [*outputs]. The
     product flattens these axes. With a head's 64 features as the last axis, XLA would pad them to
     128 lanes or transpose around every attention.
+
+    With a `rank`, LoRA (arXiv 2106.09685, section 4.1) adds x A B * alpha / rank. Parameters:
+    lora_a [*inputs, rank], and lora_b [rank, *outputs], which is initially zero.
     """
 
     outputs: tuple[int, ...]
@@ -25,6 +28,8 @@ class Dense(nn.Module):
     use_bias: bool = True
     # Before a nonlinearity XLA fuses the bias's gradient, so that plain addition is faster.
     to_nonlinearity: bool = False
+    rank: int = 0
+    alpha: float = 1.0
     dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
@@ -53,4 +58,11 @@ class Dense(nn.Module):
         kernel = gather_kernel(self.path, kernel).reshape(flat)
         bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
-        return multiply(x, kernel), bias
+        y = multiply(x, kernel)
+        if self.rank:
+            init_a = nn.initializers.normal(flat[0] ** -0.5)
+            a = self.param("lora_a", init_a, (*shape, self.rank)).reshape(flat[0], self.rank)
+            b = self.param("lora_b", nn.initializers.zeros, (self.rank, *self.outputs))
+            low = multiply(x, a.astype(self.dtype)) * (self.alpha / self.rank)
+            y += multiply(low, b.astype(self.dtype).reshape(self.rank, flat[1]))
+        return y, bias

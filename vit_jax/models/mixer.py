@@ -11,11 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.head import Output, classify
 from vit_jax.models.transformer import (
     MlpBlock,
-    Output,
     TransformerConfig,
-    classify,
     drop_branch,
     fold_keys,
     layer_norm,

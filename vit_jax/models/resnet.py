@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.transformer import Output, classify, rematted
+from vit_jax.models.head import Output, classify
+from vit_jax.models.transformer import rematted
 
 
 class StdConv(nn.Module):

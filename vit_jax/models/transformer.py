@@ -11,17 +11,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vit_jax.config import InputError
 from vit_jax.models.attention import attention_weights, flash_attention, pallas_attention
 from vit_jax.models.dense import Dense
 from vit_jax.models.hardware import choose_attention, recomputed_on_cpu
-from vit_jax.models.positions import Positions, position_table, rotate
+from vit_jax.models.positions import Positions, position_table, rotary_table, rotate
 from vit_jax.parallel.mesh import constrain_batch
 
 
@@ -42,7 +43,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": keeps_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-MLPS = ("gelu_tanh", "gelu", "swiglu")
+MLPS = ("gelu_tanh", "gelu", "quick_gelu", "swiglu")
+BIASED = ("qkv", "qv", "")  # which of query, key and value have a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +60,25 @@ class TransformerConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     stochastic_depth: float = 0.0
+    qkv_bias: str = "qkv"
     qk_norm: bool = False
+    attention_norm: bool = False
+    mlp_norm: bool = False
     layer_scale: float | None = None
     parallel: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     attention: str = "auto"
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
 
-
-class Output(NamedTuple):
-    """The outputs of a classifier, in float32."""
-
-    logits: jax.Array  # [B, classes]
-    features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
-    patches: jax.Array | None = None  # [B, N, K]: the outputs of masked patch prediction
+    def __post_init__(self):
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise InputError(
+                f"lora_rank = {self.lora_rank}, lora_alpha = {self.lora_alpha}: expected a rank of "
+                "at least 1, or 0 for no adapters, and a positive alpha"
+            )
 
 
 def fold_keys(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
@@ -148,25 +154,6 @@ def further_remat(policy: str, scan: bool) -> list[str]:
     return policies
 
 
-def classify(features: jax.Array, num_classes: int, bias: float) -> Output:
-    """Applies the linear head of every family, initialised to zero (section 3.2).
-
-    Call it inside a module, which then owns the head. With `num_classes` = 0 it returns the
-    features [B, D] as logits.
-    """
-    features = constrain_batch(features)
-    if not num_classes:
-        return Output(logits=features, features=features)
-    head = nn.Dense(
-        num_classes,
-        kernel_init=nn.initializers.zeros,
-        bias_init=nn.initializers.constant(bias),
-        name="head",
-    )
-    # Without the constraint XLA splits the logits by classes, as FSDP does the head.
-    return Output(logits=constrain_batch(head(features)), features=features)
-
-
 class MultiHeadAttention(nn.Module):
     """Appendix A, equations 5 to 8: x [B, N, D] attends to context [B, M, D] -> [B, N, D].
 
@@ -176,7 +163,8 @@ class MultiHeadAttention(nn.Module):
     Call arguments:
         keys: PRNG keys [B] for attention dropout; None turns it off.
         offsets: keys of relative positions, [N, M, H, K].
-        angles: rotations of queries and keys, [M, K / 2]; x must be the first N of the M tokens.
+        angles: rotations of queries and keys, [M, K / 2] or [M, H, K / 2]; x must be the first N of
+            the M tokens.
         mask: [N, M], True where attention is allowed.
         index: position of the first token in the cache.
     """
@@ -199,11 +187,19 @@ class MultiHeadAttention(nn.Module):
         config = self.config
         heads, head_dim = config.num_heads, config.width // config.num_heads
         options = {"dtype": config.dtype, "kernel_init": nn.initializers.xavier_uniform()}
+        options |= {"rank": config.lora_rank, "alpha": config.lora_alpha}
+        biased = "" if config.parallel else config.qkv_bias
         query, key, value = (  # [B, N, D] -> [B, N, H, K]
-            Dense((heads, head_dim), use_bias=not config.parallel, name=name, **options)
+            Dense((heads, head_dim), use_bias=name[0] in biased, name=name, **options)
             for name in ("query", "key", "value")
         )
-        out = Dense((config.width,), inputs=2, name="out", **options)
+        project = Dense((config.width,), inputs=2, name="out", **options)
+
+        def out(y):  # [B, N, H, K] -> [B, N, D]
+            if config.attention_norm:
+                flat = y.reshape(*y.shape[:2], config.width)
+                y = layer_norm(config, "norm")(flat).reshape(y.shape)
+            return project(y)
 
         plain = (  # kernels don't return the weights and support no bias, mask or cache
             self.is_mutable_collection("intermediates")
@@ -216,10 +212,10 @@ class MultiHeadAttention(nn.Module):
         )
         if way == "cudnn" and x is not context:
             way = "xla"
-        if way == "pallas" and not config.qk_norm and angles is None:
+        if way == "pallas" and not config.qk_norm and angles is None and biased != "qv":
             layers = (query, x), (key, context), (value, context)
             flat, biases = zip(*(layer.product(y) for layer, y in layers), strict=True)
-            biases = () if config.parallel else biases
+            biases = biases if biased else ()
             y = pallas_attention(*flat, *biases, heads=heads)
             return out(y.reshape(*y.shape[:2], heads, head_dim))
 
@@ -253,7 +249,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with GELU, or SwiGLU (arXiv 2002.05202): [B, N, D] -> [B, N, D]."""
+    """Two dense layers with GELU, or SwiGLU (arXiv 2002.05202): [B, N, D] -> [B, N, D].
+
+    "quick_gelu" is x sigmoid(1.702 x), as in OpenAI's CLIP (arXiv 2103.00020).
+    """
 
     config: TransformerConfig
     kernel_init: Callable = nn.initializers.xavier_uniform()
@@ -275,9 +274,13 @@ class MlpBlock(nn.Module):
         y = dense(config.mlp_dim, "Dense_0")(x)
         if config.mlp == "swiglu":
             y = y * nn.silu(dense(config.mlp_dim, "gate")(x))
+        elif config.mlp == "quick_gelu":
+            y = recomputed_on_cpu(lambda y: y * nn.sigmoid(1.702 * y))(y)
         else:
             gelu = functools.partial(nn.gelu, approximate=config.mlp == "gelu_tanh")
             y = recomputed_on_cpu(gelu)(y)
+        if config.mlp_norm:
+            y = layer_norm(config, "norm")(y)
         y = dropout(y, config.dropout, fold_keys(keys, 0))
         y = dense(x.shape[-1], "Dense_1", to_nonlinearity=False)(y)
         return dropout(y, config.dropout, fold_keys(keys, 1))
@@ -310,6 +313,9 @@ class EncoderBlock(nn.Module):
         elif table is not None:
             table = table * layer["here"].astype(table.dtype)
         x, relative = positions.add(x, table)
+        if positions.rotary is not None:
+            heads = config.num_heads
+            relative["angles"] = rotary_table(self, positions, heads, config.width // heads)
 
         def branch(y, number):  # LayerScale and stochastic depth, before the residual addition
             if config.layer_scale is not None:
@@ -335,7 +341,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """L blocks and a final LayerNorm: [B, N, D] -> [B, N, D], or [B, first, D] with `first`.
+    """L blocks and a LayerNorm (`final_norm`): [B, N, D] -> [B, N, D]; [B, first, D] with `first`.
 
     With `scan`, the first L - 1 blocks are one loop over stacked parameters (`encoderblock`,
     leading axis L - 1), which compiles faster. Otherwise all are unrolled (`encoderblock_0` ...).
@@ -344,6 +350,7 @@ class Encoder(nn.Module):
 
     config: TransformerConfig
     positions: Positions
+    final_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -378,6 +385,8 @@ class Encoder(nn.Module):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
             last = first if i == depth - 1 else None
             x, _ = block(*arguments, last, name=f"encoderblock_{i}")(x, layer, table)
-        x = layer_norm(config, "encoder_norm")(x[:, :first])
+        x = x[:, :first]
+        if self.final_norm:
+            x = layer_norm(config, "encoder_norm")(x)
         self.sow("intermediates", "encoded", x)
         return x

@@ -6,150 +6,48 @@ dicts. Nothing outside `models/` imports flax.
 
 import dataclasses
 import fnmatch
+import math
 import re
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vit_jax.config import InputError, build, setting, unknown
+from vit_jax.config import InputError, build, unknown
 from vit_jax.models import names
 from vit_jax.models.hardware import ATTENTIONS, misfit
+from vit_jax.models.head import Output
 from vit_jax.models.mixer import Mixer
-from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, Positions
+from vit_jax.models.options import (
+    DTYPES,
+    FIELDS,
+    FINAL_NORMS,
+    HYBRID_STEMS,
+    KNOWN,
+    LEAST,
+    MIXER_SIZES,
+    POOLS,
+    RESNET_STAGES,
+    VIT_SIZES,
+    ModelConfig,
+)
+from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, ROTARY, Positions, Rotary
 from vit_jax.models.resnet import ResNet, StemConfig
 from vit_jax.models.stacking import flatten, stack_layers, unstack, unstack_layers
 from vit_jax.models.transformer import (
+    BIASED,
     MLPS,
     REMAT_POLICIES,
-    Output,
     TransformerConfig,
 )
 from vit_jax.models.vit import ViT
-
-# Width, depth, MLP width, heads. Table 1 of arXiv 2010.11929 (B, L, H) and its figure 4 (b, all of
-# B's widths halved), arXiv 2106.10270 (Ti, S), arXiv 2106.04560 (s, g, G), arXiv 2209.06794 (e),
-# arXiv 2305.13035 (So400m), big_vision (mu, M); nano is ours, for tests and the quickstart.
-VIT_SIZES: dict[str, tuple[int, int, int, int]] = {
-    "mu": (32, 1, 128, 2),
-    "nano": (96, 4, 192, 3),
-    "Ti": (192, 12, 768, 3),
-    "s": (256, 6, 1024, 8),
-    "S": (384, 12, 1536, 6),
-    "b": (384, 12, 1536, 6),
-    "M": (512, 12, 2048, 8),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "So400m": (1152, 27, 4304, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-    "G": (1664, 48, 8192, 16),
-    "e": (1792, 56, 15360, 16),
-}
-# Width, depth, MLP widths across tokens and across channels: Table 1 of arXiv 2105.01601.
-MIXER_SIZES: dict[str, tuple[int, int, int, int]] = {
-    "S": (512, 8, 256, 2048),
-    "B": (768, 12, 384, 3072),
-    "L": (1024, 24, 512, 4096),
-}
-# Units of the four stages: arXiv 1512.03385 and 1912.11370; 26 from arXiv 2106.10270.
-RESNET_STAGES: dict[str, tuple[int, ...]] = {
-    "26": (2, 2, 2, 2),
-    "50": (3, 4, 6, 3),
-    "101": (3, 4, 23, 3),
-    "152": (3, 8, 36, 3),
-    "200": (3, 24, 36, 3),
-}
-# (Stem, number after "/") -> stages, patch side on the stem's output. Section 4.1 of arXiv
-# 2010.11929 ("/16" moves the fourth stage's units to the third); arXiv 2106.10270 ("R+Ti/16"
-# downsamples by 32).
-HYBRID_STEMS: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {
-    ("R", "16"): ((), 8),
-    ("R26", "32"): ((2, 2, 2, 2), 1),
-    ("R50", "32"): ((3, 4, 6, 3), 1),
-    ("R50", "16"): ((3, 4, 9), 1),
-}
-KNOWN = (
-    *(f"ViT-{size}/{patch}" for size in VIT_SIZES for patch in (8, 14, 16, 32)),
-    *(f"R{depth}x{width}" for depth in RESNET_STAGES for width in (1, 2, 3, 4)),
-    *(f"{stem}+ViT-{s}/{side}" for stem, side in HYBRID_STEMS for s in ("Ti", "S", "B", "L")),
-    *(f"Mixer-{size}/{patch}" for size in MIXER_SIZES for patch in (16, 32)),
-)
-POOLS = ("token", "gap", "map")
-DTYPES = ("float32", "bfloat16")
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of known architectures that match a glob, such as "*B/16*"."""
     return sorted(fnmatch.filter(KNOWN, pattern))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """An architecture: "ViT-B/16", "R50x1", "R50+ViT-B/16", "R26+S/32", "Mixer-B/16", ...
-
-    Fields with the value None take the size of the variant. A field that the variant's family
-    doesn't have must stay at its default.
-    """
-
-    variant: str  # a name of `vit_jax models`, or another of these forms
-    width: int | None = None  # of the tokens
-    depth: int | None = None  # blocks
-    mlp_dim: int | None = None  # hidden width of the MLP
-    num_heads: int | None = None  # of attention
-    token_mlp_dim: int | None = None  # Mixer
-    stages: tuple[int, ...] | None = None  # ResNet and hybrid: units per stage
-    stem_width: int | None = None  # ResNet and hybrid: channels of the root; 64 for "x1"
-    preactivation: bool = True  # ResNet: v2, as BiT; False: v1, as the hybrids' stems
-    # ResNet v2: max pooling pads with 0, as in BiT's training; False: with -inf, as in big_vision.
-    # Logits differ in the fourth digit.
-    zero_padded_pool: bool = False
-
-    pool: str = "token"  # class token | gap: mean | map: attention pooling (arXiv 2106.04560)
-    # Width of the tanh layer `pre_logits`; -1: the model's width; None: no layer.
-    representation_size: int | None = setting(None, inherited=False)
-    position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
-    position_at: str | None = None  # stem | layers | shared; None: layers for relative, rotary
-    registers: int = 0  # learned tokens without a position (arXiv 2309.16588)
-
-    # After every dense layer except query, key and value, and after the position embeddings.
-    dropout: float = setting(0.0, inherited=False)
-    attention_dropout: float = setting(0.0, inherited=False)  # of the attention weights
-    # Drop rate of the last block's branches; grows linearly from 0 at the first block.
-    stochastic_depth: float = setting(0.0, inherited=False)
-    qk_norm: bool = False  # LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442)
-    layer_scale: float | None = None  # initial scale of every branch (arXiv 2103.17239)
-    parallel: bool = False  # attention and MLP in parallel; no biases in q, k, v, norms (ViT-22B)
-    mlp: str = "gelu_tanh"  # as published | gelu: exact, as PyTorch's | swiglu (arXiv 2002.05202)
-    norm_epsilon: float = 1e-6  # of LayerNorm
-
-    # Predictions per patch; set by masked patch prediction.
-    patch_outputs: int | None = None
-    # Initial bias of the head, for example -10 for a sigmoid loss over many classes.
-    head_bias: float = setting(0.0, inherited=False)
-    # Implementation of attention (`models.attention`): auto | xla | pallas | cudnn. Results agree
-    # within rounding.
-    attention: str = setting("auto", changes="speed")
-    dtype: str = "bfloat16"  # of activations and matrix products; parameters are float32
-    # Loops over all blocks except the last. Compiles faster, runs slower except on CPUs, same
-    # results. In the loop, remat = none means dots.
-    scan: bool = setting(False, inherited=False)
-    # Recomputation in the backward pass: none | dots | full. Same results.
-    remat: str = setting("none", changes="speed", inherited=False)
-
-
-_COMMON = {"variant", "head_bias", "dtype", "remat"}
-_STEM = {"stages", "stem_width"}
-_RESNET = {"preactivation", "zero_padded_pool"}
-_VIT = {f.name for f in dataclasses.fields(ModelConfig)} - _STEM - _RESNET - {"token_mlp_dim"}
-_MIXER = {"width", "depth", "mlp_dim", "token_mlp_dim", "dropout", "stochastic_depth", "mlp"}
-FIELDS: dict[str, set[str]] = {
-    "ViT": _VIT,
-    "hybrid": _VIT | _STEM,
-    "ResNet": _COMMON | _STEM | _RESNET,
-    "Mixer": _COMMON | _MIXER | {"norm_epsilon"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +102,15 @@ class Model:
         """
         chex.assert_shape(images, (None, *self.image_size, 3))
         indices = () if patch_indices is None else (patch_indices,)
-        return self.module.apply({"params": params}, normalize(images), keys, *indices)
+        return self.module.apply({"params": params}, self._standardised(images), keys, *indices)
+
+    def _standardised(self, images: jax.Array) -> jax.Array:
+        """Maps uint8 pixels, or floats in [-1, 1], to what the network was trained on."""
+        images = normalize(images)
+        mean, std = (np.asarray(x, np.float64) for x in (self.config.mean, self.config.std))
+        if (mean == 0.5).all() and (std == 0.5).all():
+            return images
+        return images * np.float32(0.5 / std) + np.float32((0.5 - mean) / std)
 
     def intermediates(self, params: dict, images: jax.Array) -> dict[str, jax.Array]:
         """Returns activations inside the encoder of a ViT or hybrid.
@@ -221,7 +127,7 @@ class Model:
                 f"{self.config.variant} has no Transformer encoder: use a ViT or a hybrid"
             )
         _, state = self.module.apply(
-            {"params": params}, normalize(images), mutable=["intermediates"]
+            {"params": params}, self._standardised(images), mutable=["intermediates"]
         )
         found = unstack(flatten(state["intermediates"]))
         weights = f"{names.ATTENTION}/attention/0"
@@ -278,12 +184,31 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
             module = Mixer(block, patch, config.token_mlp_dim, **classifier)
         else:
             rows, columns = (side // downsampling for side in image_size)
-            prefix = config.registers + (config.pool == "token")
+            prefix = config.registers + config.has_class_token + config.distillation
+            rotary = (config.rotary_base, config.rotary_reference, config.rotary_offset)
             module = ViT(
                 config=block,
                 patch=patch,
-                positions=Positions(config.position, config.position_at, (rows, columns), prefix),
+                positions=Positions(
+                    config.position,
+                    config.position_at,
+                    (rows, columns),
+                    prefix,
+                    rotary=None if config.rotary == "none" else Rotary(config.rotary, *rotary),
+                ),
                 pool=config.pool,
+                pool_config=dataclasses.replace(
+                    block,
+                    num_heads=config.pool_heads or config.num_heads,
+                    mlp_dim=config.pool_mlp_dim or config.mlp_dim,
+                    qkv_bias="qkv",
+                    attention_norm=False,
+                    mlp_norm=False,
+                ),
+                final_norm=config.final_norm,
+                pre_norm=config.pre_norm,
+                class_token=config.has_class_token,
+                distillation=config.distillation,
                 registers=config.registers,
                 representation_size=config.representation_size,
                 stem=stem,
@@ -346,6 +271,7 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     choices = {"pool": POOLS, "dtype": DTYPES, "remat": REMAT_POLICIES, "mlp": MLPS}
     if family in ("ViT", "hybrid"):
         choices |= {"position": KINDS, "position_at": PLACES, "attention": ATTENTIONS}
+        choices |= {"rotary": ROTARY, "final_norm": FINAL_NORMS, "qkv_bias": BIASED}
     for kind, known in choices.items():
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)
@@ -354,33 +280,57 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     for rate in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0.0 <= getattr(config, rate) < 1.0:
             raise InputError(f"{rate} = {getattr(config, rate)}: expected a rate in [0, 1)")
-    if config.registers < 0:
-        raise InputError(f"registers = {config.registers}: expected 0 or more")
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise InputError(f"{name} = {value}: expected {least} or more")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")
-        unit = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
-        if config.width % unit.get(config.position, 1):
+        units = {"learned_2d": 2, "sincos_2d": 4, "rotary": 4 * config.num_heads}
+        if config.rotary != "none" and config.width % units["rotary"]:
             raise InputError(
-                f"width {config.width}: {config.position} positions need a multiple of "
-                f"{unit[config.position]}"
+                f"width {config.width}: rotary positions need a multiple of {units['rotary']}"
             )
+        if config.width % (unit := units.get(config.position, 1)):
+            raise InputError(
+                f"width {config.width}: {config.position} positions need a multiple of {unit}"
+            )
+        _check_tokens(config)
         _check_attention(config)
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        numbers = len(values) == 3 and all(map(math.isfinite, values))
+        if not numbers or (name == "std" and min(values) <= 0):
+            raise InputError(f"{name} = {values}: expected three numbers, those of std above 0")
     if config.zero_padded_pool and not config.preactivation:
         raise InputError("zero_padded_pool: expected preactivation=True; v1 ResNets pad as SAME")
     if config.stem_width is not None and config.stem_width % 32:
         raise InputError(f"stem_width = {config.stem_width}: expected a multiple of 32 (GroupNorm)")
 
 
+def _check_tokens(config: ModelConfig) -> None:
+    """Raises ValueError where pooling, class tokens, norms and rotary positions don't fit."""
+    if config.pool in ("token", "token+gap") and not config.has_class_token:
+        raise InputError(f"pool = {config.pool!r} reads a class token: leave class_token open")
+    if config.distillation and config.pool != "token":
+        raise InputError(f"distillation adds to pool = 'token', not to {config.pool!r}")
+    if config.distillation and config.representation_size is not None:
+        raise InputError("distillation: expected representation_size = None")
+    if config.rotary != "none" and (config.position in IN_ATTENTION or config.rotary_base <= 0):
+        raise InputError(
+            f"rotary = {config.rotary!r}: expected rotary_base > 0, found {config.rotary_base}; "
+            f"and position = 'none' or 'learned_1d', found {config.position!r}"
+        )
+    if config.width % (config.pool_heads or config.num_heads):
+        raise InputError(f"width {config.width}: not a multiple of pool_heads {config.pool_heads}")
+
+
 def _check_attention(config: ModelConfig) -> None:
     if config.attention in ("auto", "xla"):
         return
     problem = misfit(config.attention, config.width // config.num_heads, config.dtype)
-    if config.attention_dropout:
-        problem = (
-            f"attention_dropout = {config.attention_dropout} needs the weights, which it never "
-            "stores"
-        )
+    if rate := config.attention_dropout:
+        problem = f"attention_dropout = {rate} needs the weights, which it never stores"
     elif config.position == "relative":
         problem = "it doesn't support relative positions"
     if problem:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 
-from vit_jax.parallel.multihost import PREEMPTED, Preemption
+from vit_jax.parallel.preemption import PREEMPTED, Preemption
 
 
 @dataclasses.dataclass(frozen=True)

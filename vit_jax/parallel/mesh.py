@@ -32,8 +32,8 @@ BATCH_AXES = ("data", "fsdp")
 # all-reduces over `tensor` forward, after attention and after the MLP, and two backward.
 RULES: tuple[tuple[str, str], ...] = (
     (r".*/v(_row|_col)?/.*", "fsdp"),  # Adafactor's second moments lack an axis
-    (r".*/(query|key|value)/(kernel|bias)", "tensor[-2]"),  # [D, H, K], [H, K]
-    (r".*/out/kernel", "tensor[-3]"),  # [H, K, D]
+    (r".*/(query|key|value)/(kernel|bias|lora_b)", "tensor[-2]"),  # [D, H, K], [H, K], [R, H, K]
+    (r".*/out/(kernel|lora_a)", "tensor[-3]"),  # [H, K, D], [H, K, R]
     (r".*/(Dense_0|gate)/(kernel|bias)", "tensor[-1]"),  # [D, M], [M]
     (r".*/Dense_1/kernel", "tensor[-2]"),  # [M, D]
     (r".*", "fsdp"),
@@ -134,6 +134,26 @@ def constrain_batch(tree: Any, axis: int = 0) -> Any:
         return jax.lax.with_sharding_constraint(x, spec) if splits else x
 
     return jax.tree.map(constrain, tree)
+
+
+def map_over_devices(function: Callable, x: jax.Array) -> jax.Array:
+    """Applies a function of x [N, ...], one item by one, with each device's share of the N.
+
+    Inside jit under `use_mesh`. Splits one mesh axis after another, and joins them in reverse: in
+    one go XLA replicates x where it is split over several axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(x)
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    axes = ("fsdp", "tensor", "data")  # the parameters' first: `data` then only takes slices
+    specs = [PartitionSpec(axes[:n], *rest) for n in range(1, len(axes) + 1)]
+    for spec in specs:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    x = function(x)
+    for spec in reversed(specs):
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x
 
 
 def gather_kernel(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:

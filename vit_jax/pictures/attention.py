@@ -39,7 +39,7 @@ def attention_maps(model: Model, params: dict, images: jax.Array) -> jax.Array:
     """
     rolled = rollout(model.intermediates(params, images)["attention"])
     prefix = model.module.positions.prefix
-    seen = rolled[:, 0] if model.config.pool == "token" else rolled[:, prefix:].mean(axis=1)
+    seen = rolled[:, 0] if model.config.has_class_token else rolled[:, prefix:].mean(axis=1)
     return seen[:, prefix:].reshape(-1, *model.grid)
 
 

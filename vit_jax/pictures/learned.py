@@ -22,7 +22,7 @@ def visualize(
     trained: TrainedModel,
     paths: Iterable[Path],
     source: Source | None = None,
-    preprocess: str = "resize",
+    preprocess: str | None = None,
     shown: int = 8,
     say: Callable[[str], Any] = print,
 ) -> tuple[dict[str, Figure], dict]:
@@ -32,7 +32,7 @@ def visualize(
       trained: a model of any kind; one without patches only has a picture of its filters.
       paths: image files.
       source: a dataset's split, whose images come after the files.
-      preprocess: as a recipe's `data.preprocess`.
+      preprocess: as a recipe's `data.preprocess`; by default the model's own.
       shown: number of images to draw the rollout of.
       say: is called with a message for pictures that the model doesn't have.
 
@@ -51,6 +51,7 @@ def visualize(
         say(f"no picture of positions: {error}")
     else:
         pictures["positions"] = figures.draw_positions(attention.cosine_similarity(table))
+    preprocess = preprocess or trained.preprocessing
     images = read_images(paths, source, preprocess, model.image_size)
     kept, seen, distances, count = look(model, params, images, shown)
     pictures["rollout"] = figures.draw_rollout(kept, seen)

@@ -9,6 +9,7 @@ there is a whole one before it. A checkpoint that doesn't fit the run is left wh
 """
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ import orbax.checkpoint as ocp
 from vit_jax.config import InputError
 from vit_jax.models.names import is_stacked
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.parallel.run_files import saved_steps
 from vit_jax.training.step import TrainState
-from vit_jax.weights.checksums import FILE, checksummed, find_damage
-from vit_jax.weights.trained import saved_steps
+from vit_jax.weights.checksums import FILE, find_damage
+from vit_jax.weights.trained import written_by
 
 # Bytes of tensors that a process reads at a time: what it holds besides those in their place.
 _READ_AT_ONCE = 250_000_000
@@ -61,13 +63,14 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, saved: Callable[[int], None]):
+        self._workdir = workdir
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            os.fspath((workdir / "checkpoints").absolute()),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep_last,
                 keep_period=config.keep_every,
                 cleanup_tmp_directories=True,
-                temporary_path_class=checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath),
+                temporary_path_class=written_by(workdir),
             ),
         )
         self._saved = saved
@@ -76,7 +79,7 @@ class Checkpoints:
     def save(self, state: TrainState, description: dict[str, Any]) -> None:
         """Begins to save in the background, once the save before is complete.
 
-        A folder appears under its name only when complete.
+        A folder appears under its name only when complete; in a bucket it is then marked.
         """
         self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
@@ -102,9 +105,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # orbax hands on whatever the storage raises
             cause = str(error).strip().splitlines()[0]
+            whole = max(saved_steps(self._workdir), default=None)
+            left = "There is no checkpoint yet" if whole is None else f"Step {whole} is complete"
             raise OSError(
-                f"step {step} could not be saved: {cause}\nThe checkpoints before it are complete: "
-                "make room, or mend the storage, and start again"
+                f"step {step} could not be saved: {cause}\n{left}: make room, or mend the storage, "
+                "and start again"
             ) from error
         self._saved(step)
 
@@ -202,9 +207,10 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     handlers = {
         name: ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once) for name in items
     }
+    address = os.fspath(folder.absolute())
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
-            restored = reader.restore(folder.absolute(), args=ocp.args.Composite(**items))
+            restored = reader.restore(address, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax raises that very class from what tensorstore raises
         if (folder / FILE).exists() or not _is_damage(error):
             raise

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from vit_jax.parallel.multihost import is_main
-from vit_jax.parallel.run_files import read_json, write_whole
+from vit_jax.parallel.run_files import Rewritten, read_json
+from vit_jax.parallel.watchdog import waits_for
 
 STATES = (
     "start",  # imports, joining the other processes, checks, initial parameters
@@ -66,8 +67,9 @@ class Clock:
 
     @contextmanager
     def within(self, state: str) -> Iterator[None]:
-        """What is inside is `state`, what follows is as before."""
+        """What is inside is `state`, what follows is as before. Tells the watchdog."""
         before = self._state
+        waits_for(state)
         self.turn(state)
         try:
             yield
@@ -101,24 +103,25 @@ class Starts:
     """The starts of a run, this one the last: `starts.json`, rewritten while it goes on."""
 
     def __init__(self, workdir: Path, clock: Clock, step: int, chips: float):
-        self._file, self._clock, earlier = workdir / STARTS, clock, read_starts(workdir)
+        self._file, self._clock = Rewritten(workdir / STARTS), clock
+        earlier = read_starts(workdir)
         self._this = {"began": clock.began, "from_step": step, "to_step": step, "chips": chips}
         self._all = [*earlier, self._this]
         self.count, self.chips = len(self._all), chips
 
-    def keep(self, step: int) -> None:
-        """Writes down that this start has come to `step`."""
+    def keep(self, step: int, in_passing: bool = False) -> None:
+        """Writes down that this start has come to `step`; `in_passing` as `Rewritten.write`."""
         self._this |= {"ended": time.time(), "to_step": step, "seconds": self._clock.read()}
-        self._write()
+        self._write(in_passing)
 
     def saved(self, step: int) -> None:
         """Writes down that there is a checkpoint of `step`, so that its loss is noticed."""
         self._this["saved"] = step
         self._write()
 
-    def _write(self) -> None:
+    def _write(self, in_passing: bool = False) -> None:
         if is_main():
-            write_whole(self._file, json.dumps(self._all, indent=1) + "\n")
+            self._file.write(json.dumps(self._all, indent=1) + "\n", in_passing)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the run by state, `LOST` and `DOWN` among them, as of the last `keep`."""

@@ -1,87 +1,39 @@
-"""Restore -> step -> log -> evaluate -> checkpoint: the loop of both pretraining and transfer.
+"""The training loop of pretraining and transfer: restore, step, log, evaluate, checkpoint.
 
-`prepare` finds what is wrong before anything is compiled; `train` then runs. The order at a step's
-end is: records flushed, evaluation, checkpoint. So everything up to a checkpoint's step has been
-recorded when it exists, and a run restarted from it repeats nothing and loses nothing.
+`run.prepare` checks everything before anything is compiled; `train` then runs. A step ends in this
+order: records flushed, evaluation, checkpoint. So everything up to a checkpoint's step has been
+recorded when the checkpoint exists, and a restart from it repeats nothing and loses nothing.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from vit_jax.config import InputError, build
 from vit_jax.costs.chips import num_chips
-from vit_jax.costs.flops import training_flops
-from vit_jax.data.pipeline import open_data, train_batches
-from vit_jax.data.sources import Source
-from vit_jax.evaluation.registry import make_evaluator
-from vit_jax.models.variants import Model
-from vit_jax.parallel.lanes import ALONE, Lane
-from vit_jax.parallel.mesh import (
-    local_rows,
-    make_mesh,
-    put_batch,
-    put_tree,
-    replicated,
-    use_mesh,
-)
-from vit_jax.parallel.multihost import (
-    PREEMPTED,
-    Preemption,
-    all_agree,
-    check_agreement,
-    check_shared,
-)
-from vit_jax.parallel.run_files import Lock
-from vit_jax.training.checkpoint import Checkpoints, check_newest, check_other
+from vit_jax.parallel.mesh import put_batch, use_mesh
+from vit_jax.parallel.multihost import all_agree
+from vit_jax.parallel.preemption import PREEMPTED, Preemption
+from vit_jax.parallel.watchdog import Watchdog, waits_for
+from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.clock import Clock, Starts
 from vit_jax.training.early_stopping import has_waited
 from vit_jax.training.initial import first_state
-from vit_jax.training.memory import return_freed_memory
 from vit_jax.training.metrics import Metrics, Recorder
 from vit_jax.training.profile import Profile
-from vit_jax.training.recipe import TrainConfig, Training, build_training
+from vit_jax.training.programs import Programs
+from vit_jax.training.recipe import TrainConfig
 from vit_jax.training.result import Trained
-from vit_jax.training.same_data import (
-    TRAIN,
-    Facts,
-    check_same_data,
-    describe_data,
-    digest,
-    keep_data,
-)
+from vit_jax.training.run import Run, prepare
+from vit_jax.training.same_data import keep_data
 from vit_jax.training.step import TrainState
-from vit_jax.training.workdir import compiled_kept, keep_config, open_workdir, or_start_over
-from vit_jax.weights.trained import find_checkpoint, saved_steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Run(Training):
-    """Everything a run is made of, checked, with nothing computed yet."""
-
-    workdir: Path
-    source: Source
-    evaluators: dict[str, Callable[[dict], dict[str, float]]]
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
-    description: dict  # of the model, kept in its checkpoints
-    loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
-    clock: Clock
-    lane: Lane
-    watched: str  # the metric of early stopping; "" without it
-    resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
-    notes: list[str]  # what to say about the recipe and damaged checkpoints
-    facts: Facts  # what tells whether the data is the same at the next start
-    lock: Lock | None  # on the workdir, as long as the run lives
+from vit_jax.training.workdir import compiled_kept, keep_config
 
 
 def pretrain(
@@ -101,115 +53,6 @@ def pretrain(
     return Trained(run.workdir, train(run))
 
 
-def prepare(
-    config: TrainConfig,
-    workdir: str,
-    load: Callable[[Model, dict], dict] | None = None,
-    clock: Clock | None = None,
-    description: dict | None = None,
-    lane: Lane = ALONE,
-) -> Run:
-    """Builds and checks all parts of a run without compiling anything.
-
-    `load(model, shapes)` gives the parameters to start from, where there are others than random
-    ones; shapes stay in its result where fresh values belong. It isn't called on resuming. `clock`
-    is one that runs already, if the time before this call counts too. `description` is what
-    checkpoints are to say beside `Model.description` and the classes' names. `lane` is for runs
-    that go side by side.
-
-    Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
-    """
-    clock = clock or Clock()
-    mesh = make_mesh(config.mesh, lane.devices)
-    data = config.data
-    source = open_data(data)
-    if source.num_classes < 2 and not (source.labels_per_example or config.loss.masks_patches):
-        name = "".join(source.class_names or ())
-        raise InputError(
-            f"{data.dataset or 'the mixture'} has one class, {name!r}: expected two or more"
-        )
-    if config.loss.class_weights:
-        names = source.class_names or tuple(map(str, range(source.num_classes)))
-        counts = source.class_counts() if config.loss.class_weights == "balanced" else ()
-        config = dataclasses.replace(config, loss=config.loss.weigh(names, counts))
-    training = build_training(config, mesh, source.num_classes, len(source))
-    model = training.model
-    evaluators = {
-        name: make_evaluator(evaluator, model, mesh, config.objective)
-        for name, evaluator in config.evaluators.items()
-    }
-
-    def batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        return train_batches(
-            source,
-            data,
-            batch_size=config.batch_size,
-            image_size=model.image_size,
-            seed=config.seed,
-            start_step=start_step,
-            rows=local_rows(mesh, config.batch_size),
-        )
-
-    batches(0).close()  # what is wrong with the preprocessing is found now
-    values, facts = dataclasses.asdict(config), describe_data(config, source)
-    path, lock = open_workdir(workdir, config)
-    check_agreement(
-        {
-            "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
-            "dataset": [len(source), source.num_classes],
-            "examples to train on": digest({TRAIN: facts[TRAIN]}),
-            "examples to evaluate on": digest(facts),
-            "devices here": [jax.local_device_count(), jax.local_devices()[0].device_kind],
-            "devices in all": jax.device_count(),
-            "jax": jax.__version__,
-            "newest checkpoint": max(saved_steps(path), default=0),
-        }
-    )
-    check_shared(path)
-    resumes, notes = _where_to_begin(path, training, facts)
-    return Run(
-        **vars(training),
-        workdir=path,
-        source=source,
-        evaluators=evaluators,
-        batches=batches,
-        clock=clock,
-        lane=lane,
-        watched=config.watched,
-        description={
-            **model.description,
-            **({"class_names": list(source.class_names)} if source.class_names else {}),
-            **(description or {}),
-        },
-        loaded=load(model, training.shapes.params) if load and resumes is None else None,
-        resumes=resumes,
-        notes=[*training.advice, *notes],
-        facts=facts,
-        lock=lock,
-    )
-
-
-def _where_to_begin(
-    workdir: Path, training: Training, facts: Facts
-) -> tuple[Path | None, list[str]]:
-    """What to resume, as `Run.resumes`, which is checked; and what to say about it."""
-
-    def check() -> list[str]:
-        check_same_data(workdir, facts)
-        return check_newest(workdir, training.shapes)
-
-    config, notes = training.config, []
-    if saved_steps(workdir):
-        notes = or_start_over(workdir, config, check)
-    if saved_steps(workdir):
-        return workdir, notes
-    if not config.resume:
-        return None, notes
-    folder = find_checkpoint(config.resume)
-    check_other(folder, training.shapes)
-    return folder, notes
-
-
 def train(run: Run) -> dict[str, float]:
     """Runs to the last step, from the newest checkpoint if there is one; returns the last record.
 
@@ -221,7 +64,7 @@ def train(run: Run) -> dict[str, float]:
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
     keep_data(run.workdir, run.facts)
-    with ExitStack() as stack:
+    with Watchdog(config.hang_minutes, run.lane.label), ExitStack() as stack:
         enter = stack.enter_context
         enter(clock)
         enter(use_mesh(run.mesh))
@@ -230,18 +73,24 @@ def train(run: Run) -> dict[str, float]:
         with clock.within("restore" if run.resumes else "start"):
             state, notes = first_state(run, run.loaded, run.resumes, run.workdir)
             start = int(state.step)
-        patience = (run.workdir, run.watched, config.early_stopping)
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise InputError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
                 "nothing is left to do, set more"
             )
-        metrics = enter(Metrics(run.workdir, run.steps, start, run.lane.label))
+        metrics = enter(
+            Metrics(
+                *(run.workdir, run.steps, start),
+                label=run.lane.label,
+                config=config.metrics,
+                recipe=dataclasses.asdict(config),
+            )
+        )
         for note in (*run.notes, *notes):
             metrics.say(note)
         if start:
             metrics.say(f"resuming {run.resumes} from step {start} of {run.steps}")
-        if start >= run.steps or (start and has_waited(*patience)):
+        if start >= run.steps or (start and _has_waited(run)):
             return _finish(run, state, metrics)
 
         starts = Starts(run.workdir, clock, start, num_chips(run.mesh.size))
@@ -258,7 +107,7 @@ def train(run: Run) -> dict[str, float]:
             batches = (put_batch(run.mesh, batch) for batch in local_batches)
             first = next(batches)
         with clock.within("compile"):
-            step = _compile(run, state, first)
+            programs = enter(Programs(run, first, start, clock))
         metrics.say(f"compiled in {clock.seconds['compile']:.1f} s")
         if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
             _evaluate(run, state, start, metrics)  # preempted before it came to that
@@ -269,21 +118,19 @@ def train(run: Run) -> dict[str, float]:
             start=start,
             log_every=config.log_every,
             batch_size=config.batch_size,
-            flops_per_image=training_flops(run.model),
+            flops=run.flops,
             devices=run.mesh.size,
         )
         with recorder, clock.within("train"):
-            batches = chain([first], batches)
-            end = _take_steps(
-                run, step, state, batches, recorder, checkpoints, preemption, patience
-            )
+            steps = _Loop(run, programs, recorder, checkpoints, preemption)
+            end = steps.take_steps(state, chain([first], batches))
         with clock.within("save"):
             checkpoints.wait()
         starts.keep(end)
         metrics.say(starts.summary(jax.default_backend() != "cpu"))
         if preemption.interrupted:
             raise KeyboardInterrupt(f"stopped at step {end}; the same command goes on")
-        if end < run.steps and not has_waited(*patience):
+        if end < run.steps and not _has_waited(run):
             metrics.say(f"told to end after step {end}: start again to go on from there")
             raise SystemExit(PREEMPTED)
         return metrics.last()
@@ -299,75 +146,89 @@ def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
 
 
 def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
-    """Takes a few steps, of which nothing is kept: (seconds of one, seconds of its compilation).
+    """Takes a few steps of each stage, of which nothing is kept.
 
-    Reading and preparing the images is included.
+    Returns the mean seconds of a step of the run, and the seconds of all compilations. Reading and
+    preparing the images is included.
     """
+    seconds = compilation = 0.0
     with use_mesh(run.mesh), compiled_kept(run.workdir, run.config.compilation_cache):
         state, _ = first_state(run, run.loaded, None, run.workdir)
-        with closing(run.batches(0)) as local:
-            batches = (put_batch(run.mesh, batch) for batch in local)
-            batch, began = next(batches), time.perf_counter()
-            step = _compile(run, state, batch)
-            compilation = time.perf_counter() - began
-            state, _ = jax.block_until_ready(step(state, batch))  # the first is slower
-            began = time.perf_counter()
-            for batch in islice(batches, steps):
-                state, _ = jax.block_until_ready(step(state, batch))
-            return (time.perf_counter() - began) / steps, compilation
+        for stage in run.stages:
+            with closing(run.batches(stage.start)) as local:
+                batches = (put_batch(run.mesh, batch) for batch in local)
+                batch, began = next(batches), time.perf_counter()
+                with Programs(run.during(stage), batch, stage.start, run.clock) as programs:
+                    step = programs.at(stage.start)
+                compilation += time.perf_counter() - began
+                state, _ = jax.block_until_ready(step(state, batch))  # the first is slower
+                began = time.perf_counter()
+                for batch in islice(batches, steps):
+                    state, _ = jax.block_until_ready(step(state, batch))
+                share = (stage.stop - stage.start) / run.scheduled
+                seconds += share * (time.perf_counter() - began) / steps
+    return seconds, compilation
 
 
-def _take_steps(
-    run: Run,
-    step: Callable,
-    state: TrainState,
-    batches: Iterator[dict],
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-    preemption: Preemption,
-    patience: tuple[Path, str, int | None],
-) -> int:
-    """Trains until the last step or preemption; returns that step, whose save is under way."""
-    config, metrics = run.config, recorder.metrics
-    batch = next(batches)
-    with Profile(run.workdir, config.profile_steps, run.clock) as profile:
-        for done in range(int(state.step) + 1, run.steps + 1):
-            # Between host and devices goes what is put or fetched by name, and nothing unasked.
-            with jax.transfer_guard("disallow"):
-                with profile.step(done, state):
-                    state, values = step(state, batch)
-                recorder.add(done, values)  # fetches the step before, while this one runs
-                last = done == run.steps
-                preempted = preemption.reached(done) and not last
-                if not (last or preempted):
-                    with recorder.waiting():
-                        batch = next(batches)
-            evaluates = last or (_evaluates(config, done) and not preempted)
-            saves = last or preempted or done % config.checkpoint.every == 0
-            if evaluates or saves:
-                recorder.flush()
-            if evaluates:
-                _evaluate(run, state, done, metrics)
-                last |= has_waited(*patience)
-            checkpoints.poll()
-            if saves or last:
-                with run.clock.within("save"):
-                    checkpoints.save(state, run.description)
-            if preempted or last:
-                break
-    return done
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What the steps of a run need."""
+
+    run: Run
+    programs: Programs
+    recorder: Recorder
+    checkpoints: Checkpoints
+    preemption: Preemption
+
+    def take_steps(self, state: TrainState, batches: Iterator[dict]) -> int:
+        """Trains until the last step or preemption; returns that step, whose save is under way."""
+        run, recorder = self.run, self.recorder
+        batch = next(batches)
+        with Profile(run.workdir, run.config.profile_steps, run.clock) as profile:
+            for done in range(int(state.step) + 1, run.steps + 1):
+                waits_for(f"step {done} or the one before")
+                step = self.programs.at(done - 1)
+                # Nothing moves between host and devices but what is put or fetched explicitly.
+                with jax.transfer_guard("disallow"):
+                    with profile.step(done, state):
+                        state, values = step(state, batch)
+                    recorder.add(done, values)  # fetches the step before, while this one runs
+                    last = done == run.steps
+                    preempted = self.preemption.reached(done) and not last
+                    if not (last or preempted):
+                        waits_for(f"input of step {done + 1}")
+                        with recorder.waiting():
+                            batch = next(batches)
+                if self._finish_step(state, done, last, preempted):
+                    break
+        return done
+
+    def _finish_step(self, state: TrainState, done: int, last: bool, preempted: bool) -> bool:
+        """Flushes records, evaluates, begins to save, as is due; returns whether the run ends."""
+        run, config, metrics = self.run, self.run.config, self.recorder.metrics
+        evaluates = last or (_evaluates(config, done) and not preempted)
+        saves = last or preempted or done % config.checkpoint.every == 0
+        if evaluates or saves:
+            self.recorder.flush()
+        if evaluates:
+            _evaluate(run, state, done, metrics)
+        if evaluates or saves:
+            metrics.flush()
+        last |= evaluates and _has_waited(run)
+        self.checkpoints.poll()
+        if saves or last:
+            with run.clock.within("save"):
+                self.checkpoints.save(state, run.description)
+        return preempted or last
+
+
+def _has_waited(run: Run) -> bool:
+    """Whether early stopping ends the run."""
+    return has_waited(run.workdir, run.watched, run.config.early_stopping)
 
 
 def _evaluates(config: TrainConfig, step: int) -> bool:
     return bool(config.eval_every) and step % config.eval_every == 0
-
-
-def _compile(run: Run, state: TrainState, batch: dict) -> Callable:
-    """The compiled step; other shapes than these are an error later, never a recompilation."""
-    step = run.lower(state, batch).compile()
-    return_freed_memory()
-    peak = put_tree(np.float32(run.config.schedule.peak), replicated(run.mesh))
-    return lambda state, batch: step(state, batch, peak)
 
 
 def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:
@@ -375,6 +236,7 @@ def _evaluate(run: Run, state: TrainState, step: int, metrics: Metrics) -> None:
         params = state.params if state.ema is None else state.ema
         for name, evaluator in run.evaluators.items():
             start = time.perf_counter()
+            waits_for(f"evaluation {name} of step {step}")
             values = {f"{name}/{key}": value for key, value in evaluator(params).items()}
             metrics.write(step, {**values, "seconds": time.perf_counter() - start})
             metrics.say(

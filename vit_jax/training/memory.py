@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.config import InputError
+from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import OutOfMemory, compile_for, memory
 from vit_jax.models.transformer import further_remat
 from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_mesh
 from vit_jax.training.initial import fresh_state
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
-GIB = 2**30
 # Of what a device says it has: the rest is for batches on their way, evaluation and fragmentation.
 USABLE = 0.9
 USABLE_ON_HOST = 0.6  # where other programs want some, too
@@ -97,12 +97,18 @@ def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
 
 
 def _measure(training: Training, config: TrainConfig) -> Need:
+    """What the stage takes that takes the most."""
     as_long = dataclasses.replace(config, steps=training.scheduled, epochs=None)
     rebuilt = build_training(as_long, training.mesh, training.model.num_classes, num_examples=0)
+    needs = [_measure_stage(rebuilt.during(stage)) for stage in rebuilt.stages]
+    return max(needs, key=lambda need: need.peak)
+
+
+def _measure_stage(training: Training) -> Need:
     try:
-        account = memory(compile_step(rebuilt))
+        account = memory(compile_step(training))
     except OutOfMemory as problem:
-        leaves = jax.tree.leaves(rebuilt.shapes)
+        leaves = jax.tree.leaves(training.shapes)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return Need(problem.needed * GIB, min(state, problem.needed * GIB))
     return Need(account.peak, account.arguments)

@@ -1,16 +1,17 @@
-"""What a run says while it runs: `metrics.jsonl`, TensorBoard when installed, a progress line."""
+"""What a run says while it runs: `metrics.jsonl` and other writers, a progress line."""
 
-import importlib.util
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +20,10 @@ from tqdm import tqdm
 from vit_jax.config import InputError
 from vit_jax.costs.chips import PEAK_FLOPS
 from vit_jax.parallel.multihost import everyones, is_main
-from vit_jax.parallel.run_files import write_whole
+from vit_jax.parallel.run_files import open_lines, write_whole
 from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
+from vit_jax.training.writers import MetricsConfig, Writer, open_writers
+from vit_jax.weights.trained import saved_steps
 
 # Measured by the clock: the only values that differ between a run and its repetition.
 CLOCK = (
@@ -45,13 +48,22 @@ class Metrics:
 
     On resuming from step n, records of later steps, which will be made again, are cut off, and
     with them a line that a killed process left unfinished. With a `label` all lines begin with it,
-    and there is no bar: other runs write there, too.
+    and there is no bar: other runs write there, too. Only the first process writes. `recipe` is
+    shown where writers have a place for it.
     """
 
-    def __init__(self, workdir: Path, steps: int, resumed_step: int = 0, label: str = ""):
+    def __init__(
+        self,
+        workdir: Path,
+        steps: int,
+        resumed_step: int = 0,
+        label: str = "",
+        config: MetricsConfig | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ):
         self._bar = None
         self._file = None
-        self._board = None
+        self._writers: list[Writer] = []
         self._advised = False
         self._prefix = f"{label}: " if label else ""
         self.steps = steps
@@ -60,22 +72,30 @@ class Metrics:
             return
         path = workdir / "metrics.jsonl"
         _truncate(path, resumed_step)
-        self._file = path.open("a", buffering=1)
-        if importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        self._file = open_lines(path)
+        self._writers = open_writers(config or MetricsConfig(), workdir, resumed_step, recipe or {})
         if sys.stderr.isatty() and not label:
             self._bar = tqdm(total=steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+        for note in filter(None, (writer.note for writer in self._writers)):
+            self.say(note)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records scalars of a step; they are on the disk's way when this returns."""
+        """Records scalars of a step; `flush` makes sure that they are kept."""
         if not self._file:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            if error.errno is None:  # a bucket's, which names it
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), self._file.name) from error
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def flush(self) -> None:
+        """Returns when what was recorded is kept, also by a bucket."""
+        if self._file:
+            self._file.flush()
 
     def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
         """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
@@ -124,11 +144,13 @@ class Metrics:
         """Whether an evaluation of that step is recorded; processes that don't record say yes."""
         if not is_main():
             return True
+        self.flush()
         records = read_metrics(self.workdir)
         return any(r["step"] == step and any("/" in name for name in r) for r in records)
 
     def last(self) -> dict[str, float]:
         """The newest value of everything recorded."""
+        self.flush()
         records = read_metrics(self.workdir) if is_main() else []
         return {name: value for record in records for name, value in record.items()}
 
@@ -138,8 +160,9 @@ class Metrics:
     def __exit__(
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for resource in (self._bar, self._file, self._board):
-            if resource is not None:
+        for resource in filter(None, (self._bar, self._file, *self._writers)):
+            # On a full disk it fails again: the error that ends the run says more.
+            with suppress(OSError) if kind else nullcontext():
                 resource.close()
 
 
@@ -158,7 +181,7 @@ class Recorder:
         start: int,
         log_every: int,
         batch_size: int,
-        flops_per_image: int,
+        flops: Callable[[int, int], int],
         devices: int,
     ):
         self.metrics, self._clock, self._starts = metrics, clock, starts
@@ -167,7 +190,7 @@ class Recorder:
         self._checked = self._recorded = self._start = start
         self._skipped = 0  # broken examples since the last record
         self._losses: list[jax.Array] = []  # of the steps since the last record
-        self._batch_size, self._flops = batch_size, flops_per_image * batch_size
+        self._batch_size, self._flops = batch_size, flops
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * devices
         self._lap = dict(clock.read())
@@ -215,11 +238,16 @@ class Recorder:
             return
         fetched = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, fetched.values())):
+            saved = max(saved_steps(self.metrics.workdir), default=None)
+            good = (
+                "no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is good"
+            )
             raise FloatingPointError(
                 f"not finite after step {step}: {fetched}. It was finite after step "
-                f"{self._checked}; the last checkpoint in {self.metrics.workdir} is good. Lower "
+                f"{self._checked}; {good} ({self.metrics.workdir}). Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
-                f"steps {self._checked + 1} to {step}."
+                f"steps {self._checked + 1} to {step}. What it was, and where: "
+                f"vit_jax replay --workdir={self.metrics.workdir} --step={step}"
             )
         self._checked = step
         if due:
@@ -243,8 +271,9 @@ class Recorder:
         lap = {state: seconds - before[state] for state, seconds in self._lap.items()}
         running = lap["train"] + lap["input"]
         seconds = running / (step - self._recorded)
+        flops, left = self._flops(self._recorded, step), self._flops(step, self.metrics.steps)
         self._recorded = step
-        self._starts.keep(step)
+        self._starts.keep(step, in_passing=True)
         run = shares(self._starts.seconds())
         stalls = (self._lap["evaluate"] + self._lap["save"]) / (step - self._start)
         values = {
@@ -255,10 +284,10 @@ class Recorder:
             "goodput": run["train"],
             "goodput_this_start": shares(self._lap)["train"],
             **{f"time_{state}": share for state, share in run.items() if state != "train"},
-            "eta": (self.metrics.steps - step) * (seconds + stalls),
+            "eta": running * left / flops + (self.metrics.steps - step) * stalls,
             "chip_hours": self._starts.chip_hours(),
         }
-        return values | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+        return values | ({"mfu": flops / running / self._peak} if self._peak else {})
 
     def __enter__(self) -> "Recorder":
         return self

@@ -27,15 +27,17 @@ import numpy as np
 import optax
 
 from vit_jax.config import InputError, unknown
-from vit_jax.models.names import KERNELS, block_number, follows_blocks, is_stacked
+from vit_jax.models.names import HIDDEN_KERNELS, KERNELS, block_number, follows_blocks, is_stacked
 from vit_jax.parallel.mesh import path_name
+from vit_jax.training.muon import muon
+from vit_jax.training.spikes import skip_spikes
 from vit_jax.training.width_rule import WIDTH_RULES, WidthFactors, scaled
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
 
 DECAYS = ("constant", "linear", "cosine", "rsqrt", "staircase")
-OPTIMIZERS = ("adamw", "sgd", "adafactor")
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 WEIGHT_DECAY_CONVENTIONS = ("multiplied", "independent")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 
@@ -100,10 +102,12 @@ class OptimizerConfig:
     Raises ValueError for unknown names and for values out of range.
     """
 
-    name: str = "adamw"  # | sgd | adafactor
+    name: str = "adamw"  # | sgd | adafactor | muon: see `muon`
     b1: float = 0.9  # momentum, of every optimizer
     b2: float = 0.999  # AdamW's second moment; the most that Adafactor's may reach
     eps: float = 1e-8  # AdamW's
+    muon_momentum: float = 0.95  # of Muon's matrices; b1, b2 and eps are of its AdamW
+    muon_kernels: str = HIDDEN_KERNELS  # regex of Muon's matrices; AdamW has the rest
     momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
     weight_decay: float = 0.0  # by `weight_decay_convention`
     weight_decay_convention: str = "multiplied"  # | independent
@@ -128,6 +132,8 @@ class OptimizerConfig:
             raise InputError(
                 f"b1={self.b1}, b2={self.b2}, eps={self.eps}: expected 0 <= b1, b2 < 1 and eps > 0"
             )
+        if not 0 <= self.muon_momentum < 1:
+            raise InputError(f"muon_momentum={self.muon_momentum}: expected a number in [0, 1)")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
         if not 0 < self.layer_decay <= 1:
@@ -200,16 +206,19 @@ def make_optimizer(
     schedule: Schedule,
     peak: jax.Array | float,
     params: Any,
+    spike_factor: float | None = None,
     width: WidthFactors | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
-    `params` may hold arrays or shapes; only its paths are read. `peak` is the schedule's, `width`
-    has the factors of the config's `width_rule`. In the state's paths the moments stand under their
-    parameter's own: ".../mu/head/kernel". They have its shape, except Adafactor's second moment of
-    matrices (v_row, v_col lack one axis; v is [1]).
+    `params` may hold arrays or shapes; only paths and shapes are read. `peak` is the schedule's.
+    In the state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They
+    have its shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is
+    [1]).
+    `spike_factor`: leaves out updates, see `spikes.skip_spikes`. `width`: the factors of the
+    config's `width_rule`.
 
-    Raises ValueError if every parameter is frozen, and what `match_rules` raises.
+    Raises ValueError if every parameter is frozen, and what `match_rules` and `muon` raise.
     """
     multipliers = match_rules(config.lr_multipliers, params)
     trained = jax.tree.map(bool, multipliers)
@@ -220,20 +229,22 @@ def make_optimizer(
         raise ValueError(f"width_rule={config.width_rule!r}: `width` must be its `width_factors`")
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    direction = optax.masked(optax.chain(clip, _direction(config)), trained)
+    direction = optax.masked(optax.chain(clip, _direction(config, params)), trained)
     if width is not None:
         before, after = (
             optax.stateless(lambda updates, _, factors=factors: scaled(updates, factors))
             for factors in (width.gradient, width.update)
         )
         direction = optax.chain(before, direction, after)
-    return optax.chain(
+    parts = (
         direction,
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
         _decay_layers(config.layer_decay, params),
-        optax.scale_by_learning_rate(schedule),
     )
+    if spike_factor is not None:  # the schedule goes on meanwhile
+        parts = (skip_spikes(optax.chain(*parts), spike_factor),)
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
 def match_rules(rules: Rules, params: Any) -> Any:
@@ -301,11 +312,14 @@ def _decay_layers(decay: float, params: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype)
     match config.name:
         case "adamw":
-            return optax.scale_by_adam(
-                config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype
+            return adam
+        case "muon":
+            return muon(
+                config.muon_kernels, config.muon_momentum, config.momentum_dtype, adam, params
             )
         case "sgd":
             return optax.trace(config.b1, accumulator_dtype=config.momentum_dtype)

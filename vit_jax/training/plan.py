@@ -14,7 +14,6 @@ import jax
 from vit_jax.config import build
 from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import OutOfMemory, Program, memory
-from vit_jax.costs.flops import training_flops
 from vit_jax.costs.report import (
     collectives_report,
     kernels_report,
@@ -112,6 +111,25 @@ def prepare_plan(
     return Prepared(config, chips, open_topology(chips), size)
 
 
+def check_recipe(config: TrainConfig, devices: str) -> None:
+    """Builds a recipe's training step for so many devices, without them, its data or a compiler.
+
+    Call it before any other use of jax. `devices` is a number, a topology, an accelerator type of
+    TPUs, or a product: "256", "v5litepod-256*2". Raises ValueError for what doesn't fit.
+    """
+    counts = (
+        int(part) if part.isdecimal() else parse_topology(part).num_devices
+        for part in devices.split("*")
+    )
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", math.prod(counts))
+    try:
+        size = dataset_size(config.data)
+    except (ValueError, FileNotFoundError):  # it is elsewhere: the run is long enough
+        size = (1000, 100_000 * config.batch_size)
+    build_training(config, make_mesh(config.mesh), *size)
+
+
 def plan_step(
     training: Training,
     topology: Topology,
@@ -119,10 +137,52 @@ def plan_step(
     price: float | None = None,
     whole: bool = True,
 ) -> dict:
-    """Compiles a step and says all there is to say of it, ready for JSON.
+    """Compiles a step of each stage and says all there is to say of it, ready for JSON.
+
+    With several stages the report is the one's that takes the most memory, its `run` is that of all
+    stages, and `stages` has a row for each.
 
     `whole`: the making of the state too, and what a GPU would need without flash attention.
     """
+    reports = [
+        _plan_stage(training.during(stage), topology, mfu, price, whole)
+        for stage in training.stages
+        if stage.start < training.steps
+    ]
+    if len(reports) == 1:
+        return reports[0]
+    report = max(reports, key=lambda report: report["memory_gib"]["peak"])
+    rows = [
+        {
+            "image_size": stage.model.image_size[0],
+            "steps": training.during(stage).steps,
+            "tokens": stage.tokens,
+            "flops": planned["flops"]["model"],
+            "peak_gib": planned["memory_gib"]["peak"],
+            "step_seconds": planned.get("run", {}).get("step_seconds"),
+        }
+        for stage, planned in zip(training.stages, reports, strict=False)
+    ]
+    seconds = [row["step_seconds"] for row in rows]
+    run = {}
+    if None not in seconds:
+        total = sum(row["steps"] * row["step_seconds"] for row in rows)
+        run["run"] = {"from": report["run"]["from"]} | run_report(
+            topology,
+            flops=training.flops(0, training.steps) / training.steps,
+            batch_size=training.config.batch_size,
+            steps=training.steps,
+            seconds=total / training.steps,
+            price=price,
+        )
+    elapsed = sum(planned["compile_seconds"] for planned in reports)
+    side = training.config.image_size
+    return {**report, **run, "image_size": side, "stages": rows, "compile_seconds": elapsed}
+
+
+def _plan_stage(
+    training: Training, topology: Topology, mfu: float | None, price: float | None, whole: bool
+) -> dict:
     config, mesh = training.config, training.mesh
     start = time.perf_counter()
 
@@ -136,12 +196,13 @@ def plan_step(
         compiled = compile_step(training)
     except OutOfMemory as error:
         compiled = error
-    flops = training_flops(training.model) * config.batch_size
+    first = training.stages[0].start
+    flops = training.flops(first, first + 1)
     report = {
         "model": config.model.variant,
         "dataset": config.data.dataset,
         "num_classes": training.model.num_classes,
-        "image_size": config.image_size,
+        "image_size": training.model.image_size[0],
         "batch_size": config.batch_size,
         "topology": str(topology),
         "chips": topology.num_chips,
@@ -191,14 +252,16 @@ def plan_step(
 
 
 def without_flash(training: Training) -> Training:
-    """The same with plain attention."""
+    """The same stage with plain attention."""
     config = dataclasses.replace(
         training.config,
         model=dataclasses.replace(training.config.model, attention="xla"),
         steps=training.scheduled,
         epochs=None,
     )
-    return build_training(config, training.mesh, training.model.num_classes, num_examples=1)
+    rebuilt = build_training(config, training.mesh, training.model.num_classes, num_examples=1)
+    start = training.stages[0].start
+    return rebuilt.during(next(stage for stage in rebuilt.stages if stage.start == start))
 
 
 def search_meshes(

@@ -1,12 +1,13 @@
 """An XProf trace of some steps: what devices and host did, to the microsecond."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from vit_jax.config import InputError
+from vit_jax.parallel.run_files import written_locally
 from vit_jax.training.clock import Clock
 
 
@@ -30,7 +31,7 @@ class Profile:
 
     def __init__(self, workdir: Path, window: str, clock: Clock):
         self._folder, self._window, self._clock = workdir / "profile", parse_window(window), clock
-        self._tracing = False
+        self._tracing, self._local = False, ExitStack()
 
     def step(self, step: int, state: Any) -> AbstractContextManager:
         """Around the call of a step, the number of which the trace shows; `state` is what it takes.
@@ -44,11 +45,13 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def _start(self) -> None:
-        jax.profiler.start_trace(str(self._folder))
+        folder = self._local.enter_context(written_locally(self._folder))
+        jax.profiler.start_trace(str(folder))
         self._tracing = True
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
+        self._local.close()
         self._tracing = False
 
     def __enter__(self) -> "Profile":

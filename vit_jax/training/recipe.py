@@ -5,7 +5,7 @@ Nothing is computed here: `loop` runs the step, `plan` compiles it for chips tha
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 
 from vit_jax.config import InputError, setting, unknown
 from vit_jax.data.pipeline import DataConfig
+from vit_jax.data.sources import Source
 from vit_jax.evaluation.registry import EvaluatorConfig
 from vit_jax.losses.classification import LossConfig
+from vit_jax.losses.distillation import DistillConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
 from vit_jax.parallel.mesh import (
@@ -37,8 +39,11 @@ from vit_jax.training.optimizer import (
     match_rules,
 )
 from vit_jax.training.profile import parse_window
+from vit_jax.training.stages import Stage, StageConfig, build_stages, check_stages
 from vit_jax.training.step import TrainState, make_train_step, start_state
+from vit_jax.training.teacher import Teacher, open_teacher
 from vit_jax.training.width_rule import WidthFactors, scaled, width_factors
+from vit_jax.training.writers import MetricsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +57,19 @@ class TrainConfig:
       seed: of the initial parameters, the data's order and dropout.
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
+      distill: a teacher whose logits the model learns from, too.
+      stages: parts of the run with fewer tokens: mappings of share, image_size, keep and patch,
+        see `stages.StageConfig`.
       ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
+      skip_spikes: leaves out an update whose gradients' norm is above so many times its running
+        median: see `spikes.skip_spikes`. The record `spikes` counts them.
       accumulation: microbatches; a step takes the mean of their gradients.
       resume: a checkpoint of another workdir to continue from, with all its state.
       start_over: whether a run whose state is there but can't be used begins at step 0, see
         `workdir.or_start_over`.
       compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
+      metrics: where they are written.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
       evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
@@ -67,6 +78,8 @@ class TrainConfig:
       watch: the evaluator that early stopping watches, "dev", or one of its metrics,
         "dev/macro_f1"; may be omitted where there is only one.
       stop: a step to end at, before the schedule does; 0 saves the initial state.
+      hang_minutes: ends the process where a step, a batch, a save, an evaluation's batch or a
+        compilation takes longer than this, see `watchdog.Watchdog`; "none": never.
     """
 
     model: ModelConfig
@@ -81,8 +94,11 @@ class TrainConfig:
     masked_patches: MaskedPatchConfig = MaskedPatchConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig = DistillConfig()
+    stages: tuple[StageConfig, ...] = ()
     ema_decay: float | None = None
     ema_warmup: bool = False
+    skip_spikes: float | None = None
     accumulation: int = setting(1, changes="speed")
     resume: str = ""
     start_over: bool = setting(False, changes="speed")
@@ -90,27 +106,45 @@ class TrainConfig:
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), changes="speed")
     compilation_cache: str = setting("workdir", changes="speed")
     profile_steps: str = setting("", changes="speed")
+    metrics: MetricsConfig = setting(MetricsConfig(), changes="speed")
     log_every: int = setting(50, changes="speed")
     eval_every: int | None = setting(None, changes="records")
     early_stopping: int | None = None
     watch: str = ""
     stop: int | None = None
+    # An hour: more than a large model's compilation or a checkpoint's way to slow storage takes.
+    hang_minutes: float | None = setting(60.0, changes="speed")
     evaluators: dict[str, EvaluatorConfig] = setting(factory=dict, changes="records")
 
     @classmethod
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced.
 
-        Early stopping watched the first evaluator of `classification`.
+        Early stopping watched the first evaluator of `classification`. A rehearsal, on the dataset
+        `synthetic`, is evaluated on it too: it needs no data on disk.
         """
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
             for name, fields in values.get(protocol, {}).items():
                 evaluators[name] = {"protocol": protocol, **fields}
+        dataset = str(values.get("data", {}).get("dataset", ""))
+        if dataset.partition("/")[0] == "synthetic":
+            for name, fields in evaluators.items():
+                if fields.get("data", {}).get("dataset"):
+                    data = {**fields["data"], "dataset": dataset}
+                    evaluators[name] = {**fields, "data": data}
         kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
         if kept.get("early_stopping") and "watch" not in kept and values.get("classification"):
             kept["watch"] = next(iter(values["classification"]))
         return {**kept, "evaluators": evaluators}
+
+    def weighed(self, source: Source) -> "TrainConfig":
+        """The recipe with a weight for each class of the training data, where it weighs classes."""
+        if not self.loss.class_weights:
+            return self
+        names = source.class_names or tuple(map(str, range(source.num_classes)))
+        counts = source.class_counts() if self.loss.class_weights == "balanced" else ()
+        return dataclasses.replace(self, loss=self.loss.weigh(names, counts))
 
     @property
     def objective(self) -> LossConfig | MaskedPatchConfig:
@@ -148,12 +182,25 @@ class TrainConfig:
                 raise InputError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
         if not 0 <= self.seed < 2**32:  # jax.random.key takes the lower 32 bits
             raise InputError(f"seed = {self.seed}: expected 0 to {2**32 - 1}")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise InputError(
+                f"hang_minutes = {self.hang_minutes}: expected a positive number, or none"
+            )
+        if self.epochs is not None and self.epochs <= 0:
+            raise InputError(f"epochs = {self.epochs}: expected more than 0")
         if self.early_stopping and not self.eval_every:
             raise InputError("early_stopping counts evaluations: set eval_every, too")
+        if self.skip_spikes is not None and self.skip_spikes <= 1:
+            raise InputError(f"skip_spikes = {self.skip_spikes}: expected more than 1, such as 5")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise InputError(f"ema_decay = {self.ema_decay}: expected a number in (0, 1)")
         if self.ema_warmup and self.ema_decay is None:
             raise InputError("ema_warmup changes a running average: set ema_decay, too")
+        check_stages(self.stages)
+        if self.distill.teacher and self.loss.masks_patches:
+            raise InputError("distill: masked_patches has no logits to learn from a teacher")
+        if self.stages and self.loss.masks_patches:
+            raise InputError("masked_patches predicts patches of one size: leave stages empty")
         if self.augmentation.mixes and self.loss.masks_patches:
             raise InputError("mixup and cutmix mix labels, masked_patches has none: set them to 0")
         if self.augmentation.mixes and self.batch_size % (2 * self.accumulation):
@@ -174,7 +221,9 @@ class Training:
     steps: int
     scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
     width: WidthFactors | None  # of the optimizer's width rule
+    stages: tuple[Stage, ...]  # of the scheduled steps; one without a token schedule
     optimizer: optax.GradientTransformation
+    teacher: Teacher | None
     shapes: TrainState  # of shapes
     shardings: TrainState  # of shardings
 
@@ -191,6 +240,17 @@ class Training:
             "Set ema_warmup=True, or a smaller ema_decay"
         ]
 
+    def during(self, stage: Stage) -> "Training":
+        """The training of one stage alone; `steps` is its length."""
+        steps = max(0, min(stage.stop, self.steps) - stage.start)
+        return dataclasses.replace(self, model=stage.model, steps=steps, stages=(stage,))
+
+    def flops(self, start: int, stop: int) -> int:
+        """Model FLOPs of the updates start, ..., stop - 1, and of the teacher's forward passes."""
+        taught = (stop - start) * self.teacher.flops if self.teacher else 0
+        student = sum(stage.flops(start, stop) for stage in self.stages)
+        return self.config.batch_size * (student + taught)
+
     @property
     def placed_shapes(self) -> TrainState:
         """The state as `jax.ShapeDtypeStruct`s with shardings."""
@@ -205,35 +265,58 @@ class Training:
         params = self.model.init(key)
         return params if self.width is None else scaled(params, self.width.initial)
 
+    def step(
+        self,
+        state: TrainState,
+        batch: dict,
+        peak: jax.Array,
+        taught_by: dict | None = None,
+        observe: Callable[[Any, Any], dict] | None = None,
+    ) -> tuple[TrainState, dict]:
+        """The training step, see `step.make_train_step`, at a peak of the learning rate.
+
+        `peak` is an argument, so that runs that differ in it alone have the same program.
+        `taught_by` are the teacher's parameters, if there is one.
+        """
+        config, teacher = self.config, self.teacher
+        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        schedule = make_schedule(config.schedule, self.scheduled, peak)
+        train_step = make_train_step(
+            self.model,
+            make_optimizer(
+                config.optimizer, schedule, peak, state.params, config.skip_spikes, self.width
+            ),
+            schedule,
+            config.loss,
+            augmentation=config.augmentation,
+            masked=config.masked_patches,
+            seed=config.seed,
+            trainable=jax.tree.map(bool, multipliers),
+            accumulation=config.accumulation,
+            ema_decay=config.ema_decay,
+            ema_warmup=config.ema_warmup,
+            distill=config.distill,
+            teacher=teacher and partial(teacher.logits, taught_by),
+            observe=observe,
+        )
+        return train_step(state, batch)
+
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """The step for arrays, or shapes with shardings, like these; `state` is donated.
 
-        Its third argument is the peak of the learning rate, float32 [].
+        Its third argument is the peak of the learning rate, float32 []; a fourth, if there is a
+        teacher, its parameters.
         """
-        config = self.config
-        multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
+        teacher = self.teacher
 
-        def step(state: TrainState, batch: dict, peak: jax.Array) -> tuple[TrainState, dict]:
-            # An argument, so that runs that differ in it alone have the same program.
-            schedule = make_schedule(config.schedule, self.scheduled, peak)
-            train_step = make_train_step(
-                self.model,
-                make_optimizer(config.optimizer, schedule, peak, state.params, self.width),
-                schedule,
-                config.loss,
-                augmentation=config.augmentation,
-                masked=config.masked_patches,
-                seed=config.seed,
-                trainable=jax.tree.map(bool, multipliers),
-                accumulation=config.accumulation,
-                ema_decay=config.ema_decay,
-                ema_warmup=config.ema_warmup,
-            )
-            return train_step(state, batch)
+        def step(
+            state: TrainState, batch: dict, peak: jax.Array, taught_by: dict | None = None
+        ) -> tuple[TrainState, dict]:
+            return self.step(state, batch, peak, taught_by)
 
         out = (self.shardings, replicated(self.mesh))
-        peak = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, peak)
+        rest = [jax.ShapeDtypeStruct((), jnp.float32), *([teacher.shapes] if teacher else [])]
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, *rest)
 
 
 def build_training(
@@ -248,6 +331,8 @@ def build_training(
     else:
         model = build_model(config.model, num_classes, size)
     scheduled = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
+    if scheduled >= 2**31:  # the state counts them in 32 bits
+        raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
     width = None
@@ -255,7 +340,9 @@ def build_training(
         width = width_factors(
             config.optimizer.name, config.optimizer.base_width, config.optimizer.base_heads, model
         )
-    optimizer = make_optimizer(config.optimizer, schedule, config.schedule.peak, params, width)
+    optimizer = make_optimizer(
+        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes, width
+    )
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
     shardings = state_shardings(mesh, config.mesh, shapes)
@@ -268,6 +355,8 @@ def build_training(
         scheduled=scheduled,
         width=width,
         optimizer=optimizer,
+        stages=build_stages(config.stages, model, scheduled),
+        teacher=open_teacher(config.distill, model, mesh, config.mesh),
         shapes=shapes,
         shardings=shardings,
     )

@@ -17,10 +17,12 @@ from vit_jax.losses.classification import (
     make_targets,
     share_targets,
 )
+from vit_jax.losses.distillation import DistillConfig, mix_losses
 from vit_jax.losses.masked_patches import MaskedPatchConfig, masked_patch_losses
 from vit_jax.models.variants import Model
 from vit_jax.parallel.mesh import constrain_batch
 from vit_jax.training.augmentation import AugmentationConfig, augment, draw
+from vit_jax.training.spikes import count_spikes
 
 
 @jax.tree_util.register_dataclass
@@ -66,41 +68,37 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
+    distill: DistillConfig | None = None,
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
+    observe: Callable[[Any, Any], dict] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
     `trainable`, a tree of bools, says of which parameters a gradient is computed at all. With
     `ema_warmup` the decay of step t = 0, 1, ... is at most (1 + t) / (10 + t), as in TensorFlow's
-    ExponentialMovingAverage.
+    ExponentialMovingAverage. `teacher` returns logits [B, C] for the augmented images, of which
+    `distill` says how the student learns.
 
     Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
     images as they were augmented but labels as they were before they were mixed),
     `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
-    soon as a parameter isn't), and `skipped`, examples that others took the place of, if the batch
-    tells.
+    soon as a parameter isn't), `skipped`, examples that others took the place of, if the batch
+    tells, `spikes`, the updates left out so far, if the optimizer leaves out any, and what
+    `observe` makes of the gradients and the updates.
     """
+    losses_fn = make_losses(model, loss, masked, distill, teacher)
 
     def loss_fn(params, batch, keys):
         params = jax.tree.map(
             lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable
         )
-        labels = make_targets(batch["label"], model.num_classes)
-        images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
-        if loss.masks_patches:
-            losses, hits = masked_patch_losses(masked, model, params, images, keys, train=True)
-        else:
-            logits = model.apply(params, images, keys).logits
-            losses = example_losses(loss, logits, targets)
-            hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        losses, hits = losses_fn(params, batch, keys)
         return losses.mean(), hits.mean()
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        rows = jnp.arange(batch["image"].shape[0])
-        keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
-        batch = {**batch, "draws": draw(augmentation, seed, state.step, len(rows))}
+        batch, keys = with_draws(augmentation, seed, state.step, batch)
         together = 2 if augmentation.mixes else 1
         gradients = _accumulate(grad_fn, accumulation, together, state.params, batch, keys)
         (loss_value, accuracy), grads = gradients
@@ -123,11 +121,48 @@ def make_train_step(
             "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
             "param_norm": optax.tree.norm(params),
         }
+        if spikes := count_spikes(opt_state):
+            metrics["spikes"] = spikes[0]
+        if observe:
+            metrics |= observe(grads, jax.tree.map(jnp.subtract, params, state.params))
         if "skipped" in batch:
             metrics["skipped"] = batch["skipped"].sum()
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
+
+
+def make_losses(
+    model: Model,
+    loss: LossConfig,
+    masked: MaskedPatchConfig,
+    distill: DistillConfig | None = None,
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
+) -> Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Function (parameters, batch, keys), as of `with_draws`, -> (losses [B], hits)."""
+
+    def losses_fn(params, batch, keys):
+        labels = make_targets(batch["label"], model.num_classes)
+        images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
+        if loss.masks_patches:
+            return masked_patch_losses(masked, model, params, images, keys, train=True)
+        logits = model.apply(params, images, keys).logits
+        losses = example_losses(loss, logits, targets)
+        if teacher is not None:
+            losses = mix_losses(distill, loss, losses, logits, teacher(images))
+        return losses, jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+
+    return losses_fn
+
+
+def with_draws(
+    augmentation: AugmentationConfig, seed: int, step: jax.Array, batch: dict
+) -> tuple[dict, jax.Array]:
+    """The batch with what its augmentation draws at a step, and a key for each row."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    rows = jnp.arange(batch["image"].shape[0])
+    keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+    return {**batch, "draws": draw(augmentation, seed, step, len(rows))}, keys
 
 
 def _accumulate(grad_fn, accumulation: int, together: int, params, batch, keys):

@@ -14,10 +14,16 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import InputError, build, covered, fields_where
 from vit_jax.parallel.multihost import barrier, first_of_all, is_main
-from vit_jax.parallel.run_files import Lock, read_json, write_whole
+from vit_jax.parallel.run_files import (
+    Lock,
+    as_path,
+    check_holds_checkpoints,
+    read_json,
+    saved_steps,
+    write_whole,
+)
 from vit_jax.training.clock import read_starts
 from vit_jax.training.metrics import read_metrics
-from vit_jax.weights.trained import saved_steps
 
 CONFIG = "config.json"
 _STARTED_OVER = "started_over"  # the folder for what is there when a run starts over
@@ -48,17 +54,9 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
     """
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
-    if "://" in workdir:
-        raise InputError(
-            f"workdir {workdir}: expected a folder. Checkpoints become complete by renaming one, "
-            "which a bucket can't do at once: keep the run on a file system that all hosts share, "
-            "such as Filestore, made by `gcloud filestore instances create` and mounted by `sudo "
-            "mount -o hard IP:/SHARE /mnt/runs` (experiments/launch/README.md, step 2), then "
-            "--workdir=/mnt/runs/NAME. For data alone a bucket will do: gcsfuse -o ro BUCKET FOLDER"
-        )
-    path = Path(workdir)
+    path = as_path(workdir)
     path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
+    if isinstance(path, Path) and not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
     lock = lock_workdir(path)
     read_starts(path)  # damage is told before anything is computed
@@ -69,6 +67,7 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
 
 def lock_workdir(path: Path) -> Lock | None:
     """Locks a folder on process 0, for all; OSError, on all, that names who has it."""
+    check_holds_checkpoints(path)
     lock, problem = None, ""
     if is_main():
         try:
@@ -187,9 +186,10 @@ def _moved(before: Any, now: Any, folder: Path) -> bool:
     root = folder.absolute()
     if root.parent.name == "trials":  # of a sweep, whose data is the run's
         root = root.parents[1]
-    if not (isinstance(before, str) and isinstance(now, str) and Path(now).is_relative_to(root)):
+    if not (isinstance(before, str) and isinstance(now, str) and now.startswith(f"{root}/")):
         return False
-    return Path(before).is_absolute() and before.endswith(f"/{Path(now).relative_to(root)}")
+    is_absolute = before.startswith("/") or "://" in before
+    return is_absolute and before.endswith(now.removeprefix(str(root)))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Iterable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import InputError, unknown
@@ -94,10 +96,8 @@ def adapt(
         if old == new and not other_grid:
             filled[name] = array
             loaded.append(name)
-        elif array.ndim == len(shape) and (
-            (fitted := _resize(name, array.reshape(old), new)) is not None
-        ):
-            filled[name] = fitted.reshape(shape)
+        elif (fitted := resize(name, array, shape, source_grid, grid)) is not None:
+            filled[name] = fitted
             resized.append(f"{name} {old} -> {new}")
         else:
             misfits[name] = f"{old} in the checkpoint, {new} here"
@@ -170,21 +170,36 @@ def _unfold(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None) -> 
     return (*batch, rows, columns, width) if rows * columns == patches else shape
 
 
-def _resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Resizes position embeddings and patch kernels; None for other tensors."""
-    old = array.shape
-    if (
-        re.fullmatch(f"{names.POSITIONS}|{names.POSITION_AXES}", name)
-        and len(old) == len(shape) >= 4
-    ):
-        rest, new = (*old[:-3], old[-1]), (*shape[:-3], shape[-1])
-        return resize_positions(array, shape[-3:-1]) if rest == new else None
-    if re.fullmatch(names.PATCH_KERNEL, name) and len(old) == 4 and old[2:] == shape[2:]:
+def resize(
+    name: str,
+    array: np.ndarray | jax.Array,
+    shape: tuple[int, ...],
+    source_grid: tuple[int, int] | None,
+    grid: tuple[int, int] | None,
+) -> np.ndarray | jax.Array | None:
+    """Resizes position embeddings and patch kernels to `shape`; None for other tensors.
+
+    Linear in `array`, which may be traced: gradients pass. Grids are those of the array and of the
+    result.
+    """
+    old, new = _unfold(name, array.shape, source_grid), _unfold(name, shape, grid)
+    if re.fullmatch(f"{names.POSITIONS}|{names.POSITION_AXES}", name):
+        fits = len(old) == len(new) >= 4 and (*old[:-3], old[-1]) == (*new[:-3], new[-1])
+        return resize_positions(array.reshape(old), new[-3:-1]).reshape(shape) if fits else None
+    if re.fullmatch(names.PATCH_KERNEL, name) and len(old) == len(new) == 4 and old[2:] == new[2:]:
         return resize_patch_kernel(array, shape[:2])
     return None
 
 
-def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _einsum(subscripts: str, array: np.ndarray | jax.Array, *matrices: np.ndarray):
+    if isinstance(array, np.ndarray):
+        return np.einsum(subscripts, array, *matrices, optimize=True).astype(np.float32)
+    return jnp.einsum(subscripts, array, *map(jnp.float32, matrices), precision="highest")
+
+
+def resize_positions(
+    table: np.ndarray | jax.Array, grid: tuple[int, int]
+) -> np.ndarray | jax.Array:
     """Resizes [..., r, c, D] to [..., *grid, D], bilinearly with aligned corners.
 
     As the published fine-tuning code (arXiv 2010.11929, section 3.2).
@@ -192,10 +207,12 @@ def resize_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     down, along = (
         _interpolation(n, m, corners=True) for n, m in zip(table.shape[-3:-1], grid, strict=True)
     )
-    return np.einsum("...rcd,Rr,Cc->...RCd", table, down, along, optimize=True).astype(np.float32)
+    return _einsum("...rcd,Rr,Cc->...RCd", table, down, along)
 
 
-def resize_patch_kernel(kernel: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+def resize_patch_kernel(
+    kernel: np.ndarray | jax.Array, patch: tuple[int, int]
+) -> np.ndarray | jax.Array:
     """Resizes a kernel [p, q, C, D] to [*patch, C, D] so that tokens stay nearly the same.
 
     FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4). Minimises the mean squared difference
@@ -207,7 +224,25 @@ def resize_patch_kernel(kernel: np.ndarray, patch: tuple[int, int]) -> np.ndarra
         np.linalg.pinv(_interpolation(n, m, corners=False).T)
         for n, m in zip(kernel.shape[:2], patch, strict=True)
     )
-    return np.einsum("pqcd,Pp,Qq->PQcd", kernel, down, along, optimize=True).astype(np.float32)
+    return _einsum("pqcd,Pp,Qq->PQcd", kernel, down, along)
+
+
+def fold_standardisation(params: dict, mean: Iterable[float], std: Iterable[float]) -> dict:
+    """Folds a standardisation of pixels into the patch embedding of a ViT, which has no padding.
+
+    Converts nested parameters for pixels (p - mean) / std, p in [0, 1], to those for 2 p - 1.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (mean, std))
+    kernel = np.asarray(params["embedding"]["kernel"], np.float64)
+    bias = params["embedding"].get("bias")
+    if bias is None:
+        raise InputError("the patch embedding has no bias to fold the mean of pixels into")
+    shift = np.einsum("hwco,c->o", kernel, (0.5 - mean) / std)
+    embedding = {
+        "kernel": (kernel * (0.5 / std)[:, None]).astype(np.float32),
+        "bias": (bias + shift).astype(np.float32),
+    }
+    return {**params, "embedding": embedding}
 
 
 def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:

@@ -6,12 +6,14 @@ folder gets its name, so a complete checkpoint has it; those of earlier versions
 
 import asyncio
 import json
+import os
 import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vit_jax.config import InputError
+from vit_jax.parallel.run_files import as_path
 
 FILE = "checksums.json"
 _THREADS = 8  # zlib computes 2 GB/s on each, without Python's lock
@@ -26,7 +28,7 @@ def checksummed(temporary_path: type) -> type:
 
     class Checksummed(temporary_path):
         async def finalize(self) -> None:
-            folder = Path(self.get())
+            folder = as_path(os.fspath(self.get()))
             if (folder / "model").is_dir():  # the checkpoint itself, not one of its items
                 await asyncio.to_thread(write_checksums, folder)
             await super().finalize()

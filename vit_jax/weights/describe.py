@@ -94,24 +94,57 @@ def _vit(params: dict) -> tuple[dict, int, int | None]:
         variant, unit = f"{stem}+ViT-{size}/{side}", patch * 4 * 2 ** max(len(stages) - 1, 0)
         if stem_width != 64:
             differing["stem_width"] = stem_width
-    model = {"variant": variant, **differing}
-    model["pool"] = (
-        "token" if names.CLASS_TOKEN in params else "map" if names.PROBE in params else "gap"
-    )
+    model = {"variant": variant, **differing, **_pooling(params, width)}
     if names.PRE_LOGITS_BIAS in params:
         model["representation_size"] = params[names.PRE_LOGITS_BIAS].shape[0]
     if names.REGISTERS in params:
         model["registers"] = params[names.REGISTERS].shape[1]
     if _BLOCK + names.LAYER_SCALE in params:
         model["layer_scale"] = 1e-5  # the initial value; the file doesn't tell it
-    if _BLOCK + names.QUERY_NORM in params:
-        model["qk_norm"] = True
+    if _BLOCK + names.QUERY_BIAS not in params:
+        model["qkv_bias"] = ""
+    elif _BLOCK + names.KEY_BIAS not in params:
+        model["qkv_bias"] = "qv"
+    for field, name in (
+        ("pre_norm", names.PRE_NORM),
+        ("distillation", names.DISTILLATION),
+        ("qk_norm", _BLOCK + names.QUERY_NORM),
+        ("attention_norm", _BLOCK + names.ATTENTION_NORM),
+        ("mlp_norm", _BLOCK + names.MLP_NORM),
+    ):
+        if name in params:
+            model[field] = True
     if _BLOCK + names.GATE_KERNEL in params:
         model["mlp"] = "swiglu"
-    if names.POSITION not in params:
-        # big_vision's models without learned positions have fixed ones (arXiv 2205.01580).
-        return {**model, "position": "sincos_2d"}, unit, None
-    return model, unit, params[names.POSITION].shape[1]
+    if _BLOCK + names.ROTARY_FREQUENCIES in params:
+        model["rotary"] = "mixed"
+    if names.POSITION in params:
+        return model, unit, params[names.POSITION].shape[1]
+    # big_vision's models without learned positions have fixed ones (arXiv 2205.01580).
+    return {**model, "position": "none" if "rotary" in model else "sincos_2d"}, unit, None
+
+
+def _pooling(params: dict, width: int) -> dict[str, Any]:
+    """Returns the fields of ModelConfig about class token, pooling and last norm."""
+    fields: dict[str, Any] = {}
+    has_class = names.CLASS_TOKEN in params
+    if names.PROBE in params:
+        fields["pool"] = "map"
+        heads, mlp_dim = params[names.PROBE_QUERY].shape[1], params[names.PROBE_BIAS].shape[0]
+        if heads != params[_BLOCK + names.QUERY_KERNEL].shape[1]:
+            fields["pool_heads"] = heads
+        if mlp_dim != params[_BLOCK + names.MLP_BIAS].shape[0]:
+            fields["pool_mlp_dim"] = mlp_dim
+    elif not has_class or names.POOLED_NORM in params:
+        fields["pool"] = "gap"
+    else:
+        wide = names.HEAD_KERNEL in params and params[names.HEAD_KERNEL].shape[0] == 2 * width
+        fields["pool"] = "token+gap" if wide else "token"
+    if has_class and fields["pool"] in ("map", "gap"):
+        fields["class_token"] = True
+    if names.FINAL_NORM not in params:
+        fields["final_norm"] = "pooled" if names.POOLED_NORM in params else "none"
+    return fields
 
 
 def _mixer(params: dict) -> tuple[dict, int, int]:

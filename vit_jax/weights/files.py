@@ -22,11 +22,14 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from vit_jax.config import InputError
-from vit_jax.weights.published import by_hand
+from vit_jax.weights.download import NotPublicError, fetch
+from vit_jax.weights.published import by_hand, web_address
 
-PACKAGES = {"gs": "gcsfs", "hf": "huggingface_hub"}  # scheme of a path -> what reads it
+# Scheme of a path -> the package that logs in to read what isn't public.
+PACKAGES = {"gs": "gcsfs", "hf": "huggingface_hub"}
 
 # Weights hardly compress, so an npz may unpack to at most FREE_BYTES + MAX_RATIO * its size. A
 # deflate stream expands at most DEFLATE_RATIO times (zlib's technical details).
@@ -42,6 +45,7 @@ _HEADER = re.compile(
 )
 # numpy writes bfloat16 as V2 (google-research/big_vision issue 107).
 _NPY_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|V2)")
+_NPY_TEXT = re.compile(r"[<>|=]?[US]\d+")
 _SAFETENSORS_NUMBERS = re.compile("BOOL|BF16|F16|F32|F64|[IU](8|16|32|64)")
 _BROKEN = (zipfile.BadZipFile, safetensors.SafetensorError, zlib.error, struct.error)
 _BROKEN += (EOFError, OSError, ValueError, RuntimeError)
@@ -60,18 +64,18 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads all arrays of a `.npz` or `.safetensors` file; detects the format by content.
 
     Args:
-      path: a local path, `gs://bucket/file`, `hf://owner/repo/file`, or `hf://owner/repo` for its
-        `model.safetensors`.
+      path: a local path, `https://host/file`, `gs://bucket/file`, `hf://owner/repo/file`, or
+        `hf://owner/repo` for its `model.safetensors`. What isn't local is fetched once, see
+        `download`.
 
     Returns:
       Name -> array of booleans, integers or finite floats. float16 and bfloat16 become float32.
 
     Raises:
       ValueError: the file has another format or the other's suffix, is damaged, holds NaN,
-        infinities or objects, or declares more data than its size allows; or its scheme needs an
-        extra.
+        infinities or objects, or declares more data than its size allows.
       FileNotFoundError: there is no such file.
-      ConnectionError: the download failed.
+      ConnectionError: the download failed, or nothing may be downloaded.
     """
     with local_copy(path) as local:
         try:
@@ -79,18 +83,22 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
             _check_name(local, suffix)
             return _checked(_READERS[suffix](local))
         except ValueError as error:
-            raise InputError(f"{path}: {error}") from error
+            remote = "://" in os.fspath(path)
+            again = f" (to fetch it again, remove {local})" if remote else ""
+            raise InputError(f"{path}: {error}{again}") from error
 
 
 def read_json(path: str | os.PathLike) -> dict | None:
     """Reads a JSON object from any path that `read_arrays` accepts; None if there is no file.
+
+    Where the names of files aren't public, servers refuse those that don't exist: None too.
 
     Raises ValueError for anything but an object.
     """
     try:
         with local_copy(path) as local:
             text = local.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotPublicError):
         return None
     with _intact(f"{path}: the JSON"):
         content = json.loads(text)
@@ -127,36 +135,54 @@ def write_safetensors(
 
 @contextmanager
 def local_copy(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a local file for a path of `read_arrays`; deletes downloads on exit."""
-    scheme, remote, rest = os.fspath(path).partition("://")
-    if not remote:
+    """Yields a local file for a path of `read_arrays`: of remote ones, that in the cache.
+
+    What isn't public is fetched by the scheme's package, and deleted on exit.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
         yield Path(path).expanduser()
         return
+    url = web_address(text)
+    private = None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            local = fetch(url)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path}: no such file ({url})") from error
+        except NotPublicError as error:
+            private = error
+        except ConnectionError as error:
+            raise ConnectionError(f"{path} can't be fetched ({error}): {by_hand(text)}") from error
+        if private:
+            local = _fetch_private(text, Path(folder) / url.rpartition("/")[2], private)
+        yield local
+
+
+def _fetch_private(path: str, copy: Path, refusal: NotPublicError) -> Path:
+    """Fetches what only who is logged in may read, with the package of its scheme."""
+    scheme = path.partition("://")[0]
     if scheme not in PACKAGES:
-        raise InputError(f"{path}: expected a local path, gs://bucket/file or hf://owner/repo/file")
-    if scheme == "hf" and rest.count("/") == 1:
+        raise refusal
+    if scheme == "hf" and path.count("/") == 3:
         path = f"{path}/model.safetensors"
     try:
         import fsspec
 
         filesystem, source = fsspec.url_to_fs(path)
     except ImportError as error:
-        raise InputError(
-            f"{path}: {scheme}:// needs a package that is not installed ({error}): "
-            f"pip install {PACKAGES[scheme]}, or {by_hand(path)}"
+        raise NotPublicError(
+            f"{path} doesn't exist or isn't public ({refusal}); the package that logs in to "
+            f"{scheme}:// is not installed: pip install {PACKAGES[scheme]}, or {by_hand(path)}"
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / source.rpartition("/")[2]
-        try:
-            filesystem.get_file(source, str(copy))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path}: no such file") from error
-        except Exception as error:  # each library has its own network errors
-            problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            raise ConnectionError(
-                f"{path} can't be fetched ({problem}): {by_hand(path)}"
-            ) from error
-        yield copy
+    try:
+        filesystem.get_file(source, str(copy))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except Exception as error:  # each library has its own network errors
+        problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise ConnectionError(f"{path} can't be fetched ({problem}): {by_hand(path)}") from error
+    return copy
 
 
 @contextmanager
@@ -262,11 +288,15 @@ def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                     f"member {member.filename!r} is no .npy array: save arrays with numpy.savez. A "
                     "PyTorch .bin, .pt or .pth holds pickles and is never read: export safetensors"
                 )
-            yield member.filename.removesuffix(".npy"), _read_npy(archive, member)
+            if (array := _read_npy(archive, member)) is not None:
+                yield member.filename.removesuffix(".npy"), array
 
 
-def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Reads one array; checks first that compressed, declared and array sizes agree."""
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
+    """Reads one array; checks first that compressed, declared and array sizes agree.
+
+    Passes over text, such as a config beside the weights: returns None, and logs its name.
+    """
     name = member.filename.removesuffix(".npy")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
     if (ratio := ratios.get(member.compress_type)) is None:
@@ -279,6 +309,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with _intact(f"tensor {name!r}"):
         stream = archive.open(member)
         descr, shape, order = _npy_header(stream)
+    if _NPY_TEXT.fullmatch(descr):
+        logging.info("passed over %r: it is text", name)
+        return None
     if not _NPY_NUMBERS.fullmatch(descr):
         raise InputError(_not_numbers(name, descr))
     dtype = np.dtype(descr)

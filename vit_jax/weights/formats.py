@@ -6,70 +6,181 @@ int, "image_size": [height, width]} and, if known, "class_names".
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
+
+from absl import logging
 
 from vit_jax.config import InputError
-from vit_jax.models.variants import ModelConfig, described_model
-from vit_jax.weights import bit, files, hugging_face, official, onnx, pytorch, timm
+from vit_jax.models.variants import ModelConfig, build_model, described_model
+from vit_jax.parallel.run_files import as_path, written_locally
+from vit_jax.weights import (
+    bit,
+    files,
+    folders,
+    hugging_face,
+    official,
+    onnx,
+    published,
+    pytorch,
+    timm,
+)
 from vit_jax.weights.adapt import flatten, unflatten, unstack
 from vit_jax.weights.describe import describe
+from vit_jax.weights.published import BUCKET
+from vit_jax.weights.timm_architectures import architecture
 
-WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
+WEIGHTS = folders.WEIGHTS
 _SIDECAR = ".json"  # suffix of the description beside a plain .npz
 _FOLDERS = {"timm": timm.to_timm, "hugging_face": hugging_face.to_hugging_face}
 _FILES = {"official": official.to_official, "bit": bit.to_bit, "npz": dict}
 FORMATS = (*_FILES, *_FOLDERS, "onnx")
 
 
-def read(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> tuple[dict, dict]:
+# Scalars and texts about training that some files hold beside the weights.
+_NOT_WEIGHTS = re.compile(r"config|step|epoch|global_step|iteration|metadata|version")
+
+
+def is_foreign(path: str) -> bool:
+    """Whether an address is for `read`, and not of one of our Orbax folders."""
+    if _is_file_elsewhere(path):
+        return True
+    return as_path(path).is_file() or folders.holds_weights(as_path(path))
+
+
+def _is_file_elsewhere(path: str) -> bool:
+    """Whether an address is downloaded: its site isn't asked what is there."""
+    named = path.endswith((".npz", ".safetensors"))
+    return path.startswith(("hf://", "https://")) or ("://" in path and named)
+
+
+def read(
+    path: str | os.PathLike,
+    image_size: tuple[int, int] | None = None,
+    variant: str | None = None,
+) -> tuple[dict, dict]:
     """Reads a checkpoint of any format except our Orbax folders.
 
     Args:
       path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
         a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
-        local, `gs://` or `hf://`.
+        local, `gs://`, `hf://` or `https://`.
       image_size: (height, width) in pixels, if the file doesn't tell: for position embeddings of a
-        grid that isn't square, and for ResNets (default 224 x 224).
+        grid that isn't square, for rotary ones of any, and for ResNets (default 224 x 224).
+      variant: the architecture, for safetensors without a config.json: our name or timm's.
 
     Returns:
-      Parameters as a nested dict of float32 arrays with unrolled layers, and the description.
+      Parameters as a nested dict of float32 arrays with unrolled layers, and the description; its
+      "notes" say what was passed over or assumed.
 
     Raises:
       ValueError: a damaged file, an unknown architecture, or missing or unknown tensors.
       FileNotFoundError: there is no such file.
     """
-    path = os.fspath(path)
-    if Path(path).is_dir():
+    address = path = os.fspath(path)
+    if not _is_file_elsewhere(path) and as_path(path).is_dir():
+        if not folders.holds_weights(as_path(path)):
+            raise FileNotFoundError(folders.explain(path))
         path = os.path.join(path, WEIGHTS)
-    arrays = files.read_arrays(path)
+    arrays = folders.read_arrays(path)
     try:
         if any("." in name for name in arrays):  # PyTorch's names
-            params, description = _read_pytorch(path, arrays)
+            params, description = _read_pytorch(path, arrays, image_size, variant)
         else:
+            if variant is not None:
+                raise InputError(f"variant = {variant!r}: its tensors say what the model is")
             params, description = _read_npz(path, arrays, image_size)
         params, _ = pytorch.checked(params, description)
+        _check_size(description, image_size)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    if text := published.licence(address):
+        description = {**description, "notes": [*description.get("notes", ()), f"licence: {text}"]}
+    for note in description.get("notes", ()):
+        logging.info("%s: %s", path, note)
     return unflatten(params), description
 
 
 def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tuple[dict, dict]:
+    extra = [n for n in arrays if _NOT_WEIGHTS.fullmatch(n.rpartition("/")[2])]
+    arrays = {name: array for name, array in arrays.items() if name not in extra}
+    if not arrays:
+        raise InputError(f"no weights: only {', '.join(extra)}")
     renamed = bit.from_bit(arrays) if "resnet/group_norm/gamma" in arrays else None
     params = unstack(renamed or official.from_official(arrays))
-    described = files.read_json(path.removesuffix(".npz") + _SIDECAR) or {}
-    return params, described if "model" in described else describe(params, image_size)
+    ours = not path.startswith(BUCKET)  # a description is beside none of the published files
+    described = (ours and files.read_json(path.removesuffix(".npz") + _SIDECAR)) or {}
+    described = described if "model" in described else describe(params, image_size)
+    notes = {"notes": [f"passed over {', '.join(extra)}"]} if extra else {}
+    return params, {**described, **notes}
 
 
-def _read_pytorch(path: str, arrays: dict) -> tuple[dict, dict]:
+def _read_pytorch(
+    path: str, arrays: dict, image_size: tuple[int, int] | None, variant: str | None
+) -> tuple[dict, dict]:
     folder = path if path.count("/") == 3 and path.startswith("hf://") else os.path.dirname(path)
-    configs = {
-        name: content
-        for name in ("config.json", "preprocessor_config.json")
-        if (content := files.read_json(os.path.join(folder, name))) is not None
+    configs = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        of_timm = "architecture" in configs.get("config.json", {})  # which has no second file
+        if not of_timm and (content := files.read_json(os.path.join(folder, name))) is not None:
+            configs[name] = content
+    arrays, prefix = folders.without_wrappers(arrays)
+    notes = [f"took {prefix!r} off the names of all tensors"] if prefix else []
+    if "config.json" not in configs:
+        configs["config.json"] = _assumed_config(arrays, image_size, variant)
+        notes.append(f"no config.json: built {variant}")
+    elif variant is not None:
+        raise InputError(f"variant = {variant!r}: config.json says what the model is, leave it out")
+    of_timm = "architecture" in configs["config.json"]
+    reader = timm.from_timm if of_timm else hugging_face.from_hugging_face
+    params, description = reader(arrays, configs, image_size)
+    stated = {"mean", "image_mean"} & {
+        *configs["config.json"],
+        *(configs["config.json"].get("pretrained_cfg") or {}),
+        *configs.get("preprocessor_config.json", {}),
     }
-    reader = timm.from_timm if "architecture" in configs.get("config.json", {}) else None
-    return (reader or hugging_face.from_hugging_face)(arrays, configs)
+    if not stated:
+        mean = described_model(description).config.mean
+        spec = description.get("preprocess", "resize")
+        notes.append(f"no preprocessing is stated: assumed {spec} and pixels of mean {mean}")
+    return params, {**description, **({"notes": notes} if notes else {})}
+
+
+def _assumed_config(
+    arrays: dict, image_size: tuple[int, int] | None, variant: str | None
+) -> dict[str, Any]:
+    """Returns the config.json of a named architecture; ValueError if it isn't named."""
+    if variant is None or image_size is None:
+        raise InputError(
+            "no config.json beside the weights, which says what model they are of: give the "
+            "architecture, --variant=ViT-B/16 or timm's name for it, and --image_size=HEIGHT,WIDTH"
+        )
+    of_timm = any(name.startswith("blocks.") for name in arrays)
+    if architecture(variant) is not None:
+        return {"architecture": variant, "input_size": [3, *image_size]}
+    config = build_model(ModelConfig(variant), 0, image_size).config
+    if config.stages is not None or not variant.startswith("ViT-"):
+        raise InputError(f"variant = {variant!r} without a config.json: expected a ViT")
+    patch = int(variant.rpartition("/")[2])
+    if not of_timm:
+        sizes = {"hidden_size": config.width, "num_hidden_layers": config.depth}
+        heads = {"num_attention_heads": config.num_heads, "intermediate_size": config.mlp_dim}
+        return {**sizes, **heads, "image_size": list(image_size), "patch_size": patch}
+    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.num_heads}
+    ratio = config.mlp_dim / config.width
+    arguments = {**sizes, "mlp_ratio": ratio, "patch_size": patch, "img_size": list(image_size)}
+    return {"architecture": "vit_base_patch16_224", "model_args": arguments}
+
+
+def _check_size(description: dict, image_size: tuple[int, int] | None) -> None:
+    if image_size is not None and tuple(description["image_size"]) != tuple(image_size):
+        height, width = description["image_size"]
+        raise InputError(
+            f"image size {image_size[0]}x{image_size[1]}: the file is of a model for images of "
+            f"{height}x{width}. Leave it out; transfer resizes position embeddings"
+        )
 
 
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
@@ -78,9 +189,12 @@ def write(path: str | os.PathLike, params: dict, description: dict, format: str)
     Reading it back gives the same bits, except ONNX, which `read` doesn't support. Raises
     ValueError, and writes nothing, for models that the format can't hold.
     """
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    path, flat = Path(path), unstack(flatten(params))
+    flat = unstack(flatten(params))
+    with written_locally(as_path(path)) as local:
+        _write(local, flat, description, format)
+
+
+def _write(path: Path, flat: dict, description: dict, format: str) -> None:
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
     elif format in _FOLDERS:

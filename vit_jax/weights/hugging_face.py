@@ -1,158 +1,290 @@
-"""Converts Hugging Face `transformers`: ViTForImageClassification, and ViTModel (read only).
+"""Converts the Vision Transformers of Hugging Face's `transformers`.
 
-Functions take or return the contents of a `transformers` folder: the arrays of `model.safetensors`
-and the JSON files, name -> content. Tensor names are those of published files; files written by
-transformers 5 may have other names, which are also read. No torch is needed.
+ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of CLIP
+and SigLIP. Functions take or return the contents of a `transformers` folder: the arrays of
+`model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the names.
+No torch is needed.
 """
 
-import re
+from typing import Any
 
 import numpy as np
 
-from vit_jax.config import InputError, unknown
-from vit_jax.models.names import FAMILIES
-from vit_jax.weights import pytorch
+from vit_jax.config import InputError
+from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.weights import preprocessing, pytorch, timm_names
 from vit_jax.weights.describe import count
-from vit_jax.weights.pytorch import Pair
-
-_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
-_BLOCK = {
-    "LayerNorm_0": "layernorm_before",
-    "MultiHeadDotProductAttention_0/query": "attention.attention.query",
-    "MultiHeadDotProductAttention_0/key": "attention.attention.key",
-    "MultiHeadDotProductAttention_0/value": "attention.attention.value",
-    "MultiHeadDotProductAttention_0/out": "attention.output.dense",
-    "LayerNorm_1": "layernorm_after",
-    "MlpBlock_0/Dense_0": "intermediate.dense",
-    "MlpBlock_0/Dense_1": "output.dense",
-}
-# Names of transformers 5's modules, and of a bare ViTModel -> the published ones.
-_RENAMES = (
-    (r"^(?=(?:embeddings|encoder|layers|layernorm|pooler)\.)", "vit."),
-    (r"^vit\.layers\.", "vit.encoder.layer."),
-    (r"(?<=\.)attention\.q_proj\.", "attention.attention.query."),
-    (r"(?<=\.)attention\.k_proj\.", "attention.attention.key."),
-    (r"(?<=\.)attention\.v_proj\.", "attention.attention.value."),
-    (r"(?<=\.)attention\.o_proj\.", "attention.output.dense."),
-    (r"(?<=\.)mlp\.fc1\.", "intermediate.dense."),
-    (r"(?<=\.)mlp\.fc2\.", "output.dense."),
+from vit_jax.weights.hugging_face_names import (
+    DROPPED,
+    KINDS,
+    TWO_TOWERS,
+    Kind,
+    fuse,
+    published,
+    renamed,
+    timm_like,
 )
+from vit_jax.weights.stated import Stated, agree
+
+_ACTIVATIONS = {
+    **{"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"},
+    "quick_gelu": "quick_gelu",
+}
+_MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
 
-def _pairs(depth: int) -> list[Pair]:
-    pairs = [
-        Pair("cls", "vit.embeddings.cls_token", "tokens"),
-        Pair("pos_embedding", "vit.embeddings.position_embeddings", "tokens"),
-        *pytorch.linear("embedding", "vit.embeddings.patch_embeddings.projection", "conv"),
-        *pytorch.norm("Transformer/encoder_norm", "vit.layernorm"),
+def from_hugging_face(
+    arrays: dict, files: dict[str, dict], image_size: tuple[int, int] | None = None
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Imports a state dict and JSON files; returns flat parameters and their description.
+
+    A ViTModel has no classifier; its optional pooler becomes `pre_logits`. Text towers, decoders
+    and mask tokens are dropped. Raises ValueError for another model, for unknown or missing
+    tensors, and where config.json states another model than the tensors are of.
+    """
+    config = Stated(files.get("config.json", {}), "config.json")
+    if not config.fields:
+        raise InputError("no config.json beside the weights: it tells the number of heads")
+    architecture = ", ".join(config.names("architectures") or ["unknown"])
+    model_type = config.text("model_type", "vit")
+    if model_type in TWO_TOWERS:
+        model_type, config = TWO_TOWERS[model_type], config.part("vision_config")
+    if model_type not in KINDS:
+        raise InputError(
+            f"config.json is of a {model_type!r} model, expected {', '.join(map(repr, KINDS))}, "
+            "or timm's config.json"
+        )
+    kind = KINDS[model_type]
+    if "cls_classifier.weight" in arrays:
+        kind = kind._replace(heads_of_classes=("cls_classifier", "distillation_classifier"))
+    if "visual_projection.weight" in arrays:
+        kind = kind._replace(heads_of_classes=("visual_projection",))
+    arrays = {name: a for name, a in arrays.items() if not DROPPED.fullmatch(name)}
+    arrays = published(arrays, kind)
+    arrays = _of_this_task(arrays, kind, architecture)
+    if kind.heads_of_classes == ("visual_projection",):  # has no bias
+        projection = arrays["visual_projection.weight"]
+        arrays["visual_projection.bias"] = np.zeros(len(projection), np.float32)
+
+    present = timm_like(list(arrays), kind)
+    depth = max(count(present, r"blocks\.(\d+)\."), 1)
+    pairs = renamed(timm_names.vit_pairs(depth, None, present, "theirs"), kind)
+    if "classifier.weight" not in arrays:  # a ViTModel; its pooler is optional
+        pooler = pytorch.linear("pre_logits", f"{kind.prefix}pooler.dense")
+        pairs += pytorch.present([pooler], arrays, "theirs")
+    heads = config.whole("num_attention_heads", kind.heads, least=1)
+    params = pytorch.from_torch(arrays, pairs, heads, f"Hugging Face {model_type}")
+    if kind is KINDS["deit"] and "distillation" in params:  # not read by the only classifier
+        params["registers"] = params.pop("distillation")
+
+    patch = len(params["embedding/kernel"])
+    size = image_size or config.size("image_size", (224, 224))
+    params = pytorch.without_prefix_slots(params, size[0] // patch * (size[1] // patch))
+    fields = _fields(params, config, kind)
+    if "Mean" in _pool(architecture) or model_type == "ijepa":
+        fields["pool"] = "gap"
+        fields |= {"class_token": True} if "cls" in params else {}
+    labels = config.names("id2label") if "id2label" in config else None
+    named = labels and any(name != f"LABEL_{i}" for i, name in enumerate(labels))
+    params, description = pytorch.described(params, size, fields, labels if named else None)
+    model = described_model(description).config
+    _compare(model, config, patch)
+    if "preprocessor_config.json" in files:
+        pixels = Stated(files["preprocessor_config.json"], "preprocessor_config.json")
+        description["preprocess"], mean, std = preprocessing.from_hugging_face(pixels, size)
+        pytorch.pixels(description, mean, std)
+    return params, description
+
+
+def _pool(architecture: str) -> str:
+    """Returns "Mean" for classifiers that average the patches."""
+    means = ("CLIPForImageClassification", "SiglipForImageClassification")
+    return "Mean" if architecture in means else ""
+
+
+def _of_this_task(arrays: dict, kind: Kind, architecture: str) -> dict:
+    """Leaves out layers that a classifier of a tower doesn't run."""
+    unused = {
+        "CLIPForImageClassification": f"{kind.prefix}post_layernorm.",
+        "SiglipForImageClassification": f"{kind.prefix}head.",
+    }
+    prefix = unused.get(architecture)
+    return {n: a for n, a in arrays.items() if prefix is None or not n.startswith(prefix)}
+
+
+def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
+    """Returns fields of ModelConfig that aren't visible in weights."""
+    fields: dict[str, Any] = {
+        "norm_epsilon": config.number("layer_norm_eps", kind.epsilon, above=0)
+    }
+    if not any("/MlpBlock_0/gate/" in name for name in params):
+        fields["mlp"] = config.choice("hidden_act", _ACTIVATIONS, kind.activation)
+    if "pre_logits/bias" in params and config.text("pooler_act", "tanh") != "tanh":
+        raise config.wrong("pooler_act", "'tanh'")
+    if kind is KINDS["dinov3_vit"]:
+        rope = config.part("rope_parameters") if "rope_parameters" in config else config
+        fields |= {"position": "none", "rotary": "centred"}
+        fields["rotary_base"] = rope.number("rope_theta", 100.0, above=0)
+    return fields
+
+
+def _compare(model: ModelConfig, config: Stated, patch: int) -> None:
+    """Raises ValueError unless the tensors are what config.json states."""
+    mlp_dim = config.whole("intermediate_size")
+    if model.mlp == "swiglu" and "use_swiglu_ffn" in config:
+        mlp_dim = None  # DINOv2 rounds two thirds of mlp_ratio * hidden_size
+    elif mlp_dim is None and "mlp_ratio" in config:
+        mlp_dim = int(model.width * config.number("mlp_ratio"))
+    gated = config.flag("use_gated_mlp", config.flag("use_swiglu_ffn"))
+    rows = [
+        ("hidden_size", config.whole("hidden_size"), model.width),
+        ("num_hidden_layers", config.whole("num_hidden_layers"), model.depth),
+        ("intermediate_size", mlp_dim, model.mlp_dim),
+        ("patch_size", config.size("patch_size"), (patch, patch)),
+        ("num_channels", config.whole("num_channels"), 3),
+        ("a gated MLP", gated, model.mlp == "swiglu"),
+        ("num_register_tokens", config.whole("num_register_tokens"), model.registers),
+        ("qkv_bias", config.flag("qkv_bias"), model.qkv_bias != ""),
+        ("key_bias", config.flag("key_bias"), "k" in model.qkv_bias),
     ]
-    for i in range(depth):
-        ours, theirs = f"Transformer/encoderblock_{i}/", f"vit.encoder.layer.{i}."
-        pairs += pytorch.attention_and_mlp(ours, theirs, _BLOCK)
-    return pairs
+    agree("config.json", rows)
 
 
 def to_hugging_face(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """Exports to ViTForImageClassification.
+    """Exports to the model of transformers that has the options.
 
     Returns the state dict and {"config.json": ..., "preprocessor_config.json": ...}. Raises
-    ValueError for models that it can't hold: other pooling than the class token, `pre_logits`,
-    registers and other options.
+    ValueError for models that none can hold.
     """
-    target = "Hugging Face's ViTForImageClassification"
-    params, config = pytorch.exportable(params, description, target)
-    if "pos_embedding" in params:
-        params = pytorch.with_prefix_slots(params)
-    depth = count(params, FAMILIES["ViT"].block)
-    arrays = pytorch.to_torch(params, _pairs(depth) + pytorch.linear("head", "classifier"), target)
+    target, classes = "Hugging Face's transformers", description["num_classes"]
+    params, config = pytorch.exportable(params, description, target, _MLPS)
+    if "embedding/kernel" not in params:
+        raise InputError(f"{target} can't hold this model: {config.variant} is no ViT")
+    model_type, architecture = _model_type(config, classes)
+    kind, target = KINDS[model_type], f"Hugging Face's {architecture}"
+    if model_type == "deit":
+        kind = kind._replace(heads_of_classes=("cls_classifier", "distillation_classifier"))
+    no_slots = {name: params[name] for name in ("registers",) if name in params}
+    params = pytorch.with_prefix_slots({n: a for n, a in params.items() if n not in no_slots})
+    params |= no_slots
+    if model_type == "clip_vision_model" and classes:
+        kind = kind._replace(heads_of_classes=("visual_projection",))
+        if not params["head/bias"].any():  # it has no bias
+            del params["head/bias"]
+        else:
+            raise InputError(f"{target} can't hold this model: head/bias, and it isn't zero")
+    elif model_type in ("dinov3_vit", "siglip_vision_model") and classes:
+        raise InputError(f"{target} has no classifier: write features, or another format")
+    own = _own_fields(model_type, architecture, config, classes)
+    pairs = renamed(timm_names.vit_pairs(config.depth, None, params, "ours"), kind)
+    arrays = fuse(pytorch.to_torch(params, pairs, target), kind)
 
-    patch, _, _, width = params["embedding/kernel"].shape
-    attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias"
-    mlp = "Transformer/encoderblock_0/MlpBlock_0/Dense_0/bias"
-    height, side = description["image_size"]
-    classes = description["num_classes"]
     names = description.get("class_names") or [f"LABEL_{i}" for i in range(classes)]
-    model = {
-        "architectures": ["ViTForImageClassification"],
-        "model_type": "vit",
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": len(params[attention]),
-        "intermediate_size": len(params[mlp]),
-        "hidden_act": _ACTIVATIONS[config.mlp],
+    height, side = description["image_size"]
+    patch = len(params["embedding/kernel"])
+    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "gelu_new"}
+    model: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": activations.get(config.mlp, "silu" if config.rotary != "none" else "gelu"),
         "layer_norm_eps": config.norm_epsilon,
         "image_size": height if height == side else [height, side],
         "patch_size": patch,
         "num_channels": 3,
-        "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": side},
-        "resample": 2,  # PIL's bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(pytorch.MEAN),
-        "image_std": list(pytorch.STD),
-    }
+    model |= own
+    spec = description.get("preprocess", "resize")
+    pixels = preprocessing.to_hugging_face(spec, (height, side), config.mean, config.std)
     return arrays, {"config.json": model, "preprocessor_config.json": pixels}
 
 
-def from_hugging_face(arrays: dict, files: dict[str, dict]) -> tuple[dict[str, np.ndarray], dict]:
-    """Imports a state dict and JSON files; returns flat parameters and their description.
-
-    A ViTModel has no classifier; its optional pooler becomes `pre_logits`. Another mean and
-    standard deviation in `preprocessor_config.json` are folded into the patch embedding. Raises
-    ValueError for another model, and for unknown or missing tensors.
-    """
-    config = files.get("config.json", {})
-    if missing := {"model_type", "num_attention_heads", "image_size"} - config.keys():
-        raise InputError(
-            f"no config.json with {', '.join(sorted(missing))} beside the weights: add the model's"
-        )
-    if config["model_type"] != "vit":
-        raise InputError(f"config.json is of a {config['model_type']!r} model, expected 'vit'")
-    for pattern, published in _RENAMES:
-        arrays = {re.sub(pattern, published, name): array for name, array in arrays.items()}
-
-    depth = max(count(arrays, r"vit\.encoder\.layer\.(\d+)\."), 1)
-    head = pytorch.linear("head", "classifier")
-    if head[0].theirs not in arrays:  # a ViTModel; its pooler is optional
-        head = pytorch.present([pytorch.linear("pre_logits", "vit.pooler.dense")], arrays, "theirs")
-    heads = config["num_attention_heads"]
-    params = pytorch.from_torch(arrays, _pairs(depth) + head, heads, "Hugging Face ViT")
-
-    patch = len(params["embedding/kernel"])
-    size = pytorch.both_sides(config["image_size"])
-    params = pytorch.without_prefix_slots(params, size[0] // patch * (size[1] // patch))
-    params = pytorch.fold_normalization(params, *_pixels(files.get("preprocessor_config.json", {})))
-    activation = config.get("hidden_act", "gelu")
-    if activation == "gelu_new":
-        activation = "gelu_pytorch_tanh"
-    known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
-    if activation not in known:
-        raise unknown("hidden_act", activation, known)
-    if "pre_logits/bias" in params and config.get("pooler_act", "tanh") != "tanh":
-        raise InputError(f"pooler_act = {config['pooler_act']!r}: expected 'tanh'")
-    fields = {"mlp": known[activation], "norm_epsilon": config.get("layer_norm_eps", 1e-12)}
-    labels = {int(i): name for i, name in config.get("id2label", {}).items()}
-    named = any(name != f"LABEL_{i}" for i, name in labels.items())
-    names = [labels[i] for i in sorted(labels)] if named else None
-    return pytorch.described(params, size, fields, names)
+def _model_type(config: ModelConfig, classes: int) -> tuple[str, str]:
+    """Returns `model_type` and class of the transformers model with a model's options."""
+    if config.rotary == "centred":
+        return "dinov3_vit", "DINOv3ViTModel"
+    if config.layer_scale is not None:
+        name = "Dinov2WithRegisters" if config.registers else "Dinov2"
+        task = "ForImageClassification" if classes else "Model"
+        return ("dinov2_with_registers" if config.registers else "dinov2"), name + task
+    if config.distillation:
+        return "deit", "DeiTForImageClassificationWithTeacher"
+    if config.pre_norm:
+        return "clip_vision_model", "CLIPVisionModel" + ("WithProjection" if classes else "")
+    if config.pool == "map":
+        return "siglip_vision_model", "SiglipVisionModel"
+    return "vit", "ViTForImageClassification" if classes else "ViTModel"
 
 
-def _pixels(config: dict) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation for pixels in [0, 1]; default as transformers' ViT."""
-    scale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
-    if abs(scale * 255 - 1) > 1e-6 or not config.get("do_normalize", True):
-        raise InputError(
-            "preprocessor_config.json does not scale pixels by 1/255 and normalise them: expected "
-            "do_rescale, rescale_factor = 1/255 and do_normalize"
-        )
-    return config.get("image_mean", pytorch.MEAN), config.get("image_std", pytorch.STD)
+def _own_fields(
+    model_type: str, architecture: str, config: ModelConfig, classes: int
+) -> dict[str, Any]:
+    """Returns fields of one model type's config, and checks what it can't state."""
+    pools = {
+        "dinov2": ("token+gap" if classes else "token",),
+        "dinov2_with_registers": ("token+gap" if classes else "token",),
+        "siglip_vision_model": ("map",),
+    }
+    biases = "qv" if model_type == "dinov3_vit" else "qkv"
+    gated = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+    wrong = {
+        "pool": config.pool not in pools.get(model_type, ("token",)),
+        "mlp": config.mlp == "swiglu" and model_type not in gated,
+        "qkv_bias": config.qkv_bias not in (biases, "qkv" if biases == "qv" else ""),
+        "final_norm": config.final_norm != "tokens",
+        "attention_norm": config.attention_norm,
+        "mlp_norm": config.mlp_norm,
+        "rotary": config.rotary not in ("none", "centred"),
+        "class_token": not config.has_class_token and config.pool != "map",
+        "registers": config.registers and "registers" not in model_type and biases == "qkv",
+        "qk_norm": config.qk_norm,
+        "representation_size": config.representation_size is not None,
+    }
+    for field, is_wrong in wrong.items():
+        if is_wrong:
+            raise InputError(
+                f"Hugging Face's {architecture} can't hold this model: {field} = "
+                f"{getattr(config, field)!r}"
+            )
+    if model_type == "dinov3_vit":
+        return {
+            "use_gated_mlp": config.mlp == "swiglu",
+            "num_register_tokens": config.registers,
+            "rope_theta": config.rotary_base,
+            "query_bias": True,
+            "key_bias": config.qkv_bias == "qkv",
+            "value_bias": True,
+            "layerscale_value": config.layer_scale,
+            "mlp_bias": True,
+            "proj_bias": True,
+        }
+    if model_type.startswith("dinov2"):
+        swiglu = config.mlp == "swiglu"
+
+        def made(ratio):  # of SwiGLU two thirds, rounded up to a multiple of 8
+            hidden = config.width * ratio
+            return (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden
+
+        ratio = next((ratio for ratio in range(1, 17) if made(ratio) == config.mlp_dim), None)
+        if ratio is None:
+            raise InputError(
+                f"Hugging Face's {model_type} can't hold this model: mlp_dim = {config.mlp_dim} of "
+                "no whole mlp_ratio"
+            )
+        return {
+            "use_swiglu_ffn": swiglu,
+            "mlp_ratio": ratio,
+            "layerscale_value": config.layer_scale,
+            "qkv_bias": config.qkv_bias != "",
+            **({"num_register_tokens": config.registers} if config.registers else {}),
+        }
+    if model_type == "clip_vision_model":
+        return {"projection_dim": classes}
+    return {"qkv_bias": config.qkv_bias != ""} if model_type in ("vit", "deit") else {}

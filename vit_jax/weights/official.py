@@ -53,7 +53,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
       ValueError: two tensors with the same new name, or position embeddings of another shape.
     """
     for prefix, others in _PREFIXES.items():
-        if any(name.startswith(prefix) for name in arrays):
+        while any(name.startswith(prefix) for name in arrays):  # also "params/params/"
             ours = (n for n in arrays if n.startswith(prefix) or not re.fullmatch(others, n))
             arrays = rename({n: arrays[n] for n in ours}, methodcaller("removeprefix", prefix))
     renamed = rename(arrays, _linen_name)

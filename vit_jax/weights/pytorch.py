@@ -8,6 +8,7 @@ Letters in shapes: I inputs, O outputs, D width, H heads, K = D / H, N patches.
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from vit_jax.weights.describe import describe
 MEAN = STD = (0.5, 0.5, 0.5)  # map pixels in [0, 1] to our [-1, 1]
 RANKS = {  # of PyTorch's tensor, per layout
     **{"vector": 1, "tokens": 3, "dense": 2, "conv": 4, "pointwise": 4},
-    **{"heads": 2, "heads_bias": 1, "merge": 2},
+    **{"heads": 2, "heads_bias": 1, "merge": 2, "token": 1, "table": 2},
 }
 
 
@@ -54,7 +55,7 @@ def attention_and_mlp(ours: str, theirs: str, names: dict[str, str]) -> list[Pai
     pairs = []
     for module, name in names.items():
         last = module.split("/")[-1]
-        if last.startswith("LayerNorm"):
+        if last.startswith("LayerNorm") or last == "norm":
             pairs += norm(ours + module, theirs + name)
         else:
             layout = {"query": "heads", "key": "heads", "value": "heads", "out": "merge"}
@@ -80,8 +81,13 @@ def to_torch(params: dict, pairs: list[Pair], target: str) -> dict[str, np.ndarr
     }
 
 
-def from_torch(arrays: dict, pairs: list[Pair], num_heads: int, source: str) -> dict:
-    """Converts a state dict to parameters; ValueError unless the pairs match it exactly."""
+def from_torch(
+    arrays: dict, pairs: list[Pair], num_heads: int, source: str, pool_heads: int | None = None
+) -> dict:
+    """Converts a state dict to parameters; ValueError unless the pairs match it exactly.
+
+    `pool_heads`: of attention pooling, by default `num_heads`.
+    """
     _compare(arrays, [pair.theirs for pair in pairs], f"not a {source} that can be read")
     params = {}
     for ours, theirs, layout in pairs:
@@ -89,7 +95,8 @@ def from_torch(arrays: dict, pairs: list[Pair], num_heads: int, source: str) -> 
         try:
             if array.ndim != RANKS[layout] or not array.size:
                 raise InputError(f"expected {RANKS[layout]} non-empty dimensions")
-            params[ours] = np.ascontiguousarray(_from_torch(array, layout, num_heads))
+            heads = pool_heads if pool_heads and ours.startswith("MAPHead_0/") else num_heads
+            params[ours] = np.ascontiguousarray(_from_torch(array, layout, heads))
         except ValueError as error:
             raise InputError(
                 f"{theirs} {array.shape}: not the shape of {ours} with {num_heads} heads ({error})"
@@ -111,6 +118,10 @@ def _to_torch(array: np.ndarray, layout: str) -> np.ndarray:
             return array.reshape(-1)
         case "merge":  # [H, K, D] -> [D, H * K]
             return array.reshape(-1, array.shape[-1]).T
+        case "token":  # [1, 1, D] -> [D]
+            return array.reshape(-1)
+        case "table":  # [1, N, D] -> [N, D]
+            return array.reshape(array.shape[1:])
     return array
 
 
@@ -128,6 +139,10 @@ def _from_torch(array: np.ndarray, layout: str, num_heads: int) -> np.ndarray:
             return array.reshape(num_heads, -1)
         case "merge":
             return array.T.reshape(num_heads, -1, len(array))
+        case "token":
+            return array[None, None]
+        case "table":
+            return array[None]
     return array
 
 
@@ -139,12 +154,14 @@ def _compare(found: Collection[str], expected: Collection[str], problem: str) ->
         raise InputError("\n".join([f"{problem}:", *lines[:20], *more]))
 
 
-def exportable(params: dict, description: dict, target: str) -> tuple[dict, ModelConfig]:
+def exportable(
+    params: dict, description: dict, target: str, mlps: tuple[str, ...] = ("gelu", "gelu_tanh")
+) -> tuple[dict, ModelConfig]:
     """Returns unrolled parameters for export, and their resolved config.
 
-    Fixed positions (`none`, `sincos_2d`) of a ViT become an array like learned ones. Raises
-    ValueError if the description doesn't fit the parameters, and for options that no PyTorch ViT
-    supports.
+    Fixed positions (`none`, `sincos_2d`) of a ViT become an array like learned ones, except beside
+    rotary ones. Raises ValueError if the description doesn't fit the parameters, and for options
+    that no PyTorch ViT supports. `mlps`: those that the target supports.
     """
     fields, names = {**description["model"], "scan": False}, description.get("class_names")
     if names is not None and len(names) != description["num_classes"]:
@@ -158,14 +175,14 @@ def exportable(params: dict, description: dict, target: str) -> tuple[dict, Mode
         ("position", config.position, ("learned_1d", "sincos_2d", "none")),
         ("position_at", config.position_at or "stem", ("stem",)),
         ("parallel", config.parallel, (False,)),
-        ("mlp", config.mlp, ("gelu", "gelu_tanh")),
+        ("mlp", config.mlp, mlps),
     ):
         if value not in held:
             choices = " or ".join(map(repr, held))
             raise InputError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
     if config.position == "sincos_2d":
         params = {**params, "pos_embedding": sincos_2d(model.grid, width)}
-    elif config.position == "none":
+    elif config.position == "none" and config.rotary == "none":
         params = {**params, "pos_embedding": np.zeros((1, tokens, width), np.float32)}
     return params, config
 
@@ -184,7 +201,7 @@ def checked(params: dict, description: dict) -> tuple[dict, Model]:
     return params, model
 
 
-_PREFIX = ("cls", "registers")  # tokens before the patches, in this order in all formats
+_PREFIX = ("cls", "distillation", "registers")  # before the patches, in this order everywhere
 
 
 def with_prefix_slots(params: dict) -> dict:
@@ -192,53 +209,55 @@ def with_prefix_slots(params: dict) -> dict:
 
     The slots are zero: the positions of `cls` and `registers` are part of these tokens.
     """
+    if "pos_embedding" not in params:
+        return params
     position = params["pos_embedding"]
     slots = sum(params[name].shape[1] for name in _PREFIX if name in params)
     return {**params, "pos_embedding": np.pad(position, ((0, 0), (slots, 0), (0, 0)))}
 
 
 def without_prefix_slots(params: dict, tokens: int) -> dict:
-    """Inverts `with_prefix_slots`: adds each slot to its token. Does nothing without slots."""
+    """Inverts `with_prefix_slots`: adds each slot to its token. Does nothing without slots.
+
+    The first tokens may have slots and the registers none, as in Hugging Face's DINOv2.
+    """
+    if "pos_embedding" not in params:
+        return params
     params = dict(params)
     position, start = params["pos_embedding"], 0
-    prefix = sum(params[name].shape[1] for name in _PREFIX if name in params)
-    if position.shape[1] not in (tokens, tokens + prefix):
+    lengths = {name: params[name].shape[1] for name in _PREFIX if name in params}
+    every, slots = sum(lengths.values()), position.shape[1] - tokens
+    if slots not in (0, every, every - lengths.get("registers", 0)):
         raise InputError(
-            f"position embeddings {position.shape} don't fit {tokens} patches and {prefix} other "
+            f"position embeddings {position.shape} don't fit {tokens} patches and {every} other "
             "tokens: check the config's image size"
         )
-    if position.shape[1] == tokens:
-        return params
-    for name in _PREFIX:
-        if name in params:
-            slots = position[:, start : start + params[name].shape[1]]
-            start += slots.shape[1]
-            if slots.any():  # -0.0 + 0.0 would change a bit
-                params[name] = params[name] + slots
-    return {**params, "pos_embedding": position[:, start:]}
+    for name, length in lengths.items():
+        if start < slots:
+            slot = position[:, start : start + length]
+            start += length
+            if slot.any():  # -0.0 + 0.0 would change a bit
+                params[name] = params[name] + slot
+    return {**params, "pos_embedding": position[:, slots:]} if slots else params
 
 
-def fold_normalization(params: dict, mean: Iterable[float], std: Iterable[float]) -> dict:
-    """Folds a normalisation into the patch embedding, which is linear and has no padding.
+def pixels(description: dict, mean: Iterable[float], std: Iterable[float]) -> None:
+    """Notes in a description how pixels in [0, 1] are standardised, unless it is our default."""
+    for name, values in (("mean", tuple(mean)), ("std", tuple(std))):
+        if values != MEAN:
+            description["model"][name] = list(values)
 
-    Converts a ViT for pixels (p - mean) / std, p in [0, 1], to one for our pixels 2 p - 1.
-    """
-    mean, std = (np.asarray(x, np.float64) for x in (mean, std))
-    if tuple(mean) == MEAN and tuple(std) == STD:
-        return params
-    kernel = params["embedding/kernel"].astype(np.float64)
-    shift = np.einsum("hwco,c->o", kernel, (0.5 - mean) / std)
+
+def reordered(params: dict, order: np.ndarray) -> dict:
+    """Reorders the features of each head's queries and keys; the products are the same."""
+    pattern = re.compile(
+        r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_0/"
+        r"((query|key)/(kernel|bias)|(query|key)_norm/scale)"
+    )
     return {
-        **params,
-        "embedding/kernel": (kernel * (0.5 / std)[:, None]).astype(np.float32),
-        "embedding/bias": (params["embedding/bias"] + shift).astype(np.float32),
+        name: np.ascontiguousarray(array[..., order]) if pattern.fullmatch(name) else array
+        for name, array in params.items()
     }
-
-
-def both_sides(size: int | Iterable[int]) -> tuple[int, int]:
-    """Converts an image size, a number or (height, width), to (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
 
 
 def described(

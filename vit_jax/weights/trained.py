@@ -5,7 +5,7 @@ Letters in shapes: B images, H W image size, D features, C classes.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.foreign_files import read_file
+from vit_jax.models.lora import merge
 from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -29,37 +30,13 @@ from vit_jax.parallel.mesh import (
     replicated,
     use_mesh,
 )
-from vit_jax.weights import formats, published
+from vit_jax.parallel.run_files import as_path, check_holds_checkpoints, is_complete, saved_steps
+from vit_jax.weights import folders, formats, published
 from vit_jax.weights.checksums import check_whole, checksummed
+from vit_jax.weights.prediction import Prediction
 
 FORMATS = ("orbax", *formats.FORMATS)
 BATCH = 64  # images per batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The prediction for one image, or the reason why it can't be read."""
-
-    image: str
-    classes: tuple[str, ...]
-    probabilities: np.ndarray | None  # [C]; None if the image can't be read
-    error: str = ""
-
-    @property
-    def label(self) -> str | None:
-        """The most probable class; None for an error."""
-        return self.top(1)[0][0] if self.probabilities is not None else None
-
-    def top(self, count: int = 3) -> list[tuple[str, float]]:
-        """Returns the most probable classes with their probabilities; none for an error."""
-        if self.probabilities is None:
-            return []
-        best = np.argsort(-self.probabilities, kind="stable")[:count]
-        return [(self.classes[i], float(self.probabilities[i])) for i in best]
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{name} {p:.1%}" for name, p in self.top()) or f"error: {self.error}"
-        return f"{self.image}: {found}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,6 +50,7 @@ class TrainedModel:
       preprocessing: converts images to the network's input: see `data.augment.parse_preprocess`.
       temperature: divides the logits to calibrate probabilities.
       origin: the argument of `load`.
+      notes: what `load` passed over or assumed, a sentence each.
     """
 
     architecture: Model
@@ -81,12 +59,17 @@ class TrainedModel:
     preprocessing: str = "resize"
     temperature: float = 1.0
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_description(
         cls, params: dict, description: dict[str, Any], origin: str = ""
     ) -> "TrainedModel":
-        """Builds a model from parameters and the JSON description in its checkpoint."""
+        """Builds a model from parameters and the JSON description in its checkpoint.
+
+        LoRA's adapters are merged.
+        """
+        params, description = merge(params, description)
         return cls(
             architecture=described_model(description),
             params=params,
@@ -94,6 +77,7 @@ class TrainedModel:
             preprocessing=description.get("preprocess", "resize"),
             temperature=description.get("temperature", 1.0),
             origin=origin,
+            notes=tuple(description.get("notes", ())),
         )
 
     @property
@@ -193,6 +177,26 @@ class TrainedModel:
     ) -> Iterator[Prediction]:
         """Yields the predictions of `predict` one by one."""
         self._check_head()
+        for name, probabilities, error in self._iterate(images, self._softmax, batch_size):
+            yield Prediction(name, self.class_names, probabilities, error)
+
+    def iterate_features(
+        self, images: Iterable[str | os.PathLike], batch_size: int = BATCH
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, features float32 [D], "") of image files one by one.
+
+        For an image that can't be read: (file, None, the reason).
+        """
+
+        def features(pixels: np.ndarray, mesh: Mesh | None, size: int) -> np.ndarray:
+            return self._outputs(pixels, "features", mesh, size)
+
+        return self._iterate(images, features, batch_size)
+
+    def _iterate(
+        self, images: Iterable[str | os.PathLike], compute: Callable, batch_size: int
+    ) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """Yields (file, row of `compute`, "") or (file, None, error); holds one batch at a time."""
         images = list(images)
         batch_size = max(1, min(batch_size, len(images)))
 
@@ -207,15 +211,10 @@ class TrainedModel:
                 group = images[start : start + batch_size]
                 read_images = list(threads.map(read, group))
                 good = [image for image in read_images if not isinstance(image, str)]
-                rows = iter(self._softmax(np.stack(good), None, batch_size) if good else ())
-                for name, image in zip(group, read_images, strict=True):
+                rows = iter(compute(np.stack(good), None, batch_size) if good else ())
+                for name, image in zip(map(os.fspath, group), read_images, strict=True):
                     failed = isinstance(image, str)
-                    yield Prediction(
-                        image=os.fspath(name),
-                        classes=self.class_names,
-                        probabilities=None if failed else next(rows),
-                        error=image if failed else "",
-                    )
+                    yield (name, None, image) if failed else (name, next(rows), "")
 
     def with_random_weights(self, seed: int = 0) -> "TrainedModel":
         """Returns the same architecture with newly initialised parameters, as a baseline."""
@@ -231,10 +230,11 @@ class TrainedModel:
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
         check_output(path)
+        params, description = merge(self.params, self.description)
         if format == "orbax":
-            _write_orbax(Path(path), self.params, self.description)
+            _write_orbax(check_holds_checkpoints(as_path(path)), params, description)
         else:
-            formats.write(path, self.params, self.description, format)
+            formats.write(path, params, description, format)
 
     def _softmax(
         self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
@@ -299,10 +299,8 @@ class TrainedModel:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Raises ValueError unless `path` is local and doesn't exist."""
-    if "://" in os.fspath(path):
-        raise InputError(f"{path}: write to a local path and copy it from there")
-    if Path(path).exists():
+    """Raises ValueError if `path` exists."""
+    if as_path(path).exists():
         raise InputError(f"{path} exists: choose another path, or remove it")
 
 
@@ -331,14 +329,19 @@ def create_model(
     return TrainedModel(architecture, {}).with_random_weights(seed)
 
 
-def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> TrainedModel:
+def load(
+    path: str | os.PathLike,
+    image_size: tuple[int, int] | None = None,
+    variant: str | None = None,
+) -> TrainedModel:
     """Reads a trained model.
 
     Args:
       path: a run's workdir (its newest checkpoint); the folder of one checkpoint; a file or folder
-        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs:// or
-        hf://; or a published name, see `weights.published`.
+        that `formats.read` supports (.npz, safetensors of timm and Hugging Face), local, gs://,
+        hf:// or https://; or a published name, see `weights.published`.
       image_size: (height, width) in pixels, if a foreign file doesn't tell.
+      variant: the architecture of safetensors without a config.json, such as "ViT-B/16".
 
     Loads the exponential moving average (EMA) of the parameters if the run kept one.
 
@@ -347,9 +350,10 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
       ValueError: a damaged file, or one that isn't a model.
     """
     resolved = published.resolve(path)
-    folder = Path(resolved).absolute()
-    if "://" in str(resolved) or folder.is_file() or (folder / formats.WEIGHTS).is_file():
-        params, description = formats.read(resolved, image_size)
+    if formats.is_foreign(resolved):
+        params, description = formats.read(resolved, image_size, variant)
+    elif image_size is not None or variant is not None:
+        raise InputError(f"{path} says what its model is: leave out image_size and variant")
     else:
         params, description = _read_orbax(find_checkpoint(resolved))
     return TrainedModel.from_description(params, description, os.fspath(path))
@@ -357,23 +361,15 @@ def load(path: str | os.PathLike, image_size: tuple[int, int] | None = None) -> 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """Returns the folder of one checkpoint: `path` itself, or the newest of a run's workdir."""
-    folder = Path(path).absolute()
+    folder = check_holds_checkpoints(as_path(path)).absolute()
     if (folder / "checkpoints").is_dir():
         if not (steps := saved_steps(folder)):
             raise FileNotFoundError(f"{path} holds no complete checkpoint: did its run save one?")
         folder = folder / "checkpoints" / str(max(steps))
-    if not (folder / "params").is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: expected a run's workdir (it holds `checkpoints/`), one "
-            f"checkpoint's folder (`params/`), an exported one ({formats.WEIGHTS}) or a .npz file"
-        )
+    whole = (folder / "model").is_dir() and is_complete(folder)
+    if not ((folder / "params").is_dir() and whole):
+        raise FileNotFoundError(folders.explain(path))
     return folder
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of complete checkpoints (Orbax renames a folder once it is complete)."""
-    folder = workdir / "checkpoints"
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
 
 def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
@@ -390,7 +386,12 @@ def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
 
 def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
-    temporary = checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath)
     handler = ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler, temporary_path_class=temporary) as writer:
+    with ocp.Checkpointer(handler, temporary_path_class=written_by(path)) as writer:
         writer.save(path.absolute(), args=ocp.args.Composite(**items))
+
+
+def written_by(path: Path) -> type:
+    """How a checkpoint becomes complete: its folder is renamed; in a bucket it gets a mark."""
+    way = "AtomicRename" if isinstance(path, Path) else "CommitFile"
+    return checksummed(getattr(ocp.path.atomicity, f"{way}TemporaryPath"))

@@ -36,6 +36,12 @@ class Config(EvaluatorConfig):
     l2: float | tuple[float, ...] = 1024.0
     dev_split: str | None = None
 
+    def __post_init__(self):
+        if not self.shots or min(self.shots) < 1 or self.seeds < 1:
+            raise InputError(
+                f"shots = {self.shots}, seeds = {self.seeds}: expected numbers of 1 or more"
+            )
+
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Draws `shots` examples of each class: labels [N] -> indices [C * shots].

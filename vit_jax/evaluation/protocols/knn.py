@@ -30,6 +30,12 @@ class Config(EvaluatorConfig):
     neighbours: tuple[int, ...] = (1, 10, 20)
     temperature: float = 0.07
 
+    def __post_init__(self):
+        if not self.neighbours or min(self.neighbours) < 1:
+            raise InputError(f"neighbours = {self.neighbours}: expected numbers of 1 or more")
+        if not self.temperature > 0:
+            raise InputError(f"temperature = {self.temperature}: expected more than 0")
+
 
 def nearest_neighbours(
     features: np.ndarray,

@@ -37,6 +37,10 @@ class Config(EvaluatorConfig):
     l2: tuple[float, ...] = L2
     seed: int = 0
 
+    def __post_init__(self):
+        if not self.l2 or not min(self.l2) > 0:
+            raise InputError(f"l2 = {self.l2}: expected numbers greater than 0")
+
 
 def fit_logistic(
     features: np.ndarray, labels: np.ndarray, l2: float, start: np.ndarray

@@ -1,10 +1,11 @@
-"""Distributes runs over processes with claim files on a shared file system.
+"""Distributes runs over processes with claim files on a shared file system or in a bucket.
 
-Claim n of a run is the file `NAME.n`, created with O_EXCL, so only one process succeeds. The
-highest number is valid. Its owner touches the file while it lives. A claim that hasn't been touched
-for `lease` seconds has expired, and the first process to create NAME.n+1 takes over. The claim of a
-process of this machine that has ended expires at once. Files are never renamed or removed, so two
-processes can't both win. Times are those of the file system.
+Claim n of a run is the file `NAME.n`, created with O_EXCL, in a bucket on the condition that it
+isn't there, so only one process succeeds. The highest number is valid. Its owner touches the file
+while it lives. A claim that hasn't been touched for `lease` seconds has expired, and the first
+process to create NAME.n+1 takes over. The claim of a process of this machine that has ended expires
+at once. Files are never renamed or removed, so two processes can't both win. Times are those of the
+file system. In a bucket a touch writes the object anew, and a claim that is given back is empty.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -29,6 +31,11 @@ class Claim:
     kernel: str  # tells where the pid is known, see `_kernel`
     progress: str  # step of the run when this owner claimed it
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the owner is known to be a process of this machine."""
+        return bool(self.kernel) and self.kernel == _kernel()
+
 
 class Claims:
     """The claims in one folder."""
@@ -37,6 +44,7 @@ class Claims:
         self.folder, self.lease = folder, lease
         folder.mkdir(parents=True, exist_ok=True)
         self._clock = folder / ".clock"
+        self._compared = self._ahead = 0.0  # with a bucket's time: when, and how far it was ahead
 
     def newest(self, name: str) -> Claim | None:
         """Returns the newest claim, valid or expired; None without one."""
@@ -66,8 +74,8 @@ class Claims:
             return None
         path = self._path(name, number + 1)
         try:
-            with path.open("x") as file:
-                file.write(f"{socket.gethostname()}:{os.getpid()}@{_kernel()} {progress}")
+            process = f"{socket.gethostname()}:{os.getpid()}@{_kernel()}@{uuid.uuid4().hex}"
+            _create(path, f"{process} {progress}")
         except FileExistsError:
             return None
         return Held(self, name, path)
@@ -80,9 +88,10 @@ class Claims:
 
     def _read(self, name: str, number: int) -> Claim:
         path = self._path(name, number)
-        touched = path.stat().st_mtime
+        found = path.stat()
+        touched = found.st_mtime if isinstance(path, Path) or found.st_size else 0
         process, _, progress = path.read_text().partition(" ")
-        owner, _, kernel = process.partition("@")
+        owner, kernel, *_ = (*process.split("@"), "")
         return Claim(number, self._now() - touched, touched == 0, owner or "?", kernel, progress)
 
     def _path(self, name: str, number: int) -> Path:
@@ -90,8 +99,31 @@ class Claims:
 
     def _now(self) -> float:
         """Returns the file system's time, which all machines share."""
-        self._clock.touch()
-        return self._clock.stat().st_mtime
+        if isinstance(self._clock, Path):
+            self._clock.touch()
+            return self._clock.stat().st_mtime
+        now = time.time()
+        if now - self._compared > self.lease / 12:  # a bucket lets nobody write one object often
+            self._clock.write_bytes(b"")
+            self._ahead, self._compared = self._clock.stat().st_mtime - now, now
+        return now + self._ahead
+
+
+def _create(path: Path, text: str) -> None:
+    """Writes a file that isn't there; FileExistsError if it is."""
+    if not isinstance(path, Path):
+        path.create(text.encode())
+        return
+    with path.open("x") as file:
+        file.write(text)
+
+
+def _touch(path: Path) -> None:
+    os.utime(path) if isinstance(path, Path) else path.write_bytes(path.read_bytes())
+
+
+def _release(path: Path) -> None:
+    os.utime(path, (0, 0)) if isinstance(path, Path) else path.write_bytes(b"")
 
 
 def _kernel() -> str:
@@ -105,7 +137,7 @@ def _kernel() -> str:
 
 def _has_ended(claim: Claim) -> bool:
     """Whether the owner is known to be gone: only this machine's pids tell."""
-    if not claim.kernel or claim.kernel != _kernel():
+    if not claim.is_here:
         return False
     try:
         os.kill(int(claim.owner.rpartition(":")[2]), 0)
@@ -131,27 +163,37 @@ class Held:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
-        os.utime(self._path, (0, 0))  # released
+        _release(self._path)
 
     def _beat(self) -> None:
         number = int(self._path.suffix[1:])
+        renewed = time.monotonic()
         while not self._over.wait(self._claims.lease / 6):
             try:
                 newest = self._claims.newest(self._name).number
-                if newest == number:
-                    os.utime(self._path)
+                if newest == number and not self._is_over(renewed):
+                    _touch(self._path)
+                    renewed = time.monotonic()
             except OSError as error:  # a network file system's; the next may succeed
                 print(f"no heartbeat for {self._name}: {error}", file=sys.stderr)
-                continue
-            if newest != number:
-                # This process was suspended for longer than the lease. Another process now writes
-                # to the run's workdir, so this one must end at once without writing.
+                newest = number
+            if newest != number or self._is_over(renewed):
+                # This process was suspended, or cut off, for longer than the lease. Another process
+                # now writes to the run's workdir, so this one must end at once without writing.
                 print(f"lost the claim on {self._name}: process was suspended", file=sys.stderr)
                 os._exit(1)
 
+    def _is_over(self, renewed: float) -> bool:
+        """Whether others in a bucket may take over; mounted file systems make writers wait."""
+        over = time.monotonic() - renewed > self._claims.lease
+        return over and not isinstance(self._path, Path)
+
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file by renaming a temporary one, so that readers never see a part of it."""
+    """Writes a file as a whole; unlike `run_files.write_whole`, several processes may at once."""
+    if not isinstance(path, Path):
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)
