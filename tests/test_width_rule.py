@@ -19,7 +19,7 @@ from vit_jax.training.step import init_state
 BASE = 64
 MUP = {"width_rule": "mup", "base_width": BASE}
 AT = (1, 5, 10)  # steps
-RATES = {"adamw": 3e-3, "adafactor": 3e-3, "sgd": 0.1}
+RATES = {"adamw": 3e-3, "adafactor": 3e-3, "muon": 3e-3, "sgd": 0.1}
 
 
 def recipe(width, optimizer=None, mesh=None, variant="ViT-nano/8", **model):
@@ -97,6 +97,7 @@ def growth(narrow, wide):
     [
         ("adamw", 512, {}),
         pytest.param("sgd", 512, {}, marks=pytest.mark.slow),
+        pytest.param("muon", 512, {}, marks=pytest.mark.slow),
         pytest.param("adafactor", 512, {}, marks=pytest.mark.slow),
         pytest.param("adamw", 512, {"qk_norm": True}, marks=pytest.mark.slow),
         pytest.param("adamw", 1024, {}, marks=pytest.mark.slow),
@@ -175,6 +176,11 @@ def test_factors():
     assert normed[f"{block}{attention}query_norm/scale"] == pytest.approx((1 / 2, 1, 1 / 2))
     # SGD's updates have the square root of its rate, the gradients the other.
     assert factors("sgd")["head/kernel"][2] == pytest.approx(1 / 2)
+    # Muon's matrices: 0.2 sqrt(longer side) times an orthogonal matrix; AdamW has the rest.
+    muon = factors("muon", width=256, mlp_dim=1024)
+    assert muon[f"{block}MlpBlock_0/Dense_0/kernel"] == pytest.approx((1, 1, 1 / 2))
+    assert muon[f"{block}{attention}query/kernel"] == pytest.approx((1 / 2, 1 / 4, 1 / 4))
+    assert muon["head/kernel"][2] == 1 / 4 and muon["pos_embedding"] == (1, 4, 1)
     # A hybrid's stem doesn't grow, its Transformer does.
     hybrid = factors(variant="R26+ViT-Ti/32", stages=(1,), stem_width=32)
     assert hybrid["conv_root/kernel"] == (1, 1, 1) and hybrid["embedding/kernel"] == (1, 4, 1)

@@ -335,11 +335,10 @@ def build_training(
         raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
-    width = None
-    if config.optimizer.width_rule:
-        width = width_factors(
-            config.optimizer.name, config.optimizer.base_width, config.optimizer.base_heads, model
-        )
+    width, how = None, config.optimizer
+    if how.width_rule:
+        base = how.base_width, how.base_heads
+        width = width_factors(how.name, *base, model, how.muon_kernels)
     optimizer = make_optimizer(
         config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes, width
     )

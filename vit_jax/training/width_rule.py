@@ -10,15 +10,19 @@ of biases, norms, positions and tokens. With Table 8's output multiplier folded 
 
     update, Adam and Adafactor    u <- u / m_in
     update, SGD                   u <- u * m_out / m_in
+    update, Muon's matrices       u <- u * sqrt(m_out / m_in / m_max), m_max of the longer side
     initial value, hidden         as without the rule: the variance falls with the fan-in already
     initial value, output         w <- w / sqrt(m_in): fan-out ratio 1 (heads, which start at zero)
+
+Muon's form keeps the ratio of an update's spectral norm to sqrt(fan-out / fan-in) (arXiv
+2310.17813, condition 1). Muon's own scale grows with the square root of the longer side.
 
 Attention's scale is 1/K instead of 1/sqrt(K) for heads of width K. The model isn't changed for it:
 with c = sqrt(K_base / K), the scores of the rule are
 
     sqrt(K_base) / K * (x W + b) . k = (x W' + b') . k / sqrt(K),    W' = c W, b' = c b
 
-and the model has W' and b' as its query: their initial values and Adam's updates are multiplied by
+and the model has W' and b' as its query: their initial values and updates are multiplied by
 c, SGD's updates by c^2, because its gradient has a factor c, too. With `qk_norm` the query norm's
 scale takes the factor instead. A checkpoint therefore holds an ordinary ViT: fine-tuning,
 conversion and other programs need to know nothing of the rule.
@@ -42,10 +46,9 @@ from vit_jax.models.names import ATTENTION, KERNELS, PROBE
 from vit_jax.models.variants import Model, build_model
 from vit_jax.models.vit import ViT
 from vit_jax.parallel.mesh import path_name
+from vit_jax.training.muon import matrix_shape
 
 WIDTH_RULES = ("mup",)
-OPTIMIZERS = ("adamw", "adafactor", "sgd")  # with a form of the rule
-PROJECTION = rf"(.*/)?{ATTENTION}/(query|key|value)/kernel"  # [.., D, H, K]: two output axes
 QUERY, QUERY_NORM = rf"(.*/)?{ATTENTION}/query/.*", rf"(.*/)?{ATTENTION}/query_norm/.*"
 
 
@@ -65,7 +68,7 @@ def scaled(tree: Any, factors: Any) -> Any:
 
 
 def width_factors(
-    optimizer: str, base_width: int, base_heads: int | None, model: Model
+    optimizer: str, base_width: int, base_heads: int | None, model: Model, muon_kernels: str = ""
 ) -> WidthFactors:
     """Returns the rule's factors for a model.
 
@@ -74,16 +77,11 @@ def width_factors(
       base_width: the width at which the rule changes nothing.
       base_heads: attention heads of the base; None: the model's number, so that heads grow.
       model: a ViT or a hybrid.
+      muon_kernels: regex of the matrices that Muon orthogonalises.
 
     Raises:
-      ValueError: the optimizer or the model's family has no form of the rule, or there is no such
-        base.
+      ValueError: the model's family has no form of the rule, or there is no such base.
     """
-    if optimizer not in OPTIMIZERS:
-        raise InputError(
-            f"width_rule has no form for optimizer {optimizer!r}: use {', '.join(OPTIMIZERS)}, or "
-            "width_rule=None"
-        )
     base = base_model(model, base_width, base_heads)
     sizes = (jax.eval_shape(m.init, jax.random.key(0)) for m in (model, base))
     (leaves, tree), (bases, _) = map(jax.tree_util.tree_flatten_with_path, sizes)
@@ -92,13 +90,14 @@ def width_factors(
     rows = []
     for (path, leaf), (_, base_leaf) in zip(leaves, bases, strict=True):
         name = path_name(path)
-        fan_in, fan_out = _fan_ratios(name, leaf.shape, base_leaf.shape)
+        fan_in, fan_out, longer = _ratios(name, leaf.shape, base_leaf.shape)
         scales_scores = re.fullmatch(QUERY_NORM if model.config.qk_norm else QUERY, name)
         c = attention_scale if scales_scores else 1.0
         sgd = c * math.sqrt(fan_out / fan_in)
-        rows.append(
-            (c * _initial(name, fan_in, fan_out), sgd, sgd if optimizer == "sgd" else c / fan_in)
-        )
+        update = sgd if optimizer == "sgd" else c / fan_in
+        if optimizer == "muon" and re.fullmatch(muon_kernels, name):
+            update = sgd / math.sqrt(longer)
+        rows.append((c * _initial(name, fan_in, fan_out), sgd, update))
     return WidthFactors(*(tree.unflatten(column) for column in zip(*rows, strict=True)))
 
 
@@ -127,12 +126,14 @@ def base_model(model: Model, width: int, heads: int | None) -> Model:
         raise InputError(f"optimizer.base_width = {width} makes no base: {error}") from error
 
 
-def _fan_ratios(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> tuple[float, float]:
-    ratios = [size / base_size for size, base_size in zip(shape, base, strict=True)]
+def _ratios(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> tuple[float, float, float]:
+    """Returns the ratios to the base's fan-in, fan-out and longer of the two."""
     if not re.fullmatch(KERNELS, name):
-        return 1.0, math.prod(ratios)
-    outputs = 2 if re.fullmatch(PROJECTION, name) else 1
-    return math.prod(ratios[:-outputs]), math.prod(ratios[-outputs:])
+        ratio = math.prod(shape) / math.prod(base)
+        return 1.0, ratio, ratio
+    (_, *sides), (_, *base_sides) = matrix_shape(name, shape), matrix_shape(name, base)
+    fan_in, fan_out = (side / of for side, of in zip(sides, base_sides, strict=True))
+    return fan_in, fan_out, max(sides) / max(base_sides)
 
 
 def _initial(name: str, fan_in: float, fan_out: float) -> float:
