@@ -19,14 +19,14 @@ def fresh_state(training: Training) -> Callable[[jax.Array], TrainState]:
     Each device holds its shard plus at most one layer.
     """
     use_ema = training.config.ema_decay is not None
-    init = partial(init_state, training.model, training.optimizer, use_ema=use_ema)
+    init = partial(init_state, training, training.optimizer, use_ema=use_ema)
     return jax.jit(init, out_shardings=training.shardings)
 
 
 def loaded_state(training: Training, loaded: dict) -> TrainState:
     """Returns step 0 from loaded parameters: numpy arrays, or shapes for those to initialise."""
     key = jax.random.key(training.config.seed)
-    fresh = jax.jit(training.model.init, out_shardings=training.shardings.params)(key)
+    fresh = jax.jit(training.init, out_shardings=training.shardings.params)(key)
     params = jax.tree.map(
         lambda given, new, sharding: (
             put_tree(given, sharding) if isinstance(given, np.ndarray) else new

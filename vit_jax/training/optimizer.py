@@ -8,6 +8,9 @@ One update, with gradients g, parameters p and the learning rate lr(t) of a `Sch
     multiplier   u <- multiplier * u
     rate, sign   p <- p - lr(t) * u                       t counts the updates before this one
 
+With a width rule, its factors multiply gradients before the clip and u before the decay: see
+`width_rule`.
+
 A parameter whose multiplier is 0 is frozen: its gradient enters nothing, not even the norm, so the
 compiler can drop it, and the optimizer keeps no state for it.
 """
@@ -28,6 +31,7 @@ from vit_jax.models.names import HIDDEN_KERNELS, KERNELS, block_number, follows_
 from vit_jax.parallel.mesh import path_name
 from vit_jax.training.muon import muon
 from vit_jax.training.spikes import skip_spikes
+from vit_jax.training.width_rule import WIDTH_RULES, WidthFactors, scaled
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
@@ -111,6 +115,9 @@ class OptimizerConfig:
     lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
     layer_decay: float = 1.0  # of the rate, from each block to the one below: see `layer_factors`
     clip_norm: float | None = 1.0  # largest norm of all gradients together
+    width_rule: str | None = None  # mup: widths share one learning rate, see `width_rule`
+    base_width: int | None = None  # of width_rule: the width at which it changes nothing
+    base_heads: int | None = None  # attention heads at that width; None: as many as the model's
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
@@ -131,6 +138,19 @@ class OptimizerConfig:
             raise InputError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay={self.layer_decay}: expected a number in (0, 1]")
+        if self.width_rule is not None and self.width_rule not in WIDTH_RULES:
+            raise unknown("width_rule", self.width_rule, WIDTH_RULES)
+        for name in ("base_width", "base_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        if (self.width_rule is None) != (self.base_width is None) or (
+            self.base_heads and not self.width_rule
+        ):
+            raise InputError(
+                f"width_rule={self.width_rule!r}, base_width={self.base_width}, "
+                f"base_heads={self.base_heads}: a rule needs base_width, the width at which it "
+                "changes nothing; without a rule set neither"
+            )
         values = [self.weight_decay, *(v for _, v in self.weight_decay_rules + self.lr_multipliers)]
         if min(values) < 0:
             raise InputError(f"weight decay or multiplier {min(values)}: expected 0 or more")
@@ -187,6 +207,7 @@ def make_optimizer(
     peak: jax.Array | float,
     params: Any,
     spike_factor: float | None = None,
+    width: WidthFactors | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
@@ -194,7 +215,8 @@ def make_optimizer(
     In the state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They
     have its shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is
     [1]).
-    `spike_factor`: leaves out updates, see `spikes.skip_spikes`.
+    `spike_factor`: leaves out updates, see `spikes.skip_spikes`. `width`: the factors of the
+    config's `width_rule`.
 
     Raises ValueError if every parameter is frozen, and what `match_rules` and `muon` raise.
     """
@@ -203,9 +225,19 @@ def make_optimizer(
     if not any(jax.tree.leaves(trained)):
         raise InputError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
 
+    if (width is None) != (config.width_rule is None):
+        raise ValueError(f"width_rule={config.width_rule!r}: `width` must be its `width_factors`")
+
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    direction = optax.masked(optax.chain(clip, _direction(config, params)), trained)
+    if width is not None:
+        before, after = (
+            optax.stateless(lambda updates, _, factors=factors: scaled(updates, factors))
+            for factors in (width.gradient, width.update)
+        )
+        direction = optax.chain(before, direction, after)
     parts = (
-        optax.masked(optax.chain(clip, _direction(config, params)), trained),
+        direction,
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
         _decay_layers(config.layer_decay, params),

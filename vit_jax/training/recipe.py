@@ -42,6 +42,7 @@ from vit_jax.training.profile import parse_window
 from vit_jax.training.stages import Stage, StageConfig, build_stages, check_stages
 from vit_jax.training.step import TrainState, make_train_step, start_state
 from vit_jax.training.teacher import Teacher, open_teacher
+from vit_jax.training.width_rule import WidthFactors, scaled, width_factors
 from vit_jax.training.writers import MetricsConfig
 
 
@@ -219,6 +220,7 @@ class Training:
     model: Model
     steps: int
     scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
+    width: WidthFactors | None  # of the optimizer's width rule
     stages: tuple[Stage, ...]  # of the scheduled steps; one without a token schedule
     optimizer: optax.GradientTransformation
     teacher: Teacher | None
@@ -258,6 +260,11 @@ class Training:
             self.shardings,
         )
 
+    def init(self, key: jax.Array) -> dict:
+        """Initial parameters: the model's, scaled by the width rule."""
+        params = self.model.init(key)
+        return params if self.width is None else scaled(params, self.width.initial)
+
     def step(
         self,
         state: TrainState,
@@ -276,7 +283,9 @@ class Training:
         schedule = make_schedule(config.schedule, self.scheduled, peak)
         train_step = make_train_step(
             self.model,
-            make_optimizer(config.optimizer, schedule, peak, state.params, config.skip_spikes),
+            make_optimizer(
+                config.optimizer, schedule, peak, state.params, config.skip_spikes, self.width
+            ),
             schedule,
             config.loss,
             augmentation=config.augmentation,
@@ -326,8 +335,12 @@ def build_training(
         raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
+    width, how = None, config.optimizer
+    if how.width_rule:
+        base = how.base_width, how.base_heads
+        width = width_factors(how.name, *base, model, how.muon_kernels)
     optimizer = make_optimizer(
-        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes
+        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes, width
     )
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
@@ -339,6 +352,7 @@ def build_training(
         model=model,
         steps=scheduled if config.stop is None else min(config.stop, scheduled),
         scheduled=scheduled,
+        width=width,
         optimizer=optimizer,
         stages=build_stages(config.stages, model, scheduled),
         teacher=open_teacher(config.distill, model, mesh, config.mesh),

@@ -5,7 +5,7 @@ Letters in shapes: B global batch, A microbatches, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,14 @@ class TrainState:
     ema: dict | None  # the parameters' running average (Polyak), or None
 
 
+class Initial(Protocol):
+    """A model, or a `recipe.Training`, whose width rule scales the model's initial parameters."""
+
+    def init(self, key: jax.Array) -> dict: ...
+
+
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
+    model: Initial, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
 ) -> TrainState:
     """A fresh state. Under `jit` with `out_shardings` it is born sharded."""
     return start_state(model.init(key), optimizer, use_ema)
