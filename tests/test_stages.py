@@ -284,7 +284,7 @@ def test_flops_follow_the_stages():
                 "stages": ({"share": 1.0, "keep": 0.5},),
                 "optimizer": {},
             },
-            "R26x1 keeps all patches",
+            "only ViTs can drop patches, not R26x1",
         ),
         (
             {
@@ -292,7 +292,7 @@ def test_flops_follow_the_stages():
                 "stages": ({"share": 1.0, "patch": 8},),
                 "optimizer": {},
             },
-            "patch = 8: only a ViT's patches change",
+            "patch = 8: only ViTs can change their patch size",
         ),
     ],
 )

@@ -33,10 +33,10 @@ class Programs:
         self.at(step)
 
     def at(self, step: int) -> Callable:
-        """The program of update number `step`; they are asked for in ascending order.
+        """Returns the program of update number `step`; ask for them in ascending order.
 
-        What is waited for it counts as compilation. Other shapes than the stage's are an error
-        later, never a recompilation.
+        Waiting for it counts as compilation. It raises for inputs of other shapes than the stage's
+        and never recompiles.
         """
         if self._stage is None or step >= self._stage.stop:
             self._stage = self._stages.pop(0)
