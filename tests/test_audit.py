@@ -117,7 +117,7 @@ def test_names_of_folders_survive_the_cut(tmp_path):
     for i in range(len(source)):
         folder = source.name(i).split("/")[-2]
         assert source.class_names[source[i]["label"]] == folder
-    assert "classes with fewer than 10 images left in train by the cut, 6:  ant (8)" in str(seen)
+    assert "classes with fewer than 10 images left in train after the cut, 6:  ant (8)" in str(seen)
     assert settle(tmp_path / "images")[1] == seen
 
 
@@ -151,7 +151,7 @@ def test_other_datasets_are_cut_at_the_end(tmp_path):
     assert (splits.train, splits.dev, splits.test) == ("train[:90%]", "train[90%:]", "test")
     assert [sum(seen.counts[name]) for name in seen.counts] == [1078, 120, 599]
     assert json.loads((tmp_path / "audit.json").read_text())["splits"]["dataset"] == "digits"
-    with pytest.raises(ValueError, match="which part is for choosing"):
+    with pytest.raises(ValueError, match="the split to choose on"):
         settle_splits("digits", SplitConfig(train="train[:50%]"), None, tmp_path / "other")
 
 
@@ -186,6 +186,4 @@ def test_large_sets_are_looked_at_in_part(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (25, 2, 2, 3), np.uint8)
     records = [{"image": image, "label": i % 2} for i, image in enumerate(images)]
     seen = look_at({"train": Source(records, 2)})
-    assert seen.looked_at == {"train": 10} and "10 of 25 images of train were looked at" in str(
-        seen
-    )
+    assert seen.looked_at == {"train": 10} and "10 of 25 images of train were checked" in str(seen)

@@ -87,7 +87,7 @@ def test_trials_are_chosen_by_the_metric():
     shown = show_trials([accurate, balanced], "balanced_accuracy").splitlines()
     assert "chosen by balanced_accuracy" in shown[0] and "learning rate 0.2" in shown[1]
     earlier = dataclasses.replace(accurate, macro_f1=None)
-    with pytest.raises(ValueError, match=r"schedule.peak=0.1 was made without macro_f1"):
+    with pytest.raises(ValueError, match=r"schedule.peak=0.1 has no macro_f1"):
         best_trial([earlier, balanced], "macro_f1")
 
 

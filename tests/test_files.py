@@ -300,10 +300,10 @@ def test_pickles_are_never_read(folder):
     [np.array("text"), np.zeros(2, complex), np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)],
 )
 def test_only_numbers(folder, array):
+    """Texts are passed over; what is left must be numbers."""
     np.savez(folder / "text.npz", a=array)
-    refused(
-        folder / "text.npz", (folder / "text.npz").read_bytes(), "tensor 'a' of dtype .*expected"
-    )
+    message = "no arrays" if array.dtype.kind == "U" else "tensor 'a' of dtype .*expected"
+    refused(folder / "text.npz", (folder / "text.npz").read_bytes(), message)
     for suffix, write in WRITERS.items():
         with pytest.raises(ValueError, match=r"tensor 'a' of dtype .*expected"):
             write(folder / f"none{suffix}", {"a": array})

@@ -154,9 +154,9 @@ def test_all_warmup():
         ({"timescale": 0}, "timescale=0"),
         ({"cooldown": 5}, "cooldown=5 with decay 'cosine'"),
         ({"cooldown": 5, "decay": "staircase", "drops": (0.5,)}, "cooldown=5"),
-        ({"decay": "rsqrt", "end": 0.1}, "that takes linear, cosine or a cooldown"),
+        ({"decay": "rsqrt", "end": 0.1}, "use linear, cosine or a"),
         ({"decay": "staircase"}, "drops=[(][)] with decay 'staircase'"),
-        ({"decay": "staircase", "drops": (30.0,)}, "expected parts of the run"),
+        ({"decay": "staircase", "drops": (30.0,)}, "expected shares of the run"),
         ({"drops": (0.5,)}, "none for the others"),
     ],
 )

@@ -147,7 +147,7 @@ def test_memory_of_the_state(fsdp, part):
     assert device_bytes(training.shapes.params, training.shardings.params) <= whole
 
 
-@pytest.mark.parametrize(("row", "mfu"), zip(TABLE_2, (0.32, 0.43, 0.39), strict=True))
+@pytest.mark.parametrize(("row", "mfu"), list(zip(TABLE_2, (0.32, 0.43, 0.39), strict=True)))
 def test_the_papers_core_days(row, mfu):
     """2.5k, 0.68k and 0.23k TPUv3-core-days at utilisations of a third and more."""
     variant, _, images, epochs, paper = row

@@ -1,12 +1,16 @@
 """A study's own figures: the models they compare and the numbers they show."""
 
 import dataclasses
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.legend import Legend
+from matplotlib.text import Annotation, Text
 
-from experiments.scaling import study_panels
+from experiments.scaling import study_figures, study_panels
+from experiments.scaling.__main__ import RESULTS
 from experiments.scaling.runner import Store
 from experiments.scaling.shapes import pooled_models, scaled_models
 from experiments.scaling.study import expand, flatten, load_study
@@ -130,3 +134,39 @@ def test_labels_stay_apart_and_in_the_panel(axes):
     ]
     assert np.diff(sorted(rows)).min() > 9.9
     assert max(rows) <= axes.transAxes.transform((0, 1))[1] * 72 / axes.figure.dpi
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("mini", "pretrained on strokes 50,000"), ("shapes", "pretrained on strokes 50,000")],
+)
+def test_figures_of_our_results_are_readable(tmp_path, monkeypatch, name, title):
+    """No text covers another or a mark, legends don't repeat, titles say what was trained."""
+    study, drawn = load_study(name), {}
+    store = Store(tmp_path, RESULTS / name / "results.jsonl")
+    monkeypatch.setattr(store, "collect", store.records)
+    monkeypatch.setattr(
+        study_figures, "save", lambda figure, _, at: drawn.update({at: figure}) or []
+    )
+    draw_study(study, store, tmp_path)
+    for at, figure in drawn.items():
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()
+        own = [ax for ax in figure.axes if ax.get_title() != "the paper"]
+        assert all("pretrained on strokes" in ax.get_title() for ax in own), at
+        entries = [t.get_text() for legend in figure.findobj(Legend) for t in legend.get_texts()]
+        assert len(entries) == len(set(entries)), at
+        texts = [t for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+        texts += [t for ax in figure.axes for t in ax.texts]
+        texts += [t for legend in figure.findobj(Legend) for t in legend.get_texts()]
+        boxes = [(t.get_text(), Text.get_window_extent(t, renderer)) for t in texts if t.get_text()]
+        for (a, box), (b, other) in itertools.combinations(boxes, 2):
+            assert not box.overlaps(other), (at, a, b)
+        for ax in own if at.endswith(("figure_5", "figure_13")) else ():
+            marks = np.concatenate([line.get_xydata() for line in ax.lines])
+            for label in (t for t in ax.texts if isinstance(t, Annotation)):
+                box = Text.get_window_extent(label, renderer)
+                covered = [m for m in ax.transData.transform(marks) if box.contains(*m)]
+                assert not covered, (at, label.get_text())
+        plt.close(figure)
+    assert any(title in ax.get_title() for ax in drawn[f"{name}_figure_5"].axes)

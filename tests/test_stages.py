@@ -22,6 +22,7 @@ from vit_jax.parallel.multihost import Preemption
 from vit_jax.training import loop, plan
 from vit_jax.training.memory import compile_step, fit_memory
 from vit_jax.training.metrics import CLOCK, read_metrics
+from vit_jax.training.programs import Programs
 from vit_jax.training.recipe import TrainConfig, build_training
 from vit_jax.training.stages import StageConfig, build_stages
 from vit_jax.weights.adapt import adapt
@@ -184,8 +185,6 @@ def test_killed_around_a_change_of_stage(tmp_path, monkeypatch):
 
 
 def test_the_next_program_is_compiled_meanwhile(tmp_path, monkeypatch):
-    from vit_jax.training.programs import Programs
-
     config = build(TrainConfig, values())
     prepared = loop.prepare(config, str(tmp_path), lane=make_lanes(1)[0])
     compiled = []
@@ -204,6 +203,26 @@ def test_the_next_program_is_compiled_meanwhile(tmp_path, monkeypatch):
         assert [programs.at(step)(None, None) for step in range(8)] == [0] * 4 + [4] * 2 + [6] * 2
         assert 0.1 < time.perf_counter() - began < 0.35  # the last one's alone was waited for
     assert compiled == [0, 4, 6]
+
+
+def test_steps_of_all_stages_are_measured(tmp_path, monkeypatch):
+    """The mean of a run's steps, each stage by its share."""
+    seconds = {0: 0.0, 4: 0.02, 6: 0.2}
+
+    def pretend(self, stage):
+        def step(state, batch):
+            assert batch["image"].shape[1:3] == stage.model.image_size
+            time.sleep(seconds[stage.start])
+            return state, None
+
+        return step
+
+    monkeypatch.setattr(Programs, "_compile", pretend)
+    config = build(TrainConfig, values())
+    found, _ = loop.measure_step(
+        loop.prepare(config, str(tmp_path), lane=make_lanes(1)[0]), steps=1
+    )
+    assert found >= 0.055
 
 
 def test_the_host_decodes_at_the_size_of_the_stage():
@@ -265,7 +284,7 @@ def test_flops_follow_the_stages():
                 "stages": ({"share": 1.0, "keep": 0.5},),
                 "optimizer": {},
             },
-            "R26x1 keeps all patches",
+            "only ViTs can drop patches, not R26x1",
         ),
         (
             {
@@ -273,7 +292,7 @@ def test_flops_follow_the_stages():
                 "stages": ({"share": 1.0, "patch": 8},),
                 "optimizer": {},
             },
-            "patch = 8: only a ViT's patches change",
+            "patch = 8: only ViTs can change their patch size",
         ),
     ],
 )

@@ -257,7 +257,7 @@ def test_a_workdir_that_was_moved_or_copied_is_a_run_of_its_own(config, finished
         ("starts.json", "the run then forgets"),
         ("metrics.jsonl", "Delete the line"),
         ("data/audit.json", "it is made again"),
-        ("test.npz", "it is computed again"),
+        ("test.npz", "it will be computed again"),
         ("trials/schedule.peak=0.001/result.json", "the trial is made again"),
         ("trials/schedule.peak=0.001/dev.npz", "the trial is made again"),
         ("trials/schedule.peak=0.003/dev.npz", "the trial is made again"),

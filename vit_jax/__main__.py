@@ -1,4 +1,4 @@
-"""The command `vit_jax VERB`, which is `python -m vit_jax VERB`."""
+"""The command `vit_jax VERB`, also `python -m vit_jax VERB`."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 from vit_jax import __version__
 
 PACKAGE = Path(__file__).parent
-# Each is a module that runs as `python -m` too.
+# Each module also runs with `python -m`.
 VERBS = {
     **{
         verb: f"vit_jax.{verb}" for verb in ("pretrain", "transfer", "predict", "embed", "evaluate")
@@ -25,12 +25,12 @@ VERBS = {
 
 
 def shipped() -> Path:
-    """The folder of experiments/: as `recipes.ROOT`, which would import what takes time."""
+    """Returns the parent of experiments/: the same as `recipes.ROOT`, without its slow imports."""
     return folder if (folder := PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
 def usage() -> str:
-    """All verbs with the first line of their modules' docstrings; imports none of them."""
+    """Lists all verbs with the first line of their modules' docstrings, without importing them."""
     lines = ["usage: vit_jax VERB [ARGUMENT ...] [--flag=value ...]", ""]
     for verb, module in VERBS.items():
         parts = module.split(".")
@@ -44,7 +44,7 @@ def main() -> None:
     """Runs a verb's module as the program."""
     try:
         _main(*sys.argv[1:2], arguments=sys.argv[2:])
-    except KeyboardInterrupt:  # while something is imported: later `command_line.run` sees it first
+    except KeyboardInterrupt:  # during an import; later, `command_line.run` handles it
         sys.stderr.write("\nstopped\n")
         os._exit(130)
 

@@ -1,4 +1,4 @@
-"""What all commands share: flags, recipes by name, positional arguments, help, errors, Ctrl-C."""
+"""Shared by all commands: flags, recipes by name, positional arguments, help, errors, Ctrl-C."""
 
 import contextlib
 import glob
@@ -26,19 +26,19 @@ from vit_jax.recipes import find_recipe, list_recipes
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
 _NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
-# Loggers that report what was tried before it failed or worked; our errors say what matters of it.
+# Loggers that report every attempt; our errors have the relevant part.
 CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
-# How collectives and jax's service fail when another process is gone.
+# Words in errors of collectives and of jax's service when another process has ended.
 _OTHERS = re.compile("gloo|nccl|mpi|coordination|barrier|heartbeat|unavailable|by peer", re.I)
-_LINGER_SECONDS = 5  # for errors that all processes have: each is to say it
+_LINGER_SECONDS = 5  # so that each process can report an error that all have
 HELP = ("-h", "-help", "--help", "--helpshort")
-flags.DEFINE_bool("offline", False, "Download nothing, as VIT_JAX_OFFLINE=1: use what was fetched.")
+flags.DEFINE_bool("offline", False, "Download nothing, use the cache; same as VIT_JAX_OFFLINE=1.")
 
 
 def define_config_flag() -> flags.FlagHolder:
-    """The flag --config=RECIPE, with --config.field=value for any field of the recipe.
+    """Defines --config=RECIPE, and --config.field=value for any field of the recipe.
 
-    A field that the recipe leaves at its default may be set too; `build` refuses unknown ones.
+    Fields that the recipe leaves at their defaults may be set too; `build` rejects unknown ones.
     """
     return config_flags.DEFINE_config_file(
         "config",
@@ -58,13 +58,13 @@ def run(
     """Runs a command: parses its flags, calls `main`, ends the process.
 
     Args:
-      main: gets the command as it was typed, then the positional arguments that no flag took.
-      *positional: flags that positional arguments fill in this order, where they aren't given.
-      rest: what the other positional arguments are, for the usage; "": there may be none.
-      recipe: the recipe without --config; "": it must be given.
-      required: whether all of `positional` must be given, in either way.
+      main: called with [the command as typed, *positional arguments that no flag took].
+      *positional: flags that positional arguments fill in this order, unless they are set.
+      rest: name of the other positional arguments in the usage; "": none are allowed.
+      recipe: the recipe without --config; "": --config is required.
+      required: whether all of `positional` must be given, as flags or as arguments.
 
-    Exits with code 2 and the usage without any argument where one is needed, 1 and a line that
+    Exits with code 2 and the usage if arguments are needed and there are none, 1 and a line that
     begins with "error:" for a mistake, 130 after Ctrl-C.
     """
     needs = tuple(positional) if required else ()
@@ -102,29 +102,30 @@ def run(
 
 
 def _fail(message: str) -> NoReturn:
-    """Ends the process with this as its last words.
+    """Prints the message and ends the process immediately.
 
-    An ordinary end would have threads and libraries complain behind it, and jax wait for the
-    other processes, which wait for this one.
+    On an ordinary exit, threads and libraries would print more, and jax would wait for the other
+    processes, which wait for this one.
     """
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     distributed = sys.modules.get("jax._src.distributed")
-    if distributed and distributed.global_state.service:  # process 0's: the others end with it
+    if distributed and distributed.global_state.service:  # on process 0; the others end with it
         time.sleep(_LINGER_SECONDS)
     os._exit(1)
 
 
 def _explained(error: Exception) -> str:
-    """The traceback; one line where the error is that another process has ended."""
+    """Returns the traceback, or one line if the cause is that another process has ended."""
     distributed = sys.modules.get("jax._src.distributed")
     first = f"{type(error).__name__}: {error}".splitlines()[0]
     if distributed and distributed.global_state.client and _OTHERS.search(first):
         return (
-            "error: another process of this run has ended, and its log says why. The same command "
-            f"on all goes on from the newest checkpoint, if there is one ({printable(first)})"
+            "error: another process of this run has ended; its log says why. Start the same "
+            "command on all to resume from the newest checkpoint, if there is one "
+            f"({printable(first)})"
         )
     return "".join(traceback.format_exception(error)).rstrip()
 
@@ -133,7 +134,7 @@ def _explained(error: Exception) -> str:
 def stoppable() -> Iterator[None]:
     """Ends the process after Ctrl-C with exit code 130 and one line, without a traceback.
 
-    What saves after the first Ctrl-C (`multihost.Preemption`) has the second end the process.
+    `preemption.Preemption` saves after the first Ctrl-C; the second then ends the process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -141,10 +142,10 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
-        if error.args:  # it was waited for: `loop.train` has saved
+        if error.args:  # `loop.train` has saved
             sys.exit(INTERRUPTED)
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # waits for no threads
+        os._exit(INTERRUPTED)  # doesn't wait for threads
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
@@ -160,7 +161,7 @@ _interrupt.again = _end_now
 
 
 def _settle_config(argv: list[str], recipe: str) -> None:
-    """Puts the file of the recipe into --config, in place: config_flags reads sys.argv itself."""
+    """Sets --config to the recipe's file, in place since config_flags reads sys.argv itself."""
     for i, text in enumerate(argv):
         if text in ("--config", "-config") and i + 1 < len(argv):
             argv[i + 1] = _with_file(argv[i + 1])
@@ -180,7 +181,7 @@ def _with_file(recipe: str) -> str:
 
 
 def _fill(names: Sequence[str], arguments: list[str]) -> list[str]:
-    """Gives the flags that aren't set the first arguments; returns the others."""
+    """Assigns the first arguments to the flags that aren't set; returns the others."""
     for name in names:
         if arguments and not flags.FLAGS[name].present:
             flags.FLAGS[name].parse(arguments.pop(0))
@@ -198,12 +199,12 @@ _EITHER = (("steps", "epochs"), ("epochs", "steps"))  # setting one unsets the o
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags of a command line, those of earlier versions too; returns what is left.
+    """Parses flags, also those of earlier versions; returns the remaining arguments.
 
-    `--config.field=none` unsets an optional field, and one of steps and epochs the other. Raises
-    ValueError for a flag that doesn't exist or fit.
+    `--config.field=none` unsets an optional field. Setting one of steps and epochs unsets the
+    other. Raises ValueError for a flag that doesn't exist or has a wrong value.
     """
-    # A dataset alone may be given for its group. In place: config_flags looks at sys.argv itself.
+    # --config.data may be a dataset's name. In place, since config_flags reads sys.argv itself.
     argv[:] = [re.sub(r"^--?config\.data(?==|$)", "--config.data.dataset", text) for text in argv]
     for old, new in _MOVED:
         for name in sorted({match[1] for text in argv if (match := old.match(text))}):
@@ -222,14 +223,14 @@ def parse_flags(argv: list[str]) -> list[str]:
             _unset(flags.FLAGS["config"].value, name)
     except flags.Error as error:
         if told := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
-            raise told[-1] from None  # the recipe's own, which absl shows with a traceback
+            raise told[-1] from None  # raised by the recipe; absl would show a traceback
         raise InputError(f"{error}; {_program()} --help lists the flags") from error
-    except KeyError as error:  # of ConfigDict: --config.group.field=value without such a group
+    except KeyError as error:  # from ConfigDict: --config.group.field=value without that group
         raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         handler = logging.get_absl_handler()
-        handler.addFilter(_is_ours)  # orbax tells every step of every save
+        handler.addFilter(_is_ours)  # orbax logs every part of every save
         handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
         for library in CHATTY:
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
@@ -240,14 +241,14 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it was raised for, the first one last."""
+    """Yields the error, then its contexts, the original error last."""
     while error:
         yield error
         error = error.__context__
 
 
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:
-    """Sets a field to "none", which `config.build` takes for None where a field is optional."""
+    """Sets a field to "none", which `config.build` converts to None if the field is optional."""
     *groups, field = name.split(".")
     for group in groups:
         config = config[group]
@@ -256,27 +257,27 @@ def _unset(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 def _is_ours(record: standard_logging.LogRecord) -> bool:
-    """Whether a log record is this package's, or an error that isn't raised as well."""
+    """Whether a log record is from this package, or an error that isn't also raised."""
     ours = record.pathname.startswith(os.path.dirname(__file__))
     raised = "/orbax/" in record.pathname  # with the traceback of each thread
     return ours or (record.levelno >= standard_logging.ERROR and not raised)
 
 
 def skip_absent_tpu() -> None:
-    """Has jax use the CPU where libtpu is installed and neither a TPU nor another plugin is there.
+    """Makes jax use the CPU if libtpu is installed but no TPU and no other plugin exists.
 
-    libtpu, which `plan` needs, would look for the TPU and write to stderr what it doesn't find.
+    libtpu, which `plan` needs, would search for a TPU and print to stderr that there is none.
     """
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
     if plugins == ["libtpu"] and not chips and not os.environ.get("JAX_PLATFORMS"):
         os.environ["JAX_PLATFORMS"] = "cpu"
-        if jax := sys.modules.get("jax"):  # it has read the variable
+        if jax := sys.modules.get("jax"):  # has already read the variable
             jax.config.update("jax_platforms", "cpu")
 
 
 def numbers(name: str, value: Any, kind: type) -> Any:
-    """Converts the texts of a list flag to a tuple of numbers; other values pass."""
+    """Converts a list flag's strings to a tuple of numbers; returns other values unchanged."""
     if not isinstance(value, list):
         return value
     try:
@@ -286,7 +287,7 @@ def numbers(name: str, value: Any, kind: type) -> Any:
 
 
 def _program() -> str:
-    """How the command was started: "vit_jax transfer" or "python -m vit_jax.transfer"."""
+    """Returns how the command was started: "vit_jax transfer" or "python -m vit_jax.transfer"."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     known = sys.argv[0].startswith("vit_jax ") or not module
     return sys.argv[0] if known else f"python -m {module.name}"
@@ -299,7 +300,7 @@ def _usage(positional: Sequence[str], rest: str, required: bool) -> str:
 
 
 def _help(main: Callable, usage: str, recipe: str) -> str:
-    """The usage, what the command does, and its flags with their defaults."""
+    """Returns the usage, the command's docstring, and its flags with their defaults."""
     lines = [usage, "", inspect.cleandoc(main.__globals__["__doc__"]), "", "flags:"]
     own = flags.FLAGS.get_flags_for_module(sys.argv[0])
     if "config" in flags.FLAGS:

@@ -1,6 +1,6 @@
-"""Recipes to frozen dataclasses: strict, with the nearest known name for a misspelt one.
+"""Converts recipes to frozen dataclasses; errors name the nearest known field for a misspelt one.
 
-Recipes (`configs/`) import this module; it imports nothing heavy.
+Recipes (`configs/`) import this module, so it imports nothing heavy.
 """
 
 import ast
@@ -20,14 +20,14 @@ import ml_collections
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: the message says what was found, expected, and to do.
+    """A mistake in the user's input; the message says what was found, expected and what to do.
 
-    Commands print it without a traceback; any other ValueError is a fault of the program.
+    Commands print it without a traceback. Any other ValueError is a bug.
     """
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that isn't there: says what was found and the nearest known names."""
+    """Returns the error for an unknown name, with the nearest known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -36,11 +36,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
-    """Parses the text behind a recipe's colon: `configs/pretrain/augreg.py:ViT-Ti/16,epochs=90`.
+    """Parses the text after a recipe's colon: `configs/pretrain/augreg.py:ViT-Ti/16,epochs=90`.
 
-    The first item may leave out its name; it is then the first default's value. Values take the
-    type of their default (`None` and numbers by literal). Raises ValueError for an unknown name
-    or a value of another type.
+    The first item may omit its name; it then sets the first default. Values take the type of their
+    default (`None` and numbers as literals). Raises ValueError for an unknown name or a value of
+    another type.
     """
     values = dict(defaults)
     for position, item in enumerate(filter(None, (arg or "").split(","))):
@@ -76,18 +76,18 @@ def setting(default: Any = dataclasses.MISSING, **known: Any) -> Any:
     """Returns a dataclass field with metadata on what it changes.
 
     Args:
-      default: the default, or its type's name as `factory` for a mutable one.
-      **known: `factory`: makes the default. `changes`: "speed" for a field that changes where and
-        how fast a run is computed, and none of its numbers; "records" for one that changes what is
-        measured of a run. Both may differ when a run resumes; other fields may not. `inherited`:
-        False for a field of a model that transfer does not take over from a checkpoint.
+      default: the default value; for a mutable one set `factory` instead.
+      **known: `factory` creates the default. `changes` is "speed" for a field that only changes
+        where and how fast a run is computed, "records" for one that only changes what is measured.
+        Both may differ when a run resumes; other fields may not. `inherited` is False for a field
+        of a model that transfer does not take from a checkpoint.
     """
     factory = known.pop("factory", dataclasses.MISSING)
     return dataclasses.field(default=default, default_factory=factory, metadata=known)
 
 
 def fields_where(cls: type, prefix: str = "", **known: Any) -> Iterator[str]:
-    """Yields the dotted names of the fields, nested ones too, whose metadata has these values."""
+    """Yields the dotted names of all fields, also nested ones, whose metadata has these values."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, hint = prefix + field.name, hints[field.name]
@@ -100,19 +100,19 @@ def fields_where(cls: type, prefix: str = "", **known: Any) -> Iterator[str]:
 
 
 def covered(name: str, fields: Iterable[str]) -> bool:
-    """Whether a dotted name is one of the fields, or below one of them."""
+    """Whether a dotted name is one of the fields, or inside one of them."""
     return any(name == field or name.startswith(field + ".") for field in fields)
 
 
 def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
     """Builds the frozen dataclass `cls` from a ConfigDict or nested mappings, such as parsed JSON.
 
-    Returns `values` itself if it is a `cls` already.
+    Returns `values` itself if it is already a `cls`.
 
     A class method `upgrade` of `cls` translates names of earlier versions; `select` chooses the
-    class by the values.
+    class from the values.
 
-    Raises ValueError that names the full path of a field that is unknown (with the nearest known
+    Raises ValueError, with the full path, for a field that is unknown (with the nearest known
     one), missing or of another type.
     """
     if isinstance(values, cls):
@@ -183,7 +183,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _check_float(value: float, path: str) -> None:
-    """ValueError for a number that is none in float32, in which runs compute, or 0 or 1 there."""
+    """Raises ValueError for a number that float32 can't hold, or rounds to 0 or 1."""
     if not math.isfinite(value):
         raise InputError(f"{path} = {value}: expected a finite number")
     least, most = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -197,8 +197,10 @@ WORKFLOW = ("sweep", "split", "fit_memory", "memory_gib", "export")
 
 
 def with_workflow(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a recipe whose `sweep`, if it has one, is in the group `workflow` with what goes
-    with it: recipes of earlier versions have these fields outside."""
+    """Moves a recipe's `sweep` and its related fields, if any, into the group `workflow`.
+
+    In recipes of earlier versions they are outside.
+    """
     if values.get("sweep") is None:
         return dict(values)
     old = {name: values[name] for name in WORKFLOW if name in values}
@@ -207,7 +209,7 @@ def with_workflow(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe(**fields: Any) -> ml_collections.ConfigDict:
-    """Returns a recipe for `get_config`: its fields, and empty groups for flags to set others."""
+    """Returns a recipe for `get_config`: the fields, and empty groups that flags can fill."""
     fields = with_workflow(fields)
     if fields.get("workflow") is not None:
         fields["workflow"] = {"split": {}, "sweep": {}, **fields["workflow"]}
@@ -228,7 +230,7 @@ def recipe(**fields: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**{group: {} for group in groups}, **fields})
 
 
-# Where there is no published split, the first images of `train` are held out.
+# Without a published split, the first images of `train` are held out.
 HELD_OUT = {"train": "train[51200:]", "validation": "train[:51200]"}
 PRETRAINING_SPLITS = {  # big_vision's
     "imagenet2012": {"train": "train[:99%]", "validation": "train[99%:]", "test": "validation"},
@@ -256,10 +258,10 @@ def pretraining_data(dataset: str, preprocess: str = "inception_crop|flip") -> d
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """Ends the command with the message of what is wrong with its input, without a traceback."""
+    """Ends the command with an input error's message, without a traceback."""
     try:
         yield
-    except BrokenPipeError:  # of `| head`, which has read enough
+    except BrokenPipeError:  # `| head` has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
@@ -267,9 +269,9 @@ def explained_errors() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey or can't show: as escapes, `\\u001b`.
+    """Escapes characters that control a terminal or can't be shown, as `\\u001b`.
 
-    Names of files and classes come from anybody. Line breaks and tabs stay.
+    Names of files and classes are untrusted. Line breaks and tabs stay.
     """
 
     def shown(c: str) -> bool:
@@ -280,4 +282,4 @@ def printable(text: str) -> str:
     return "".join(c if shown(c) else f"\\u{ord(c):04x}" for c in text)
 
 
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the text's direction
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # change the text's direction

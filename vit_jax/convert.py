@@ -1,12 +1,12 @@
-"""Converts weights: between our checkpoints and the formats that people have.
+"""Converts weights between our checkpoints and other formats.
 
 vit_jax convert --input=R26_S_32.npz --output=checkpoints/r26s32
 vit_jax convert --input=runs/digits --output=exported --format=hugging_face
 vit_jax convert --input=hf://google/vit-base-patch16-224 --output=checkpoints/b16
 
-Reads google-research/vision_transformer's, big_vision's, BiT's and MLP-Mixer's `.npz`, timm's and
-Hugging Face's `.safetensors` beside their `config.json`, and our own checkpoints; local, https://,
-gs:// and hf://. Writes them all, and ONNX (jax2onnx, onnx and onnxruntime).
+Reads `.npz` of google-research/vision_transformer, big_vision, BiT and MLP-Mixer, `.safetensors` of
+timm and Hugging Face with their `config.json`, and our own checkpoints, from local paths, https://,
+gs:// and hf://. Writes the formats of --format; ONNX needs jax2onnx, onnx and onnxruntime.
 """
 
 from absl import flags
@@ -22,11 +22,11 @@ FORMAT = flags.DEFINE_enum(
     "format",
     "orbax",
     FORMATS,
-    "What to write. orbax: our own checkpoint; official: the .npz of the ViT and AugReg releases; "
-    "npz: our names; timm, hugging_face: a folder; onnx: graph and weights, uint8 pixels in.",
+    "Format to write. orbax: our checkpoint; official: .npz as in the ViT and AugReg releases; "
+    "npz: our names; timm, hugging_face: a folder; onnx: graph and weights, input uint8 pixels.",
 )
 IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", None, "HEIGHT,WIDTH of the input's model, where its file doesn't tell."
+    "image_size", None, "HEIGHT,WIDTH of the input's model, if its file doesn't have it."
 )
 VARIANT = flags.DEFINE_string(
     "variant", None, "Architecture of safetensors without a config.json: ViT-B/16, or timm's name."
@@ -34,7 +34,7 @@ VARIANT = flags.DEFINE_string(
 
 
 def main(_) -> None:
-    """Reads, checks, writes, and prints what it was."""
+    """Reads, checks and writes a model, and prints a summary."""
     if IMAGE_SIZE.value and len(IMAGE_SIZE.value) != 2:
         raise InputError(f"--image_size={','.join(IMAGE_SIZE.value)}: expected HEIGHT,WIDTH")
     check_output(OUTPUT.value)

@@ -1,8 +1,8 @@
-"""Says what is there: versions, devices and their memory, this machine, optional packages.
+"""Reports versions, devices and their memory, this machine, optional packages.
 
 vit_jax doctor
 
-Names a GPU or TPU that jax doesn't use, and what to install for it.
+Also reports a GPU or TPU that jax doesn't use, and what to install for it.
 """
 
 import glob
@@ -17,7 +17,7 @@ import vit_jax
 from vit_jax.command_line import run
 
 GIB = 2**30
-OPTIONAL = {  # module -> (what for, what to install)
+OPTIONAL = {  # module -> (purpose, packages to install)
     "tensorflow": ("building TFDS datasets", "tensorflow-cpu apache-beam mlcroissant"),
     "tensorboardX": ("TensorBoard", "tensorboardX"),
     "wandb": ("Weights & Biases", "wandb"),
@@ -31,7 +31,7 @@ REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def versions() -> str:
-    """The packages that are always needed, with versions."""
+    """Returns the required packages with their versions."""
 
     def found(name: str) -> str:
         try:
@@ -43,7 +43,7 @@ def versions() -> str:
 
 
 def devices() -> tuple[str, str]:
-    """(jax's platform, its devices with their memory), or ("", why there are none)."""
+    """Returns (jax's platform, its devices with their memory), or ("", why there are none)."""
     try:
         import jax
 
@@ -51,12 +51,12 @@ def devices() -> tuple[str, str]:
         limit = (there[0].memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / GIB:.1f} GiB each" if limit else ", the host's memory"
         return jax.default_backend(), f"{len(there)} x {there[0].device_kind}{memory}"
-    except (ImportError, RuntimeError) as error:  # JaxRuntimeError is one
+    except (ImportError, RuntimeError) as error:  # JaxRuntimeError is a RuntimeError
         return "", f"none: {str(error).splitlines()[0]}"
 
 
 def unused(backend: str) -> Iterator[str]:
-    """What of this machine's accelerators jax doesn't use, and what to do."""
+    """Yields accelerators of this machine that jax doesn't use, and what to do."""
     forced = os.environ.get("JAX_PLATFORMS")
     asked = f" (JAX_PLATFORMS={forced} is set: unset it)" if forced else ""
     gpus = glob.glob("/dev/nvidia[0-9]*")
@@ -76,7 +76,7 @@ def unused(backend: str) -> Iterator[str]:
 
 
 def report() -> Iterator[str]:
-    """Yields the lines."""
+    """Yields the lines of the report."""
     backend, there = devices()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     present = {module: bool(importlib.util.find_spec(module)) for module in OPTIONAL}

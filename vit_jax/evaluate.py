@@ -4,9 +4,9 @@ vit_jax evaluate --checkpoint=runs/digits --dataset=digits
 vit_jax evaluate --checkpoint=runs/strokes --dataset=digits --protocol=fewshot \
     --l2=1,32,1024
 
-`classification` measures the model's own head; of several labels (ImageNet-ReaL) each is right.
-`fewshot` (least squares), `knn` and `linear` (logistic regression) measure frozen features; they
-choose their options on --dev_split, or on a held-out part of --train_split.
+`classification` measures the model's own head; with several labels (ImageNet-ReaL) any counts as
+correct. `fewshot` (least squares), `knn` and `linear` (logistic regression) measure frozen
+features. They choose their options on --dev_split, or on a held-out part of --train_split.
 """
 
 import json
@@ -24,13 +24,13 @@ from vit_jax.weights.trained import load
 
 flags.DEFINE_string("checkpoint", None, "A run's workdir, or any checkpoint.")
 flags.DEFINE_string("dataset", None, "Name, as in a recipe's data.dataset.")
-flags.DEFINE_enum("protocol", "classification", list_protocols(), "What is measured.")
-flags.DEFINE_string("split", "test", "Split on which accuracy is measured.")
-flags.DEFINE_string("train_split", "train", "Split to learn from, unless the head is measured.")
+flags.DEFINE_enum("protocol", "classification", list_protocols(), "What to measure.")
+flags.DEFINE_string("split", "test", "Split to measure accuracy on.")
+flags.DEFINE_string("train_split", "train", "Split to learn from; unused by classification.")
 flags.DEFINE_string("dev_split", None, "Split to choose l2 on, or to fit a temperature on.")
 flags.DEFINE_string("preprocess", None, "As data.preprocess; by default the model's own.")
 flags.DEFINE_string("data_dir", None, "Folder of prepared datasets.")
-flags.DEFINE_integer("batch_size", 256, "Images at a time, over all processes.")
+flags.DEFINE_integer("batch_size", 256, "Images per batch, over all processes.")
 flags.DEFINE_enum("loss", "softmax", ["softmax", "sigmoid"], "The loss to report.")
 flags.DEFINE_bool("only_present", None, "classification: only the split's own classes count.")
 flags.DEFINE_list("shots", None, "fewshot: examples of each class, by default 1,5,10,25.")
@@ -38,10 +38,10 @@ flags.DEFINE_integer("seeds", None, "fewshot: draws of the shots to average over
 flags.DEFINE_list("l2", None, "Penalties: 1024 by default (fewshot), 1e-6 to 1e2 (linear).")
 flags.DEFINE_list("neighbours", None, "knn: numbers of neighbours, by default 1,10,20.")
 flags.DEFINE_bool("random_weights", False, "Measure fresh weights of the same architecture.")
-flags.DEFINE_integer("seed", 0, "Of --random_weights, and of linear's held-out part.")
-flags.DEFINE_string("output", None, "File for the result, as well as the terminal.")
+flags.DEFINE_integer("seed", 0, "Seed of --random_weights, and of linear's held-out part.")
+flags.DEFINE_string("output", None, "File for the result, in addition to the terminal.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
-flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
 
 COMMON = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
 COMMON += ("loss",)
@@ -67,7 +67,7 @@ def main(_) -> None:
 
 
 def _lock_output(stack: ExitStack, output: str | None) -> Callable[[str], None]:
-    """Locks --output on process 0; returns what writes it. OSError, on all, if that fails."""
+    """Locks --output on process 0; returns its writer. Raises OSError on all if that fails."""
     write, problem = lambda text: None, ""
     if output and multihost.is_main():
         try:

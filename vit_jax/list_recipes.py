@@ -82,7 +82,7 @@ def fields(
 
 def explain(name: str) -> Iterator[str]:
     """Yields the lines that explain a recipe, given by its name or path, with its argument."""
-    from vit_jax.classifier.recipe import TransferConfig  # takes seconds: listing needs none of it
+    from vit_jax.classifier.recipe import TransferConfig  # takes seconds; listing doesn't need it
     from vit_jax.training.recipe import TrainConfig
 
     about, argument = documented(find_recipe(name.partition(":")[0]))
@@ -90,7 +90,7 @@ def explain(name: str) -> Iterator[str]:
     cls, missing = TrainConfig, "?  # must be set"
     if "init" in values:
         cls, missing = TransferConfig, "the checkpoint's"
-    yield from (about, "", f"argument, behind a colon: {argument or 'none'}")
+    yield from (about, "", f"argument, after a colon: {argument or 'none'}")
     group = None
     for field, kind, value, meaning in fields(cls, cls.upgrade(values)):
         at, _, last = field.rpartition(".")
@@ -103,7 +103,7 @@ def explain(name: str) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the recipes whose names match, or explains the one that is named."""
+    """Prints the recipes whose names match, or explains the named one."""
     names = arguments[1:] or ["*"]
     for name in names:
         matching = fnmatch.filter(list_recipes(), name) if "*" in name else []

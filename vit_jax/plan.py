@@ -25,12 +25,12 @@ from vit_jax.training import plan
 
 CONFIG = define_config_flag()
 flags.DEFINE_string("topology", "", "The chips: v5e:16x16, v4:8x8x16, ...")
-flags.DEFINE_integer("num_slices", 1, "Slices, joined by the data center's network.")
+flags.DEFINE_integer("num_slices", 1, "TPU slices, connected by the data center's network.")
 flags.DEFINE_bool("search", False, "Rank meshes x remat x microbatches that fit.")
-flags.DEFINE_float("price_per_chip_hour", None, "In any currency.")
-flags.DEFINE_float("mfu", None, "Take the time from this MFU, not the compiler's cycles.")
-flags.DEFINE_integer("num_classes", None, "Of the dataset, if it is not prepared here.")
-flags.DEFINE_integer("num_examples", None, "Of the split, if it is not prepared here.")
+flags.DEFINE_float("price_per_chip_hour", None, "Price of a chip-hour, in any currency.")
+flags.DEFINE_float("mfu", None, "Estimate the time from this MFU, not the compiler's cycles.")
+flags.DEFINE_integer("num_classes", None, "Classes of the dataset, if it is not prepared here.")
+flags.DEFINE_integer("num_examples", None, "Examples of the split, if it is not prepared here.")
 flags.DEFINE_string("output", "", "JSON file to write.")
 
 

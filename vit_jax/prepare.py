@@ -22,15 +22,15 @@ from vit_jax.data.manifest import verify
 from vit_jax.data.preparation import prepare
 
 flags.DEFINE_string("input", None, "A path, or the name of a TFDS dataset.")
-flags.DEFINE_string("output", None, "Where TFDS datasets are kept (data_dir in recipes).")
+flags.DEFINE_string("output", None, "Folder of prepared datasets (data_dir in recipes).")
 flags.DEFINE_string("name", None, "The dataset's name, by default the input's own.")
-flags.DEFINE_string("version", None, "By default 1.0.0, or TFDS's own of a dataset it knows.")
-flags.DEFINE_integer("shards", None, "Files a split, by default one for each 128 MiB.")
+flags.DEFINE_string("version", None, "The version, by default 1.0.0 or TFDS's own.")
+flags.DEFINE_integer("shards", None, "Files per split, by default one per 128 MiB.")
 flags.DEFINE_bool("shuffle", True, "Write in the order of a hash of the files' names.")
-flags.DEFINE_integer("max_broken", 0, "Leave out up to so many broken images.")
-flags.DEFINE_integer("max_overlap", 0, "Keep up to so many images that are in two splits.")
+flags.DEFINE_integer("max_broken", 0, "Number of broken images that may be left out.")
+flags.DEFINE_integer("max_overlap", 0, "Number of images that may be in two splits.")
 flags.DEFINE_bool("restart_markers", False, "Let crops skip most of a JPEG (needs jpegtran).")
-flags.DEFINE_integer("threads", None, "Threads that check images, by default one a core.")
+flags.DEFINE_integer("threads", None, "Threads that check images, by default one per core.")
 flags.DEFINE_string("verify", None, "Only check this prepared dataset against its manifest.")
 
 
@@ -39,12 +39,12 @@ OPTIONS += ("restart_markers", "threads")
 
 
 def main(_) -> None:
-    """Prepares --input, or checks --verify, and prints."""
+    """Prepares --input, or verifies --verify, and prints the result."""
     args = flags.FLAGS
     if args.verify:
         problems = []
         for problem in verify(Path(args.verify)):
-            print(problem, flush=True)  # as found: terabytes take long
+            print(problem, flush=True)  # immediately, since terabytes take long
             problems.append(problem)
         if problems:
             sys.exit(f"error: {len(problems)} of its files are not as they were written")

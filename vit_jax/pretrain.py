@@ -3,7 +3,7 @@
 vit_jax pretrain --config=pretrain/formula --workdir=runs/strokes
 
 Any field of the recipe is a flag: --config.batch_size=512 --config.model.variant=ViT-S/16. The same
-command resumes a run that was stopped, at the step of its newest checkpoint.
+command resumes a stopped run from its newest checkpoint.
 """
 
 from absl import flags
@@ -19,12 +19,12 @@ from vit_jax.training.recipe import TrainConfig
 CONFIG = define_config_flag()
 flags.DEFINE_string("workdir", "", "Folder of the run, also gs://BUCKET/PATH.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
-flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
-flags.DEFINE_string("check", "", "Only check the recipe for so many devices: 256, v5litepod-256.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
+flags.DEFINE_string("check", "", "Only check the recipe for these devices: 256, v5litepod-256.")
 
 
 def main(_) -> None:
-    """Builds the run from its flags, and trains; with --check it only looks for mistakes."""
+    """Builds the run from its flags and trains; with --check, only checks the recipe."""
     clock = Clock(process_age())
     config = build(TrainConfig, CONFIG.value)
     if flags.FLAGS.check:

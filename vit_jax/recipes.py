@@ -11,7 +11,7 @@ import ml_collections
 
 from vit_jax.config import unknown
 
-# Beside the package in a clone; a wheel carries both folders inside it (setup.py).
+# In a clone both folders are beside the package, in a wheel inside it (setup.py).
 SHIPPED = Path(__file__).parent / "shipped"
 ROOT = SHIPPED if SHIPPED.is_dir() else Path(__file__).parent.parent  # of configs/, experiments/
 FOLDER = ROOT / "configs"
@@ -24,9 +24,9 @@ def list_recipes(pattern: str = "*") -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe's path or name, without its argument; a path comes first.
+    """Returns the file of a recipe's path or name, without its argument; paths take precedence.
 
-    Raises ValueError for a name that doesn't exist, FileNotFoundError for such a path.
+    Raises ValueError for an unknown name, FileNotFoundError for a missing path.
     """
     if (path := Path(name)).is_file():
         return path
@@ -44,8 +44,8 @@ def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
       **fields: values that replace the recipe's: `batch_size=1024`, or for a field of a group
         `**{"model.variant": "ViT-S/16"}`.
 
-    Raises ValueError or FileNotFoundError for a recipe that doesn't exist. A misspelt field is an
-    error when the config is used.
+    Raises ValueError or FileNotFoundError for a recipe that doesn't exist. A misspelt field raises
+    when the config is used.
     """
     path, _, argument = name.partition(":")
     config = runpy.run_path(str(find_recipe(path)))["get_config"](argument or None)

@@ -1,11 +1,11 @@
-"""Takes steps of a run again, on one device, and says where a value stops being finite.
+"""Repeats steps of a run on one device, and reports where a value stops being finite.
 
 vit_jax replay --workdir=runs/b16 --step=70012
 
-It starts from the newest checkpoint before the step, with the batches that the run had, and writes
-nothing to the workdir. The page (--output) shows the first tensor that isn't finite: its layer,
-forward or backward, its operation, the largest value that went in; norms of each layer's
-gradients, updates and activations beside those of the steps before; images, labels and losses.
+It starts from the newest checkpoint before the step, uses the run's batches, and writes nothing to
+the workdir. The page (--output) shows the first tensor that isn't finite: its layer, pass and
+operation, and its largest input. It also shows the norms of each layer's gradients, updates and
+activations beside those of earlier steps, and the images, labels and losses.
 """
 
 import base64
@@ -44,7 +44,7 @@ from vit_jax.weights.trained import find_checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was taken again: the state before it, its batch, and what it gave."""
+    """A repeated step: its number, the state before it, its batch and its metrics."""
 
     number: int
     state: TrainState
@@ -57,9 +57,9 @@ class Step:
 
 
 def open_run(workdir: Any, microbatch: int) -> tuple[Training, Source]:
-    """What the run in a workdir trains, on one device, and its data.
+    """Returns the training of the run in a workdir, on one device, and its data.
 
-    Raises ValueError or FileNotFoundError where there is no run.
+    Raises ValueError or FileNotFoundError if there is no run.
     """
     file = workdir / CONFIG
     if not file.exists():
@@ -68,7 +68,7 @@ def open_run(workdir: Any, microbatch: int) -> tuple[Training, Source]:
     config = build(TransferConfig if "init" in values else TrainConfig, values)
     source = open_data(config.data)
     config = config.weighed(source)
-    rows = 2 if config.augmentation.mixes else 1  # that stay together
+    rows = 2 if config.augmentation.mixes else 1  # in each indivisible group
     fitting = (
         a
         for a in range(config.accumulation, config.batch_size + 1)
@@ -81,7 +81,7 @@ def open_run(workdir: Any, microbatch: int) -> tuple[Training, Source]:
 
 
 def state_before(training: Training, workdir: Any, step: int) -> TrainState:
-    """The run's newest saved state from before `step`, or the one that it began with."""
+    """Returns the run's newest saved state before `step`, or its initial state."""
     config, shapes = training.config, training.placed_shapes
     saved = [number for number in saved_steps(workdir) if number < step]
     if saved:
@@ -91,7 +91,7 @@ def state_before(training: Training, workdir: Any, step: int) -> TrainState:
     if init := getattr(config, "init", ""):
         if config.head != "zero":
             raise InputError(
-                f"{workdir} has no checkpoint from before step {step}, and its first head was "
+                f"{workdir} has no checkpoint from before step {step}, and its initial head was "
                 f"fitted to {init}: choose a step after the first checkpoint"
             )
         return loaded_state(training, load_adapted(config, training.model, training.shapes.params))
@@ -99,7 +99,7 @@ def state_before(training: Training, workdir: Any, step: int) -> TrainState:
 
 
 def layer_norms(gradients: Any, updates: Any) -> dict[str, jax.Array]:
-    """{"gradient LAYER": norm, "update LAYER": norm} of trees with the parameters' names."""
+    """Returns {"gradient LAYER": norm, "update LAYER": norm} of trees like the parameters."""
     squares: dict[str, jax.Array] = {}
     for kind, tree in (("gradient", gradients), ("update", updates)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -109,7 +109,7 @@ def layer_norms(gradients: Any, updates: Any) -> dict[str, jax.Array]:
 
 
 def take_steps(training: Training, source: Source, state: TrainState, last: int) -> Iterator[Step]:
-    """Yields the steps from `state` to `last`, which ends early at one that isn't finite."""
+    """Yields the steps from `state` to `last`; ends at the first that isn't finite."""
     config, start = training.config, int(state.step)
     local = train_batches(
         source,
@@ -140,18 +140,18 @@ def take_steps(training: Training, source: Source, state: TrainState, last: int)
 
 
 def _stage_of(training: Training, number: int) -> Stage:
-    """The stage of step `number`, counted from 1."""
+    """Returns the stage of step `number`, counted from 1."""
     return next(stage for stage in training.stages if number <= stage.stop)
 
 
 def _rest(training: Training) -> list[Any]:
-    """What a step takes beside state and batch: the peak of its rate, a teacher's parameters."""
+    """Returns a step's further arguments: the peak learning rate, a teacher's parameters."""
     teacher = [training.teacher.place()] if training.teacher else []
     return [jnp.float32(training.config.schedule.peak), *teacher]
 
 
 def examine(training: Training, step: Step) -> tuple[Origin | None, dict]:
-    """Where the step's first value that isn't finite comes from; its layers' activations."""
+    """Returns the origin of the step's first value that isn't finite, and layers' activations."""
     during = training.during(_stage_of(training, step.number))
     given, examination = (step.state, step.batch, *_rest(training)), Examination()
     outputs = examination.run(jax.make_jaxpr(during.step)(*given), examination.arguments(given))
@@ -161,7 +161,7 @@ def examine(training: Training, step: Step) -> tuple[Origin | None, dict]:
 
 
 def batch_losses(training: Training, step: Step, microbatch: int) -> np.ndarray:
-    """The loss of each example, float32 [B], without a teacher's part."""
+    """Returns each example's loss, float32 [B], without a teacher's part."""
     config, model = training.config, _stage_of(training, step.number).model
     losses = make_losses(model, config.loss, config.masked_patches)
     batch, keys = with_draws(config.augmentation, config.seed, step.state.step, step.batch)
@@ -180,7 +180,7 @@ def make_page(
     images: Sequence[np.ndarray],
     captions: list[str],
 ) -> str:
-    """The page: HTML that needs nothing else."""
+    """Returns the page as self-contained HTML."""
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
     table = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -205,7 +205,7 @@ def _png(image: np.ndarray) -> str:
 
 
 def table_of(steps: list[Step], before: dict, now: dict) -> list[tuple[str, ...]]:
-    """Norms of each layer in the last step, and in brackets the median of those before it."""
+    """Returns each layer's norms in the last step, with the earlier steps' medians in brackets."""
     *earlier, last = [step.values for step in steps]
 
     def cell(kind: str, layer: str) -> str:
@@ -230,7 +230,7 @@ def table_of(steps: list[Step], before: dict, now: dict) -> list[tuple[str, ...]
 
 
 def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tuple[list[str], str]:
-    """Takes the run's steps up to `last` again: (what was found, a page of HTML).
+    """Repeats the run's steps up to `last`: (lines of findings, HTML page).
 
     Raises ValueError for a step that the run doesn't have, and as `open_run`.
     """
@@ -255,8 +255,8 @@ def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tu
         summary.append("everything in it is finite")
     else:
         summary.append(
-            "the compiled step isn't finite, its operations one by one are: a value is at the edge "
-            "of what its type holds"
+            "the compiled step isn't finite, but its operations one by one are: a value is near "
+            "its dtype's limit"
         )
     order = np.argsort(-np.nan_to_num(losses, nan=np.inf, posinf=np.inf), kind="stable")[:shown]
     images, labels = (np.asarray(step.batch[name])[order] for name in ("image", "label"))
@@ -275,7 +275,7 @@ def _name(source: Source, label: np.ndarray) -> str:
 
 
 def main(_) -> None:
-    """Prints what was found, and writes the page."""
+    """Prints the findings and writes the page."""
     args = flags.FLAGS
     output = as_path(args.output)
     summary, page = replay(as_path(args.workdir), args.step, args.shown)
@@ -287,7 +287,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_integer("step", None, "The step to look into, the last one that is taken again.")
-    flags.DEFINE_string("output", "replay.html", "The page.")
-    flags.DEFINE_integer("shown", 32, "Images on the page, those with the largest losses.")
+    flags.DEFINE_integer("step", None, "The step to examine, the last one to repeat.")
+    flags.DEFINE_string("output", "replay.html", "HTML file to write.")
+    flags.DEFINE_integer("shown", 32, "Number of images on the page, by largest loss.")
     run(main, "workdir", "step")

@@ -12,9 +12,9 @@ CPU, and starts from augreg:S/16, which is downloaded, on a GPU or TPU.
 `--config.init=` with nothing behind it starts from random weights instead, for comparison. What a
 recipe doesn't say of the model (`model.variant`, `image_size`) is the checkpoint's.
 
-With the recipe's `workflow` the data are looked at, missing splits are cut, trials compete on dev,
-the best is trained on train and dev and tested once; `report.html` shows all of it. Started again,
-it goes on.
+With the recipe's `workflow` it checks the data, creates missing splits and compares trials on dev.
+It trains the best again on train and dev, and tests it once. `report.html` shows all of it. The
+same command resumes a stopped run.
 """
 
 import jax
@@ -30,7 +30,7 @@ INIT = "augreg:S/16"  # on accelerators, where neither a checkpoint nor a model 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://BUCKET/PATH.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
-flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "In which all of them must come.")
+flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
 
 
 def main(arguments: list[str]) -> None:

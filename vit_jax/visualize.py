@@ -4,10 +4,10 @@ vit_jax visualize runs/b16 --output=pictures photo.jpg another.png
 vit_jax visualize L_16.npz --output=pictures --dataset=imagenet2012 \
     --split='validation[:128]' --preprocess='central_crop(0.875)'
 
-filters: principal components of the filters on the image. positions: similarity of the position
-embeddings. attention_distance: how far each head looks, averaged over the images. rollout: where
-the model looks in each image. Each as PNG and PDF, and their numbers in visualize.json. A ResNet
-has filters alone. MODEL (--model) is whatever `evaluate --checkpoint` reads.
+filters: principal components of the patch filters. positions: similarity of the position
+embeddings. attention_distance: mean attention distance of each head over the images. rollout: where
+the model attends in each image. Writes each as PNG and PDF, and the numbers to visualize.json.
+ResNets only have filters. MODEL (--model) is anything `evaluate --checkpoint` reads.
 """
 
 import json
@@ -25,13 +25,13 @@ flags.DEFINE_string("model", None, "A run's workdir, a checkpoint, a file or its
 flags.DEFINE_string("output", None, "Folder for the pictures.", required=True)
 flags.DEFINE_string("dataset", "", "Name, as in a recipe's data.dataset.")
 flags.DEFINE_string("split", "test[:128]", "Split of the dataset.")
-flags.DEFINE_string("data_dir", None, "Where prepared datasets lie.")
+flags.DEFINE_string("data_dir", None, "Folder of prepared datasets.")
 flags.DEFINE_string("preprocess", None, "As data.preprocess; by default the model's own.")
-flags.DEFINE_integer("shown", 8, "Images whose rollout is drawn.", lower_bound=1)
+flags.DEFINE_integer("shown", 8, "Number of images with a drawn rollout.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> None:
-    """Draws, and says where."""
+    """Draws the pictures and prints where they are."""
     args = flags.FLAGS
     output = as_path(args.output)
     source = open_source(args.dataset, args.split, args.data_dir) if args.dataset else None

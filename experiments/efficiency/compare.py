@@ -22,7 +22,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=T
 STEPS = flags.DEFINE_integer("steps", 400, "Steps of the full run.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds, from 0.")
 
-# Half of the steps at half of the side, then a growing side: 0.45 of the FLOPs.
+# Three fifths of the steps at half of the side, then a growing side: 0.45 of the FLOPs.
 STAGES = (
     {"share": 0.6, "image_size": 32},
     {"share": 0.2, "image_size": 48},

@@ -7,13 +7,14 @@ cost      estimates exaFLOPs, chip-hours and price per run on a given slice
 run       runs what is missing; can be killed and restarted, and run on several machines at once
 status    shows the state of every run
 figures   draws the paper's figures with the study's results
-fit       fits scaling laws, the compute-optimal frontier and crossing points, with intervals
+fit       fits laws, frontiers and crossings and predicts larger runs, with intervals
+tune      finds a recipe's learning rate on a narrower model, and writes the recipe with it
+advise    says what to train for a budget of chip-hours, and the accuracy to expect
 """
 
 import argparse
 import ast
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     fit = add("fit")
     fit.add_argument("--output", type=as_path, help="folder; by default of the results")
+    tune = subparsers.add_parser("tune")
+    tune.add_argument("--recipe", required=True, help="pretrain/paper:ViT-B/16, or a file")
+    tune.add_argument("--width", type=int, help="of the proxy; default a quarter, in whole heads")
+    tune.add_argument("--steps", type=int, help="of the proxy; default the recipe's")
+    tune.add_argument("--rates", type=float, nargs="+", help="default 7 around the recipe's")
+    tune.add_argument("--seeds", type=int, default=1, help="runs per rate")
+    tune.add_argument("--folder", type=as_path, help="default runs/scaling/tune/RECIPE")
+    tune.add_argument("--topology", default="v5e:4x4", help="of the costs")
+    tune.add_argument("--mfu", type=float, default=0.4)
+    tune.add_argument("--print", action="store_true", help="only print the proxy and the costs")
+    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="a field of this machine, as of run")  # fmt: skip
+    advise = add("advise")
+    advise.add_argument("--budget", type=float, required=True, help="chip-hours")
+    advise.add_argument("--topology", required=True, help="v5e:16x16, h100:8, ...")
+    advise.add_argument("--images", type=int, help="in your pretraining set")
+    advise.add_argument("--task", help="whose accuracy counts")
+    advise.add_argument("--mfu", type=float, default=0.4)
     return parser.parse_args(arguments)
 
 
@@ -82,10 +101,7 @@ def open_store(options: argparse.Namespace, study: Study) -> Store:
 def run(options: argparse.Namespace, study: Study) -> int:
     """Runs the study; returns 1 if a run failed or was refused, or with --only isn't done."""
     store = open_store(options, study)
-    # The compilation cache is per host: code for one CPU may not run on another.
-    compiled = (store.folder / "compiled" / platform.node()).absolute()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    store.keep_compiled()
     if options.retry_failed:
         for name in store.forget_failed():
             print(f"again: {name}")
@@ -170,6 +186,13 @@ def show(found: list, everything: bool) -> None:
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     with explained_errors():
+        if options.command == "tune":
+            folder = Path("runs/scaling/tune") / options.recipe.replace("/", "_")
+            store = Store(options.folder or folder)
+            store.keep_compiled()
+            from experiments.scaling.tune import show_tuning
+
+            return show_tuning(options, store, dict(parse_field(text) for text in options.set))
         study = load_study(options.study) if options.study else None
         if options.command == "expand":
             for item in expand(study):
@@ -193,6 +216,10 @@ def main(arguments: list[str]) -> int:
             else:
                 written = draw_paper(options.output or OF_THE_PAPER)
             print("\n".join(map(str, written)))
+        elif options.command == "advise":
+            from experiments.scaling.advise import show_advice
+
+            show_advice(study, open_store(options, study) if study else None, options)
         else:
             from experiments.scaling.findings import show_fits
 

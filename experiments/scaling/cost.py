@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.scaling.study import Run, Study, expand
-from vit_jax.config import build
+from vit_jax.config import InputError, build
 from vit_jax.costs.report import run_report
 from vit_jax.costs.topology import Topology, open_topology, parse_topology
 from vit_jax.data.pipeline import DataConfig, dataset_size
@@ -43,15 +43,17 @@ def estimate(
     Args:
       run: the run.
       topology: the chips.
-      mfu: assumed model FLOPs utilisation, in [0, 1].
+      mfu: assumed model FLOPs utilisation, in (0, 1].
       price: per chip-hour.
       compiled: None uses `mfu`; otherwise uses the compiler, with this cache of its reports.
 
     Raises:
-      ValueError, FileNotFoundError: epochs of an unknown dataset.
+      ValueError, FileNotFoundError: epochs of an unknown dataset, or an mfu out of range.
     """
+    if not 0 < mfu <= 1:
+        raise InputError(f"mfu = {mfu:g}: expected more than 0 and at most 1")
     config = run.config
-    classes, examples = _size(config)
+    classes, examples = dataset_of(config)
     model = build_model(build(ModelConfig, config["model"]), classes, (config["image_size"],) * 2)
     batch_size = config["batch_size"]
     steps = config.get("steps") or math.ceil(config["epochs"] * examples / batch_size)
@@ -81,7 +83,8 @@ def estimate(
     return Cost(run, steps, exaflops, hours, days, report.get("price"), fits)
 
 
-def _size(config: Mapping[str, Any]) -> tuple[int, int]:
+def dataset_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns classes and images of a config's dataset; zeros if unknown and not needed."""
     data = build(DataConfig, config["data"])
     try:
         return dataset_size(data)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.scaling.extrapolate import LEVEL, Cell, Predictor, calibrate, make_cells, predict
 from experiments.scaling.figures import IMAGES, paper
 from experiments.scaling.fits import NAMES, compute_ratio, crossing, fit_simplest, frontier
 from experiments.scaling.runner import Store
@@ -55,15 +56,81 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
             results["crossings"][f"{task}: {name}"] = values
     for problem, titles in failed.items():
         print(f"\nno law of {len(titles)}: {problem}\n  " + ", ".join(titles))
+    results["predictions"] = show_predictions(found)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fits.json").write_text(json.dumps(results, indent=1) + "\n")
     if drawn:
         draw_fits(drawn, folder)
 
 
+def show_predictions(found: list[Point]) -> dict[str, dict]:
+    """Prints the errors at 3 and 10 times the largest scale, or why there is no prediction.
+
+    Also predicts the largest model from all others, which tests the prediction of new models.
+    """
+    results = {}
+    for unit, cells in prediction_cells(found).items():
+        print(f"\npredictions by {unit}")
+        for known, kind in ((True, "models of the study"), (False, "other models")):
+            try:
+                predictor = calibrate(cells, known)
+            except InputError as problem:
+                print(f"no prediction of {kind}: {problem}")
+                continue
+            print(f"{kind}: {predictor.describe()}")
+            values = dataclasses.asdict(predictor) | {"level": LEVEL, "predictions": []}
+            for task, of in grouped(cells, lambda c: c.task).items():
+                for line, value in predicted(predictor, of, known, unit):
+                    print(f"  {task}: {line}")
+                    values["predictions"].append({"task": task, **value})
+            results[f"{kind}, by {unit}"] = values
+    return results
+
+
+def prediction_cells(found: list[Point]) -> dict[str, list[Cell]]:
+    """Returns the cells to predict from, by the unit of their scale.
+
+    With compute these are the runs on the largest pretraining set.
+    """
+    largest = max(p.examples for p in found)
+    computed = [p for p in found if p.exaflops > 0 and p.examples == largest]
+    by_images = [p for p in found if np.isnan(p.exaflops)]
+    return {
+        unit: make_cells(of) for unit, of in (("exaFLOPs", computed), ("images", by_images)) if of
+    }
+
+
+def predicted(predictor: Predictor, cells: list[Cell], known: bool, unit: str):
+    """Yields (text, values) of the predictions of one task."""
+    largest = max(cells, key=lambda cell: cell.scale)
+    if not known:
+        fitted = [cell for cell in cells if cell.model != largest.model]
+        targets = [("held out", largest)] if fitted else []
+    else:
+        fitted, last = cells, {c.model: c for c in sorted(cells, key=lambda c: c.scale)}
+        targets = []
+        for times in (3, 10):
+            longer = [c.times(times * largest.scale / c.scale) for c in last.values()]
+            errors = predict(predictor.form, cells, longer)
+            if np.isfinite(errors).any():
+                targets.append((f"{times} times", longer[int(np.nanargmin(errors))]))
+    for name, target in targets:
+        try:
+            error, low, high = predictor(fitted, target)
+        except InputError as problem:
+            yield f"{target.model}: no prediction: {problem}", {"problem": str(problem)}
+            continue
+        truth = f", measured {target.error:.2%}" if not known else ""
+        yield (
+            f"error {error:.2%} [{low:.2%}, {high:.2%}] at {target.scale:.3g} {unit} ({name}), "
+            f"{target.model}{truth}",
+            {"model": target.model, "scale": target.scale, "error": error, "interval": [low, high]},
+        )
+
+
 def paper_points() -> list[Point]:
     """Returns Table 6 and Figure 4 of the paper as points of a study."""
-    nothing = {"sweep": "", "seed": 0, "images_seen": 0, "parameters": 0, "img_per_sec": 0.0}
+    nothing = {"sweep": "", "seed": 0, "parameters": 0, "img_per_sec": 0.0}
     families = {"vit": "ViT", "resnet": "ResNet", "hybrid": "hybrid"}
     found = []
     for row in paper("table6"):
@@ -79,6 +146,7 @@ def paper_points() -> list[Point]:
                     accuracy=float(row[column]),
                     noise=0.05,
                     exaflops=float(row["exaFLOPs"]),
+                    images_seen=int(row["epochs"]) * 303_000_000,
                     **nothing,
                 )
             )
@@ -96,6 +164,7 @@ def paper_points() -> list[Point]:
                     accuracy=float(row[size]),
                     noise=0.2,
                     exaflops=np.nan,
+                    images_seen=0,
                     **nothing,
                 )
             )

@@ -9,6 +9,8 @@ records, which are also collected in `results.jsonl`.
 import contextlib
 import dataclasses
 import json
+import os
+import platform
 import sys
 import time
 import traceback
@@ -53,6 +55,15 @@ class Store:
         self.folder = folder
         self.results = results or folder / "results.jsonl"
         self.claims = Claims(folder / "claims", lease)
+
+    def keep_compiled(self) -> None:
+        """Keeps compiled programs in the folder, for all runs; call it before importing jax.
+
+        The cache is per host: code for one CPU may not run on another.
+        """
+        compiled = (self.folder / "compiled" / platform.node()).absolute()
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
     def workdir(self, name: str) -> Path:
         return self.folder / "runs" / name

@@ -66,13 +66,25 @@ def _draw(drawing: Drawing, shown: list[Panel]) -> Figure:
             panel(ax)
             low, high = ax.get_ylim()
             ax.set_ylim(min(low, ax.dataLim.y0 - 1), max(high, ax.dataLim.y1 + 1))
-        return figure
+        return _legend_once(figure)
     figure, axes = new_figure(bool(drawing.original) + len(shown), *drawing.size)
     for original in drawing.original[:1]:
         original(axes[0])
         axes[0].set_title("the paper", fontsize=10)
     for panel, ax in zip(shown, axes[bool(drawing.original) :], strict=True):
         panel(ax)
+    return _legend_once(figure)
+
+
+def _legend_once(figure: Figure) -> Figure:
+    """Removes legends that tell nothing new after those of the panels before."""
+    told: set[str] = set()
+    for ax in figure.axes:
+        if legend := ax.get_legend():
+            entries = {text.get_text() for text in legend.get_texts()}
+            if entries <= told:
+                legend.remove()
+            told |= entries
     return figure
 
 

@@ -1,5 +1,6 @@
 """Draws the panels of a study's figures, like those of arXiv 2010.11929."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
@@ -8,7 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.scaling import figures
-from experiments.scaling.style import HUES, Looks, compact, family_legend, label_ends, log_axis
+from experiments.scaling.style import (
+    HUES,
+    Looks,
+    compact,
+    family_legend,
+    label_ends,
+    label_points,
+    log_axis,
+)
 from experiments.scaling.table import Point, average_tasks, grouped, kind_of
 
 
@@ -47,7 +56,7 @@ def by_size(axes: Axes, found: list[Point], looks: Looks) -> None:
     ticks = sorted({p.examples for p in of})
     axes.set_xticks(ticks, [compact(n) for n in ticks])
     axes.minorticks_off()
-    _describe(axes, of, "images for pretraining", of[0].budget)
+    _describe(axes, of, "images for pretraining", f"{of[0].budget}; ")
     label_ends(axes, ends)
 
 
@@ -57,9 +66,9 @@ def by_compute(axes: Axes, found: list[Point], looks: Looks) -> None:
         return
     ends = _curves(axes, found, looks, lambda p: p.exaflops)
     log_axis(axes)
-    _describe(axes, found, "pretraining compute (exaFLOPs)", found[0].set)
-    label_ends(axes, ends)
+    _describe(axes, found, "pretraining compute (exaFLOPs)", "a point per budget; ")
     family_legend(axes, [f for f in HUES if any(p.family == f for p in found)], loc="best")
+    _label_marks(axes, ends)
 
 
 def longest(found: list[Point]) -> str:
@@ -79,7 +88,7 @@ def by_set(axes: Axes, found: list[Point], looks: Looks) -> None:
     of = [p for cell in cells for p in cell if p.budget == longest(cell)]
     ends = _curves(axes, of, looks, lambda p: sets.index(p.set))
     axes.set_xticks(range(len(sets)), [name.replace(" ", "\n") for name in sets])
-    _describe(axes, of, "pretraining set", "longest budget")
+    _describe(axes, of, "pretraining set", "longest budget; ")
     label_ends(axes, ends)
 
 
@@ -119,7 +128,8 @@ def while_training(
     if ends:
         axes.set(xlabel="steps of pretraining", ylabel="average few-shot (%)")
         counts = [len(curves[name]) for name, *_ in ends]
-        axes.set_title(f"{examples:,} images; {_seeds(counts)}", fontsize=8)
+        of = {r["labels"]["set"] for r in runs}
+        _title(axes, f"pretrained on {_sets(of)}", _seeds(counts))
         label_ends(axes, ends)
 
 
@@ -128,6 +138,7 @@ def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
     speeds = speed_of(found)
     names = sorted(speeds, key=speeds.get)
     figures.bars(axes, names, [speeds[n] for n in names], looks, "training, images / s here")
+    _title(axes, _pretrained(found), "fastest run of each model")
 
 
 def speed_of(found: list[Point]) -> dict[str, float]:
@@ -151,7 +162,8 @@ def by_group(
     figures.columns(axes, list(models), means, colours, np.abs(ends - means))
     axes.set(ylabel=f"{kind_of(found[0].task)} (%)")
     counts = [len(v) for v in values]
-    axes.set_title(f"{name}: {', '.join(tasks)}; {_seeds(counts)}", fontsize=8)
+    task = f"{name}: {', '.join(tasks)}"
+    _title(axes, f"{task}, {_pretrained(found)}", f"longest budget; {_seeds(counts)}")
 
 
 def by_shape(axes: Axes, found: list[Point], base: str, scaled: dict[str, str], task: str) -> None:
@@ -174,7 +186,8 @@ def by_shape(axes: Axes, found: list[Point], base: str, scaled: dict[str, str], 
             lines.setdefault(axis, []).append((flops / unit, value))
     if lines:
         figures.scaled(axes, lines, accuracy, f"{task} (%)")
-        axes.set_title(f"{base} and what is scaled from it; {budget}", fontsize=8)
+        of = [p for p in found if p.budget == budget]
+        _title(axes, f"{base} scaled, {_pretrained(of)}", budget)
 
 
 def against(axes: Axes, found: list[Point], looks: Looks, speed: bool) -> None:
@@ -188,8 +201,8 @@ def against(axes: Axes, found: list[Point], looks: Looks, speed: bool) -> None:
     if ends:
         log_axis(axes)
         x = "training, images / s here" if speed else "pretraining compute (exaFLOPs)"
-        _describe(axes, shown, x, "longest budgets")
-        label_ends(axes, ends)
+        _describe(axes, shown, x, "longest budgets; ")
+        _label_marks(axes, ends)
 
 
 def _seeds(counts: list[int]) -> str:
@@ -197,7 +210,29 @@ def _seeds(counts: list[int]) -> str:
     return f"seeds: {several}" + (", band: lowest to highest" if max(counts) > 1 else "")
 
 
-def _describe(axes: Axes, found: list[Point], x: str, title: str) -> None:
+def _describe(axes: Axes, found: list[Point], x: str, budget: str) -> None:
     counts = [len(of) for of in grouped(found, lambda p: (p.model, p.set, p.budget)).values()]
     axes.set(xlabel=x, ylabel=f"{found[0].task} (%)")
-    axes.set_title(f"{title}; {_seeds(counts)}", fontsize=8)
+    _title(axes, _pretrained(found), budget + _seeds(counts))
+
+
+def _title(axes: Axes, trained: str, details: str) -> None:
+    """Says what was trained, then how long and how often."""
+    axes.set_title(f"{trained}\n{details}", fontsize=8)
+
+
+def _pretrained(found: list[Point]) -> str:
+    return f"pretrained on {_sets({p.set for p in found if p.examples})}"
+
+
+def _sets(names: set[str]) -> str:
+    """The name of one set, or the words that several begin with: "strokes" of "strokes 500"."""
+    words = [name.split() for name in sorted(names)]
+    common = list(itertools.takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False)))
+    return " ".join(at[0] for at in common) or f"{len(names)} sets"
+
+
+def _label_marks(axes: Axes, ends: list[tuple]) -> None:
+    names, x, y, colours = zip(*ends, strict=True)
+    marks = np.concatenate([line.get_xydata() for line in axes.lines])
+    label_points(axes, names, x, y, marks=marks, colours=colours)

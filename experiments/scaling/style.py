@@ -127,15 +127,25 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, tuple]]) -> None:
         )  # fmt: skip
 
 
-def label_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
-    """Labels scattered points where no label, point or legend is covered.
+def label_points(
+    axes: Axes,
+    names: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    marks: np.ndarray | None = None,
+    colours: Sequence | None = None,
+) -> None:
+    """Labels scattered points where no label, point, further mark or legend is covered.
 
     Call it last: a label that is moved away from its point by more than a line gets a leader.
+    `marks` [N, 2] are in the axes' data, like x and y; `colours` are the points'.
     """
     axes.figure.canvas.draw()  # lays the panels out
     renderer = axes.figure.canvas.get_renderer()
     pixel = axes.figure.dpi / 72
-    points = axes.transData.transform(np.column_stack([x, y]))
+    points = axes.transData.transform(np.column_stack([x, y]) if marks is None else marks)
+    colours = ["0.3"] * len(names) if colours is None else [np.array(c) * 0.85 for c in colours]
     taken = [Bbox.from_extents(*(point - 5 * pixel), *(point + 5 * pixel)) for point in points]
     if legend := axes.get_legend():
         taken.append(legend.get_window_extent(renderer))
@@ -146,11 +156,11 @@ def label_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequen
         for distance in (9, 14, 20, 27, 35)
         for angle in angles
     ]
-    for name, *at in zip(names, x, y, strict=True):
+    for name, colour, *at in zip(names, colours, x, y, strict=True):
         for offset in offsets:
             away = np.hypot(*offset) > 14
             label = axes.annotate(
-                name, at, offset, textcoords="offset points", va="center", fontsize=7, color="0.3",
+                name, at, offset, textcoords="offset points", va="center", fontsize=7, color=colour,
                 ha="left" if offset[0] > 3 else "right" if offset[0] < -3 else "center",
                 path_effects=HALO, arrowprops={"arrowstyle": "-", "lw": 0.5} if away else None,
             )  # fmt: skip

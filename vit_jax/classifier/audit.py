@@ -1,4 +1,4 @@
-"""Looks at a dataset before anything is trained on it, and says what it sees."""
+"""Checks a dataset before training, and reports sizes, broken images, duplicates and imbalance."""
 
 import dataclasses
 import hashlib
@@ -14,32 +14,32 @@ from vit_jax.data.decode import decode_image
 from vit_jax.data.jpeg_markers import orientation
 from vit_jax.data.sources import Source
 
-MOST = 100_000  # images of a split that are looked at; of a larger one, evenly spaced
-FEW = 10  # training images of a class under which its recall is a matter of luck
-IMBALANCED = 10  # times as many images in the largest class as in the smallest
+MOST = 100_000  # images to check per split; evenly spaced in a larger one
+FEW = 10  # with fewer training images, a class's recall is unreliable
+IMBALANCED = 10  # ratio of the largest class to the smallest
 TURNED = (
     "turned by their EXIF orientation, which is ignored unless the preprocessing begins with "
     "`upright` (--config.eval_preprocess='upright|resize', and data.preprocess likewise)"
 )
-SHOWN = 10  # names in a finding
+SHOWN = 10  # names listed in a finding
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `look_at` saw. All fields are JSON's."""
+    """Results of `look_at`; JSON can hold all fields."""
 
     class_names: tuple[str, ...]
-    counts: dict[str, list[int]]  # of each split, of each class; broken images aren't counted
-    sizes: dict[str, list[int]]  # "width" and "height": least, median, most
-    looked_at: dict[str, int]  # images of each split
+    counts: dict[str, list[int]]  # split -> images per class, without broken ones
+    sizes: dict[str, list[int]]  # "width" and "height" -> least, median, most
+    looked_at: dict[str, int]  # split -> number of checked images
     broken: list[dict[str, Any]]  # {"split", "index", "file", "error"}
     duplicates: list[list[dict[str, Any]]]  # same pixels: {"split", "index", "file", "label"}
-    findings: list[str]  # what a person should know, the gravest first
+    findings: list[str]  # problems, the most serious first
 
     def __str__(self) -> str:
         lines = [
             f"{split}: {sum(counts):,} images of {np.count_nonzero(counts)} classes, "
-            f"{min(counts)} to {max(counts)} a class"
+            f"{min(counts)} to {max(counts)} per class"
             for split, counts in self.counts.items()
         ]
         if self.sizes:
@@ -51,21 +51,21 @@ class Audit:
 def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
     """Decodes the images of every split and compares them.
 
-    Raises ValueError for what cannot be trained on: fewer than two classes, several labels an
-    image, a class without an image that can be read in `train`, the first split.
+    Raises ValueError for data that can't be trained on: fewer than two classes, several labels per
+    image, or a class without a readable image in the first split, `train`.
     """
     first = next(iter(sources.values()))
     names = first.class_names or tuple(str(i) for i in range(first.num_classes))
     if any(source.labels_per_example is not None for source in sources.values()):
-        raise InputError("the images have several labels each: a classifier with one label is made")
+        raise InputError("the images have several labels each: expected one label per image")
     if len(names) < 2:
         raise InputError(
             f"there is one class, {', '.join(names) or 'without a name'}: expected two or more. A "
-            "folder of images has one folder a class: class/name.jpg"
+            "folder of images has one folder per class: class/name.jpg"
         )
     counts = {split: [0] * len(names) for split in sources}
     looked_at, sizes, broken, same = {}, [], [], defaultdict(list)
-    exif = defaultdict(list)  # what is to be said of images' EXIF data -> files
+    exif = defaultdict(list)  # remark on EXIF data -> files
     for split, source in sources.items():
         indices = np.unique(np.linspace(0, len(source) - 1, min(MOST, len(source))).astype(int))
         looked_at[split] = len(indices)
@@ -106,7 +106,7 @@ def look_at(sources: Mapping[str, Source], threads: int = 8) -> Audit:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """index -> (label, (height, width), digest of the pixels, EXIF's flaw), or why it is broken."""
+    """Maps an index to (label, (height, width), digest of pixels, EXIF remark), or to an error."""
 
     source: Source
 
@@ -127,7 +127,7 @@ class _Look:
 
 
 def _exif_remark(image: bytes | np.ndarray) -> str:
-    """What is to be said of an image's EXIF data, if anything."""
+    """Returns a remark on an image's EXIF data, or ""."""
     if isinstance(image, np.ndarray):
         return ""
     try:
@@ -141,7 +141,7 @@ def _error_of(broken: list[dict]) -> str:
 
 
 def _findings(audit: Audit, sources: Mapping[str, Source]):
-    """Sentences, the gravest first."""
+    """Yields findings, the most serious first."""
     if audit.broken:
         yield (
             f"can't be read and left out, {len(audit.broken)}: "
@@ -164,7 +164,7 @@ def _findings(audit: Audit, sources: Mapping[str, Source]):
     if within:
         groups = (g for g in audit.duplicates if g not in across)
         files = (" = ".join(i["file"] for i in group) for group in groups)
-        yield f"there several times, {within}: " + _listed(files)
+        yield f"duplicates, {within}: " + _listed(files)
     train, *others = audit.counts
     counts = np.array(audit.counts[train])
     if (few := np.flatnonzero(counts < FEW)).size:
@@ -183,14 +183,14 @@ def _findings(audit: Audit, sources: Mapping[str, Source]):
             yield f"{split} has no image of {_listed(audit.class_names[i] for i in absent)}"
     for split, looked_at in audit.looked_at.items():
         if looked_at < len(sources[split]):
-            yield f"{looked_at:,} of {len(sources[split]):,} images of {split} were looked at"
+            yield f"{looked_at:,} of {len(sources[split]):,} images of {split} were checked"
 
 
 def few_left(names: Sequence[str], left: Sequence[int], before: Sequence[int]) -> Iterator[str]:
-    """A finding if dev and test leave classes with few images to train on, which had enough."""
+    """Yields a finding if the cut leaves too few training images in classes that had enough."""
     few = [f"{n} ({a})" for n, a, b in zip(names, left, before, strict=True) if a < FEW <= b]
     if few:
-        yield f"classes with fewer than {FEW} images left in train by the cut, {len(few)}: " + (
+        yield f"classes with fewer than {FEW} images left in train after the cut, {len(few)}: " + (
             _listed(few)
         )
 

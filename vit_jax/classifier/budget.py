@@ -1,6 +1,6 @@
-"""The time of a workflow: told before it is spent, and kept within `workflow.minutes`.
+"""The time budget of a workflow: estimated beforehand, and kept within `workflow.minutes`.
 
-What was settled is kept in `workdir/budget.json`, so that a run that goes on does the same.
+`workdir/budget.json` holds the budget, so that a resumed workflow runs the same trials and steps.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from vit_jax.parallel.multihost import all_agree, barrier, first_of_all, is_main
 from vit_jax.parallel.run_files import read_json, write_whole
 
 FILE = "budget.json"
-FEWEST = 10  # steps of a run that are worth its compilation
-MARGIN = 0.85  # of the time that is left: steps may become slower
-START = 3.0  # seconds of a run that nothing is compiled for: opening, restoring, saving
+FEWEST = 10  # steps of a run; fewer aren't worth its compilation
+MARGIN = 0.85  # share of the remaining time to plan for, since steps may become slower
+START = 3.0  # seconds per run besides compilation and steps: opening, restoring, saving
 REPORT = 20.0  # seconds of the report without the model: hand-made features, figures, exports
-SAME_TIME = ("schedule", "optimizer", "loss", "seed", "augmentation")  # fields; a step's cost stays
+SAME_TIME = ("schedule", "optimizer", "loss", "seed", "augmentation")  # don't change a step's cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a workflow runs.
+    """The runs of a workflow.
 
     Attributes:
-      trials: the values of each fine-tuning trial; none: the linear probe is the result.
-      steps: of a trial and of the final run.
-      seconds: expected, of all runs.
-      minutes: the `workflow.minutes` that it was settled for.
+      trials: the values of each fine-tuning trial; if empty, the linear probe is the result.
+      steps: steps of a trial and of the final run.
+      seconds: expected time of all runs.
+      minutes: the `workflow.minutes` that the budget was made for.
       device: `jax.default_backend()` at the first start.
-      before: seconds that had passed when it was settled.
+      before: seconds that had passed when the budget was made.
       final: steps of the final run, see `settle_final`; None before the trials have ended.
     """
 
@@ -63,7 +63,7 @@ def _told(seconds: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds: of a step, of what a run takes without its steps, and of the whole report."""
+    """Seconds of a step, of a run without its steps, and of the whole report."""
 
     step: float
     run: float
@@ -71,9 +71,10 @@ class Cost:
 
     @classmethod
     def of(cls, step: float, compilation: float, steps_to_look: float, tests: float) -> "Cost":
-        """From a step, its compilation, and how many batches a run and the report only look at.
+        """Estimates the cost from a step, its compilation, and numbers of batches to evaluate.
 
-        Without gradients a batch takes a third of a step.
+        `steps_to_look` are a run's, `tests` the report's. Without gradients a batch takes a third
+        of a step.
         """
         evaluations = START + compilation / 3 + steps_to_look * step / 3
         return cls(step, evaluations, compilation / 3 + tests * step / 3 + REPORT)
@@ -90,23 +91,23 @@ def settle(
     started: float,
     probed: bool,
 ) -> Budget:
-    """What was settled before; or else what fits, which is then kept.
+    """Reads the workflow's budget, or makes one that fits and writes it.
 
     Args:
-      config: the recipe; its `workflow.minutes` is the budget, None for as long as it takes.
-      workdir: the workflow's.
-      trials: the sweep's.
+      config: the recipe; `workflow.minutes` limits the time, None means no limit.
+      workdir: the workflow's folder.
+      trials: values of the sweep's trials.
       scheduled: steps of a run by the recipe.
       measure: measures a step; called once, not at a restart.
-      lanes: trials that go side by side.
+      lanes: number of trials that run side by side.
       started: the `time.perf_counter` that the minutes count from.
       probed: whether there is a linear probe, which needs no steps.
 
-    Raises ValueError for minutes that are too few, or for others than were settled.
+    Raises ValueError if the minutes are too few, or differ from those of the existing budget.
     """
     file, minutes = workdir / FILE, config.workflow.minutes
     if not all_agree(file.exists()):
-        cost, problem = measure(), ""  # all processes compute together, one decides
+        cost, problem = measure(), ""  # all processes measure together, one decides
         if is_main():
             before = round(time.perf_counter() - started, 1)
             budget = Budget([*trials], scheduled, 0.0, minutes, jax.default_backend(), before)
@@ -125,13 +126,13 @@ def settle(
     if budget.minutes != minutes:
         raise InputError(
             f"{file} was settled for workflow.minutes = {budget.minutes}, found {minutes}: set "
-            "the same again, or train anew in another --workdir"
+            "the same again, or start again in another --workdir"
         )
     return budget
 
 
 def settle_final(workdir: Path, spent: float, lanes: int) -> int:
-    """Steps of the final run: fewer if the trials, which took `spent` seconds, were slow; kept."""
+    """Settles the final run's steps: fewer if the trials, which took `spent` seconds, were slow."""
     budget = read(workdir)
     if budget.final is None and is_main():
         a_step = spent / (math.ceil(len(budget.trials) / lanes) * budget.steps)
@@ -146,15 +147,15 @@ def settle_final(workdir: Path, spent: float, lanes: int) -> int:
 
 
 def read(workdir: Path) -> Budget:
-    """What was settled; ValueError if the file is damaged."""
+    """Reads the budget; raises ValueError if the file is damaged."""
     names = [field.name for field in dataclasses.fields(Budget)]
-    remedy = "copy it back, or train anew in another --workdir"
+    remedy = "copy it back, or start again in another --workdir"
     found = read_json(workdir / FILE, remedy, keys=tuple(names))
     return Budget(**{name: found[name] for name in names})
 
 
 def duration(cost: Cost, trials: int, steps: int, lanes: int) -> float:
-    """Seconds of the trials, the final run and the report."""
+    """Returns the seconds of the trials, the final run and the report."""
     if not trials:
         return cost.report
     rounds = math.ceil(trials / lanes) + 1
@@ -162,10 +163,10 @@ def duration(cost: Cost, trials: int, steps: int, lanes: int) -> float:
 
 
 def fit(budget: Budget, cost: Cost, left: float, lanes: int, probed: bool) -> Budget:
-    """The budget with as many trials as leave at least half of the steps, within `left` seconds.
+    """Returns the budget with the most trials that fit `left` seconds with at least half the steps.
 
-    Without room for one trial with a tenth of them, the probe alone remains. Of the trials those
-    in the middle stay. ValueError if nothing fits.
+    It keeps the middle trials. If not even one trial with a tenth of the steps fits, only the probe
+    remains. Raises ValueError if nothing fits.
     """
     trials, steps = budget.trials, budget.steps
 
@@ -187,24 +188,24 @@ def fit(budget: Budget, cost: Cost, left: float, lanes: int, probed: bool) -> Bu
     raise InputError(
         f"workflow.minutes = {budget.minutes:g} are too few: a step takes {cost.step:.2g} s, and "
         f"{min(FEWEST, steps)} steps of a trial and of the final run {_told(needed)}. Allow more, "
-        "or take a smaller model, image_size or batch_size"
+        "or use a smaller model, image_size or batch_size"
     )
 
 
 def check_sweep(config: TransferConfig) -> None:
-    """ValueError for a sweep whose trials take different times, if minutes are to be kept."""
+    """Raises ValueError for a sweep whose trials take different times, if minutes are limited."""
     if config.workflow.minutes is None:
         return
     for field, _ in config.workflow.sweep.grid:
         if not covered(field, SAME_TIME) or field in ("schedule.warmup", "schedule.cooldown"):
             raise InputError(
-                f"workflow.minutes settles the steps by one measured step: leave {field} out of "
+                f"workflow.minutes sets the steps by one measured step: leave {field} out of "
                 "workflow.sweep.grid, or minutes"
             )
 
 
 def with_steps(config: TransferConfig, steps: int, scheduled: int) -> TransferConfig:
-    """The recipe with another number of steps; what it counts in steps is scaled alike."""
+    """Returns the recipe with another number of steps; scales all fields that count steps."""
     if steps == scheduled:
         return config
 

@@ -1,4 +1,4 @@
-"""Embeddings of image files, written as Parquet, NumPy's npz or CSV while they are computed."""
+"""Writes embeddings of image files as Parquet, NumPy's npz or CSV while they are computed."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from vit_jax.weights.files import atomic
 from vit_jax.weights.trained import TrainedModel
 
 Embedded = Iterable[tuple[str, np.ndarray | None, str]]  # see TrainedModel.iterate_features
-_GROUP = 1024  # rows that are written at once
+_GROUP = 1024  # rows per write
 
 
 def as_parquet(path: Path, rows: Embedded, files: Sequence[Path], width: int) -> None:
-    """Columns file, features (a list of float32, null if unreadable) and error (null if not).
+    """Writes columns file, features (float32 list, null if unreadable) and error (else null).
 
-    `file` is text; it is bytes if a name isn't UTF-8.
+    `file` is text, or bytes if a name isn't UTF-8.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -48,9 +48,9 @@ def as_parquet(path: Path, rows: Embedded, files: Sequence[Path], width: int) ->
 
 
 def as_npz(path: Path, rows: Embedded, files: Sequence[Path], width: int) -> None:
-    """Arrays features [N, D] float32, files [N], and unreadable [M], errors [M] for the others."""
+    """Writes arrays features [N, D] float32 and files [N]; unreadable [M] and errors [M]."""
     found, unreadable, errors = [], [], []
-    with tempfile.TemporaryFile(dir=path.parent) as kept:  # an array begins with its length
+    with tempfile.TemporaryFile(dir=path.parent) as kept:  # the array's header needs its length
         for file, features, error in rows:
             if features is None:
                 unreadable.append(file)
@@ -72,7 +72,7 @@ def as_npz(path: Path, rows: Embedded, files: Sequence[Path], width: int) -> Non
 
 
 def as_csv(path: Path, rows: Embedded, files: Sequence[Path], width: int) -> None:
-    """file, feature_0, feature_1, ..., error; names as in the CSV of labels."""
+    """Writes columns file, feature_0, feature_1, ..., error; names as in the CSV of labels."""
     with opened_text(path) as output:
         output.write(csv_line(["file", *(f"feature_{i}" for i in range(width)), "error"]))
         for file, features, error in rows:
@@ -89,11 +89,11 @@ def opened_embeddings(
 ) -> Iterator[Callable[[TrainedModel, Sequence[Path], int], list[Row]]]:
     """Yields a function (model, files, batch_size) that embeds image files into the file `output`.
 
-    It holds a batch at a time, and returns a row {"file", "error"} for each file that can't be
-    read. `output` appears, whole, at the end of the `with` block.
+    The function holds one batch at a time, and returns a row {"file", "error"} for each unreadable
+    file. `output` appears complete at the end of the `with` block.
 
-    Raises ValueError for another ending than those of `WRITERS` or a package that is missing, and
-    OSError for a folder that can't be written, before anything is loaded.
+    Before anything is loaded, raises ValueError for an ending not in `WRITERS` or a missing
+    package, and OSError for a folder that can't be written.
     """
     path = as_path(output)
     if (ending := path.suffix.lower()) not in WRITERS:

@@ -38,22 +38,22 @@ def keep_outputs(
     batch_size: int,
     output: str = "logits",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(logits [N, C], labels [N]) of a split, computed once: then they are read from `file`.
+    """Returns (logits [N, C], labels [N]) of a split; computes them once and keeps them in `file`.
 
-    `output` "features": the head's inputs [N, D] in their place. `params` returns the parameters,
-    on the mesh.
+    With `output` "features" it returns the head's inputs [N, D] instead of logits. `params` returns
+    the parameters on the mesh.
     """
     if not all_agree(file.exists()):
         batches = make_batches(source, data, model, mesh, batch_size)
         write_outputs(file, *make_extractor(model, mesh, output)(params(), batches), output)
         barrier(file.name)
-    return read_outputs(file, "remove it: it is computed again", output)
+    return read_outputs(file, "remove it: it will be computed again", output)
 
 
 def write_outputs(
     file: Path, outputs: np.ndarray, labels: np.ndarray, output: str = "logits"
 ) -> None:
-    """Writes what `read_outputs` reads, as a whole or not at all."""
+    """Writes the file of `read_outputs` atomically."""
     if is_main():
         content = io.BytesIO()
         np.savez(content, **{output: outputs}, labels=labels)
@@ -61,7 +61,7 @@ def write_outputs(
 
 
 def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.ndarray, np.ndarray]:
-    """(outputs, labels) that `keep_outputs` kept; ValueError if the file is damaged."""
+    """Reads (outputs, labels) of `keep_outputs`; raises ValueError if the file is damaged."""
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             return arrays[output], arrays["labels"]
@@ -70,7 +70,7 @@ def read_outputs(file: Path, remedy: str, output: str = "logits") -> tuple[np.nd
 
 
 def score_labels(labels: np.ndarray, predicted: np.ndarray) -> dict:
-    """Accuracy with its 95% interval, balanced accuracy, macro F1, the number of examples."""
+    """Returns accuracy with its 95% interval, balanced accuracy, macro F1, number of examples."""
     right = int((predicted == labels).sum())
     return {
         **measure_predictions(labels, predicted),
@@ -80,7 +80,7 @@ def score_labels(labels: np.ndarray, predicted: np.ndarray) -> dict:
 
 
 def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
-    """`score_labels`; loss and calibration, these also at the temperature."""
+    """Returns `score_labels`, and loss and calibration without and with the temperature."""
     scores = {**score_labels(labels, logits.argmax(axis=1)), "temperature": temperature}
     for name, divisor in (("", 1.0), ("_at_temperature", temperature)):
         scaled = logits.astype(np.float64) / divisor
@@ -96,7 +96,7 @@ def score(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
 def worst_mistakes(
     source: Source, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], most: int
 ) -> list[Picture]:
-    """The wrong predictions that were made with the most confidence."""
+    """Returns the wrong predictions with the highest confidence."""
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
@@ -113,14 +113,14 @@ def worst_mistakes(
 def where_it_looks(
     model: Model, params: dict, source: Source, preprocess: str, count: int
 ) -> list[tuple[Picture, Picture]]:
-    """Attention rollouts over a few images, evenly spaced; none for a model without attention."""
+    """Returns attention rollouts of evenly spaced images; none for a model without attention."""
     if model.grid is None:
         return []
     prepare = parse_preprocess(preprocess, model.image_size)
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     images = np.stack([prepare(source[int(i)]["image"], np.random.default_rng(0)) for i in indices])
     maps = np.asarray(jax.jit(attention_maps, static_argnums=0)(model, params, images))
-    factor = max(1, 192 // max(model.image_size))  # small images: the map is finer than pixels
+    factor = max(1, 192 // max(model.image_size))  # the map is finer than a small image
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     return [
         (Picture(image, Path(source.name(int(i))).name), Picture(heat(image, seen), "attention"))

@@ -1,4 +1,4 @@
-"""Labels of image files, written as a table, CSV or JSON while they are computed."""
+"""Writes labels of image files as a table, CSV or JSON while they are computed."""
 
 import contextlib
 import csv
@@ -18,7 +18,7 @@ Row = dict[str, Any]  # {"file", "labels": [[name, probability], ...]} or {"file
 
 
 def as_table(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
-    """Columns for people."""
+    """Yields aligned columns for a terminal."""
     width = max(len(printable(str(file))) for file in files)
     for row in rows:
         if "labels" in row:
@@ -27,19 +27,19 @@ def as_table(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[s
 
 
 def csv_line(cells: list) -> str:
-    """A row of a table, with its line break."""
+    """Returns a row of a CSV file, with its line break."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
 
 
 def csv_name(text: str) -> str:
-    """A name that a spreadsheet would take for a formula gets a ' in front."""
+    """Prefixes a name with ' if a spreadsheet would read it as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def as_csv(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
-    """file, label, probability, label_2, ..., error; of unreadable files the error alone."""
+    """Yields file, label, probability, label_2, ..., error; unreadable files only have an error."""
     suffixes = ["", *(f"_{i}" for i in range(2, top + 1))]
     columns = [f"{column}{suffix}" for suffix in suffixes for column in ("label", "probability")]
     yield csv_line(["file", *columns, "error"])
@@ -50,7 +50,7 @@ def as_csv(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str
 
 
 def as_json(rows: Iterator[Row], files: Sequence[Path], top: int) -> Iterator[str]:
-    """{"images": [{"file", "labels"}, ...], "unreadable": [{"file", "error"}, ...]}."""
+    """Yields {"images": [{"file", "labels"}, ...], "unreadable": [{"file", "error"}, ...]}."""
 
     def text(row: Row) -> str:
         plain = json.dumps(row, ensure_ascii=False)
@@ -79,16 +79,16 @@ def write_labels(
     top: int = 3,
     batch_size: int = 32,
 ) -> list[Row]:
-    """Labels files and writes the labels as they come; returns the rows that have an error.
+    """Labels files, writes labels while they are computed, and returns the rows with an error.
 
     Args:
-      model: has a head.
-      files: of images; those that can't be read don't stop the others.
-      format: a name in `WRITERS`. In CSV a name that a spreadsheet would take for a formula has a
-        ' in front.
-      output: a file, whose folder is made; None: the terminal.
-      top: labels an image, the most probable first.
-      batch_size: images at a time.
+      model: a model with a head.
+      files: image files; unreadable ones don't stop the others.
+      format: a name in `WRITERS`. In CSV, names that a spreadsheet would read as formulas are
+        prefixed with '.
+      output: a file, whose folder is created; None: the terminal.
+      top: labels per image, the most probable first.
+      batch_size: images per batch.
 
     Raises ValueError for an unknown format and for numbers below 1.
     """
@@ -115,7 +115,7 @@ def write_labels(
 
 @contextlib.contextmanager
 def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], Any]]:
-    """A function that writes to a file, whose folder is made, or to the terminal."""
+    """Yields a function that writes to a file, whose folder is created, or to the terminal."""
     if not output:
         yield lambda text: print(printable(text), end="", flush=True)
         return
@@ -126,12 +126,12 @@ def opened_output(output: str | os.PathLike | None) -> Iterator[Callable[[str], 
 
 
 def opened_text(path: Path) -> IO[str]:
-    """The file to write text to. Bytes of file names that are no UTF-8 stay as they are."""
+    """Opens a text file for writing; bytes of file names that aren't UTF-8 stay as they are."""
     return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def report_unreadable(unreadable: Sequence[Row], total: int) -> None:
-    """Lists the files that couldn't be read on stderr; ends the process if there are no others."""
+    """Lists unreadable files on stderr; ends the process if no file could be read."""
     if unreadable:
         print(f"{len(unreadable)} of {total} files can't be read:", file=sys.stderr)
         for row in unreadable:

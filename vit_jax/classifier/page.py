@@ -1,7 +1,6 @@
 """The report of a transfer, `report.html`, and its model card.
 
-The page is one file: pictures are data URLs, styles are inline, there is no script, and nothing is
-fetched.
+The page is one file with inline pictures and styles. It has no script and fetches nothing.
 """
 
 import base64
@@ -21,8 +20,8 @@ from vit_jax.evaluation.calibration import BINS, bin_index
 from vit_jax.evaluation.intervals import accuracy_interval
 
 MISTAKES = 24
-CELLS = 20  # classes up to which every cell of the confusion matrix has its number
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by the colour-blind
+CELLS = 20  # maximum number of classes for a confusion matrix with numbers
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # safe for colour-blind readers
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -37,13 +36,13 @@ display:inline-block}.wide{overflow-x:auto;white-space:nowrap}ul{padding-left:1.
 """
 
 
-# With this browsers refuse to fetch anything.
+# Makes browsers refuse to fetch anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Pixels uint8 [H, W, 3] and what to write below."""
+    """Pixels uint8 [H, W, 3] and a caption."""
 
     pixels: np.ndarray
     caption: str
@@ -51,7 +50,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that the page shows. Shapes: N test images, C classes, M dev images."""
+    """The contents of the page. Shapes: N test images, C classes, M dev images."""
 
     title: str
     command: str
@@ -62,26 +61,26 @@ class Report:
     scores: dict[str, float]  # accuracy, accuracy_interval, loss, ece, temperature, ...
     baselines: Sequence[dict]  # "name", accuracy, accuracy_interval, balanced_accuracy, macro_f1
     remarks: Sequence[str]  # on baselines that the model doesn't beat
-    data: str  # the audit's table, a line each
+    data: str  # the audit's table
     findings: Sequence[str]  # of the audit
     trials: str  # the sweep's table
     curves: dict[str, list[dict[str, float]]]  # run -> its records
     mistakes: Sequence[Picture]
-    attention: Sequence[tuple[Picture, Picture]]  # an image, and where the model looks
-    files: dict[str, str]  # what else there is: path -> what it is
+    attention: Sequence[tuple[Picture, Picture]]  # images and their attention rollouts
+    files: dict[str, str]  # other files: path -> description
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """[C, C] counts: row the label, column the prediction."""
+    """Returns [C, C] counts; rows are labels, columns predictions."""
     matrix = np.zeros((num_classes, num_classes), int)
     np.add.at(matrix, (labels, predicted), 1)
     return matrix
 
 
-# Without a salt the same report differs from run to run. A "$" in a class's name is a dollar.
+# A fixed salt makes reports reproducible. "$" in a class's name doesn't start a formula.
 @mpl.rc_context({"svg.hashsalt": "vit_jax", "text.parse_math": False})
 def render(report: Report) -> str:
-    """The page."""
+    """Returns the page as HTML."""
     matrix = confusion_matrix(
         report.labels, report.probabilities.argmax(axis=1), len(report.class_names)
     )
@@ -129,7 +128,7 @@ def render(report: Report) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<link rel="icon" href="data:,">'  # or else browsers ask for one
+        '<link rel="icon" href="data:,">'  # otherwise browsers request one
         f"<title>{_text(report.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"
@@ -137,7 +136,7 @@ def render(report: Report) -> str:
 
 
 def _baselines(report: Report) -> str:
-    """The table of test scores: of the baselines and of the model, which comes last."""
+    """Returns the table of the baselines' and, last, the model's test scores."""
     rows = []
     for entry in (*report.baselines, {"name": "this model", **report.scores}):
         low, high = entry["accuracy_interval"]
@@ -154,7 +153,7 @@ def _link(name: str, what: str) -> str:
 
 
 def model_card(report: Report) -> str:
-    """Markdown: what the model is, on what it was made, how good it is, and what it isn't for."""
+    """Returns a Markdown card: the model, its intended use, evaluation and training data."""
     low, high = report.scores["accuracy_interval"]
     recalls = _recall_rows(
         confusion_matrix(
@@ -208,13 +207,13 @@ def model_card(report: Report) -> str:
 
 
 def _markdown(text: object) -> str:
-    """A text as Markdown that shows it: no markup, HTML or line break of it has an effect."""
+    """Escapes a text for Markdown, so that it is shown literally and on one line."""
     escaped = re.sub(r"(^[-+=]|[\\`*_\[\]#|~$])", r"\\\1", " ".join(str(text).split()))
     return html.escape(escaped, quote=False)
 
 
 def _recall_rows(matrix: np.ndarray) -> list[tuple[int, int, float]]:
-    """(right, images, recall) of each class; the recall of a class without images is nan."""
+    """Returns (correct, images, recall) of each class; recall is NaN without images."""
     right, images = matrix.diagonal(), matrix.sum(axis=1)
     return [
         (int(r), int(n), r / n if n else float("nan")) for r, n in zip(right, images, strict=True)
@@ -303,7 +302,7 @@ def _curves_figure(curves: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 class _Html(str):
-    """Text that is markup already."""
+    """Text that is already markup."""
 
 
 def _text(value: object) -> str:

@@ -45,7 +45,7 @@ class Finished:
     audit: Audit
     trials: list[Trial]
     temperature: float  # fitted on dev to the logits of the best trial
-    probe: Probe | None  # the linear probe, if there is one
+    probe: Probe | None  # the linear probe, if any
 
     @property
     def chosen(self) -> Trial:
@@ -63,14 +63,14 @@ class Finished:
 
     @property
     def test_data(self) -> DataConfig:
-        """The test split, preprocessed as images to be labelled are."""
+        """The test split, preprocessed as `predict` does."""
         return dataclasses.replace(
             self.run.config.data, split=self.splits.test, preprocess=self.config.eval_preprocess
         )
 
 
 def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tuple:
-    """(logits, labels) of a split by the run's last checkpoint: what others will load."""
+    """Returns (logits, labels) of a split by the run's last checkpoint, the one users load."""
 
     def params() -> dict:
         loaded = load(folder).params
@@ -83,9 +83,9 @@ def logits_of(run: loop.Run, folder: Path, data: DataConfig, file: Path) -> tupl
 
 
 def report(done: Finished, command: str, started: float) -> dict[str, Any]:
-    """Tests, and writes all that is to be found in the workdir.
+    """Tests the model and writes all results to the workdir; returns those of results.json.
 
-    `started` is the time.perf_counter of this start. Returns what results.json holds.
+    `started` is the time.perf_counter of this start.
     """
     logits, labels = logits_of(done.run, done.workdir, done.test_data, done.workdir / "test.npz")
     model = load(done.workdir)  # orbax reads on all processes at once
@@ -172,9 +172,9 @@ def _page(
 
 
 def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict[str, str]:
-    """Writes the model to `exported/` in each format, if it isn't there.
+    """Writes the model to `exported/` in each format, unless it exists.
 
-    Returns {path: what it is, or why it isn't there} of all files in the workdir.
+    Returns {path: description, or why it is missing} for all files in the workdir.
     """
     files = {
         "checkpoints/": "the model: predict --model, evaluate --checkpoint and convert read it",
@@ -195,7 +195,7 @@ def export(formats: tuple[str, ...], workdir: Path, model: TrainedModel) -> dict
             if not path.exists():
                 model.save(path, name)
             files[shown] = f"the model as {name}"
-        except ValueError as error:  # that format has no place for this model
+        except ValueError as error:  # the format doesn't support this model
             files[shown] = f"not written: {error}"
             print(f"{shown} is not written: {error}", flush=True)
     return files

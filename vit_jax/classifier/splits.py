@@ -1,4 +1,4 @@
-"""Train, dev and test: found where a dataset has them, cut where it hasn't, kept with the run."""
+"""Finds or cuts a dataset's train, dev and test splits, and keeps them with the run."""
 
 import dataclasses
 import hashlib
@@ -24,16 +24,16 @@ TABLE = "splits.csv"
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig:
-    """Names of a dataset's three parts, and what to cut where they are missing.
+    """Names of a dataset's three splits, and the shares to cut if they are missing.
 
-    `train` is without the dev part. Where `dev` is empty, its share is cut: of image files
-    stratified by class; of other datasets the end of `train`, as the paper does, whose examples
-    must then be in random order. The same for `test`, of image files alone.
+    `train` excludes the dev split. If `dev` is empty, its share is cut from `train`: for image
+    files stratified by class, for other datasets its end, as in the paper, so its examples must be
+    in random order. `test` is cut likewise, from image files only.
 
     Attributes:
       train, dev, test: names of splits.
-      dev_share, test_share: parts to cut, in (0, 1).
-      seed: of the cuts.
+      dev_share, test_share: shares to cut, in (0, 1).
+      seed: seed of the cuts.
     """
 
     train: str = "train"
@@ -51,7 +51,7 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """A dataset's name for `open_source`, and its three parts' names in its grammar."""
+    """Arguments of `open_source`: a dataset's name, and the names of its three splits."""
 
     dataset: str
     train: str
@@ -62,18 +62,18 @@ class Splits:
 def settle_splits(
     dataset: str, config: SplitConfig, data_dir: str | None, folder: Path
 ) -> tuple[Splits, Audit]:
-    """Looks at a dataset and cuts what is missing, once: afterwards `folder` knows.
+    """Checks a dataset and cuts missing splits once; later calls read the result from `folder`.
 
-    Of image files a table of all three parts is written there, and is the dataset from then on:
-    files that can't be read aren't in it, and the same pixels are never in two parts that are cut
-    here. ValueError for what `audit.look_at` refuses, for parts that can't be had, and for a
-    dataset that isn't any more what it was.
+    For image files, writes a table of all three splits to `folder`, which then is the dataset. It
+    has no unreadable files, and splits that are cut here never share equal pixels. Raises
+    ValueError for data that `audit.look_at` rejects, for splits that can't be cut, and for a
+    dataset that has changed.
     """
     listing = open_listing(dataset, data_dir)
     made_of = {"dataset": dataset, **dataclasses.asdict(config), **_contents(listing)}
     file = folder / "audit.json"
     if file.exists():
-        remedy = "remove it: it is made again, and is the same as long as the data is"
+        remedy = "remove it: it is made again, and equal if the data is"
         kept = read_json(file, remedy, keys=("made_of", "splits", "audit"))
         _check_same(dataset, kept["made_of"], made_of, folder)
         names = tuple(kept["audit"]["class_names"])
@@ -97,7 +97,7 @@ def settle_splits(
 
 
 def _contents(listing: Listing) -> dict[str, Any]:
-    """What tells whether these are still the same images; of their pixels nothing."""
+    """Returns the classes, the number of images, and a digest of names and labels, not pixels."""
     digest, images = hashlib.blake2b(digest_size=16), 0
     for name, part in listing.splits.items():
         images += len(part)
@@ -121,8 +121,8 @@ def _check_same(dataset: str, before: dict, now: dict, folder: Path) -> None:
         )
         what = [f"  classes gone: {', '.join(lost) or 'none'}; new: {', '.join(new) or 'none'}"]
     raise InputError(
-        f"{dataset} isn't what {folder} was made from:\n" + "\n".join(what) + "\nPut it back as it "
-        "was, or train anew in another --workdir"
+        f"{dataset} isn't what {folder} was made from:\n" + "\n".join(what) + "\nRestore it, or "
+        "start again in another --workdir"
     )
 
 
@@ -132,7 +132,7 @@ def _cut_by_name(
     train, dev = config.train, config.dev or "validation"
     if not config.dev and dev not in listing.splits:
         if "[" in train or "+" in train:
-            raise InputError(f"split.train = {train!r}: say which part is for choosing: split.dev")
+            raise InputError(f"split.train = {train!r}: set split.dev, the split to choose on")
         cut = f"{100 - 100 * config.dev_share:.0f}%"
         train, dev = f"{train}[:{cut}]", f"{train}[{cut}:]"
     splits = Splits(dataset, train, dev, config.test)
@@ -157,8 +157,8 @@ def _cut_files(
     records = {name: listing.splits[part] for name, part in given.items() if part in listing.splits}
     if unused := listing.splits.keys() - given.values():
         raise InputError(
-            f"{dataset} has the splits {', '.join(listing.splits)}, and no use for "
-            f"{', '.join(sorted(unused))}: name the parts in split.train, split.dev, split.test"
+            f"{dataset} has the splits {', '.join(listing.splits)}; unused: "
+            f"{', '.join(sorted(unused))}. Name the splits in split.train, split.dev, split.test"
         )
     if "train" not in records:
         raise InputError(f"{dataset} has the splits {', '.join(listing.splits)}: expected train")
@@ -203,7 +203,7 @@ def _cut_files(
 
 
 def _split_of(listing: Listing, name: str) -> str:
-    """The split of this name, or the only one that is named for the same part: val, validation."""
+    """Returns the split of this name, or the only one with a synonym: val for validation."""
     same = [s for s in listing.splits if split_named(s) == split_named(name) is not None]
     return same[0] if name not in listing.splits and len(same) == 1 else name
 
@@ -222,9 +222,9 @@ def _check_enough(audit: Audit, shares: Mapping[str, float]) -> None:
 def _cut_rows(
     rows: list[tuple], same: Mapping[str, str], shares: Mapping[str, float], seed: int
 ) -> list[tuple]:
-    """The rows with those of `train` shared out; files with the same pixels stay together."""
+    """Distributes the rows of `train` over the splits; files with equal pixels stay together."""
     whole = [i for i, (_, _, part) in enumerate(rows) if part == "train"]
-    leaders: dict[str, int] = {}  # of each group of the same pixels, its first row
+    leaders: dict[str, int] = {}  # the first row of each group with equal pixels
     for i in whole:
         leaders.setdefault(same.get(rows[i][0], rows[i][0]), i)
     chosen = list(leaders.values())

@@ -1,9 +1,9 @@
 """A sweep: trials that differ in some fields of a recipe, and the best of them on the dev split.
 
-Each trial is a run of its own in `workdir/trials/NAME`, so that one that was killed goes on where
-it was. Once it has ended its folder has a `result.json` and no checkpoints. All share the workdir's
-compiled programs: those that differ in the peak learning rate alone compile once, on CPUs and TPUs
-once a lane (`parallel.lanes`), since jax keeps their programs by device.
+Each trial is a run in `workdir/trials/NAME`, so a killed trial resumes. A finished trial's folder
+has a `result.json` and no checkpoints. Trials share the workdir's compiled programs. Those that
+differ only in the peak learning rate compile once, on CPUs and TPUs once per lane
+(`parallel.lanes`), since jax caches their programs by device.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ Values = dict[str, Any]  # dotted field of the recipe -> its value in a trial
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """What to try: the product of `learning_rates` (schedule.peak) and of `grid`.
+    """The trials: the product of `learning_rates` (schedule.peak) and `grid`.
 
-    An empty sweep is one trial of the recipe as it is.
+    An empty sweep is one trial of the unchanged recipe.
 
     Attributes:
       learning_rates: values of schedule.peak.
       grid: (dotted field, values) pairs.
-      devices: those of a trial: on more of them trials run side by side. None: see
+      devices: devices per trial; trials run side by side on the others. None: see
         `devices_of_a_trial`.
     """
 
@@ -56,7 +56,7 @@ class SweepConfig:
         if self.learning_rates:
             axes = {"schedule.peak": self.learning_rates, **axes}
         if empty := [field for field, values in axes.items() if not values]:
-            raise InputError(f"sweep: no values for {', '.join(empty)}: list some, or leave it out")
+            raise InputError(f"sweep: no values for {', '.join(empty)}: list some, or remove it")
         return [
             dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
         ]
@@ -64,9 +64,9 @@ class SweepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A trial that has ended, measured on dev. Trials of earlier versions lack the last two.
+    """A finished trial, measured on dev. Trials of earlier versions lack the last two fields.
 
-    `step` is that of its best evaluation where it may stop early.
+    `step` is the step of its best evaluation if it may stop early.
     """
 
     values: Values
@@ -85,26 +85,26 @@ class Trial:
         )
 
     def merit(self, metric: str) -> tuple[float, float]:
-        """What the best trial has most of: the metric, then the least loss."""
+        """Returns the key that the best trial maximises: (metric, negative loss)."""
         if (value := getattr(self, metric)) is None:
             raise InputError(
-                f"trial {trial_name(self.values)} was made without {metric}: choose by accuracy, "
-                "or train anew in another --workdir"
+                f"trial {trial_name(self.values)} has no {metric}: choose by accuracy, or start "
+                "again in another --workdir"
             )
         return value, -self.loss
 
 
 def make_trial(values: Values, scores: Mapping[str, float], step: int) -> Trial:
-    """A trial from what was measured: `scores` has the fields' names."""
+    """Builds a trial from `scores`, which has the fields' names."""
     names = ("accuracy", "loss", "examples", "balanced_accuracy", "macro_f1")
     return Trial(values, step=step, **{name: scores[name] for name in names if name in scores})
 
 
-NAMES = {"schedule.peak": "learning rate"}  # of fields, for people
+NAMES = {"schedule.peak": "learning rate"}  # displayed names of fields
 
 
 def shown(values: Values) -> str:
-    """A trial for people: "learning rate 0.01, weight_decay 0.05"."""
+    """Returns a trial's displayed name: "learning rate 0.01, weight_decay 0.05"."""
     if values.get("stop") == 0:
         return "linear probe"
     words = (f"{NAMES.get(k, k.rpartition('.')[2])} {v}" for k, v in values.items())
@@ -112,13 +112,13 @@ def shown(values: Values) -> str:
 
 
 def trial_name(values: Values) -> str:
-    """A trial's folder: "schedule.peak=0.01,optimizer.weight_decay=0.05"."""
+    """Returns a trial's folder name: "schedule.peak=0.01,optimizer.weight_decay=0.05"."""
     text = ",".join(f"{field}={value}" for field, value in values.items())
     return text.replace("/", "_") or "recipe"
 
 
 def with_values(config: Any, values: Values) -> Any:
-    """The config with the values in their fields' places; ValueError for a field it hasn't."""
+    """Returns the config with these values; raises ValueError for an unknown field."""
     for field, value in values.items():
         config = _replace(config, field.split("."), value, field)
     return config
@@ -133,7 +133,7 @@ def _replace(config: Any, path: list[str], value: Any, field: str) -> Any:
 
 
 def check_dev(examples: int, trials: list[Values]) -> None:
-    """ValueError for a dev split on which that many trials can't be told apart."""
+    """Raises ValueError for a dev split that is too small to distinguish that many trials."""
     needed = 4 * len(trials)
     if len(trials) > 1 and examples < needed:
         raise InputError(
@@ -144,11 +144,12 @@ def check_dev(examples: int, trials: list[Values]) -> None:
 
 
 def devices_of_a_trial(config: TrainConfig, sweep: SweepConfig, trials: int) -> int:
-    """How many devices each trial has; with all of them, trials go one after another.
+    """Returns the number of devices per trial; with all devices, trials run one after another.
 
-    Of several processes each trial has all devices. In one, unless `sweep.devices` says it, they
-    are as few as leave no more than a quarter of all idle over all trials, and divide both all
-    devices and the batch; the mesh's `fsdp` and `tensor` stay, and a fixed `data` means all.
+    With several processes each trial has all devices. With one process and without
+    `sweep.devices`, it is the smallest number that divides all devices and the batch and leaves at
+    most a quarter of the devices idle over all trials. The mesh's `fsdp` and `tensor` stay; a fixed
+    `data` means all devices.
     """
     available, mesh = jax.device_count(), config.mesh
     if jax.distributed.is_initialized():
@@ -162,7 +163,7 @@ def devices_of_a_trial(config: TrainConfig, sweep: SweepConfig, trials: int) -> 
         if sweep.devices > available:
             raise InputError(f"sweep.devices = {sweep.devices}: there are {available}")
         return sweep.devices
-    if mesh.data != -1 or config.profile_steps:  # jax traces a process, not a trial
+    if mesh.data != -1 or config.profile_steps:  # jax traces a whole process
         return available
     for size in range(mesh.fsdp * mesh.tensor, available, mesh.fsdp * mesh.tensor):
         rounds = math.ceil(trials / (available // size))
@@ -180,7 +181,7 @@ def run_trials(
     run: Callable[[TrainConfig, Path, Lane], None],
     lanes: Sequence[Lane] = (ALONE,),
 ) -> list[Trial]:
-    """Runs what has not been run, one after another or side by side where there are several lanes.
+    """Runs the unfinished trials, one after another, or side by side on several lanes.
 
     `run` trains one config in one folder and lane, with "dev" evaluations.
     """
@@ -189,7 +190,7 @@ def run_trials(
         folder = workdir / "trials" / trial_name(values)
         of = f"trial {number} of {len(trials)}: {shown(values)}"
         if (folder / RESULT).exists():
-            read_result(folder)  # which is whole, before anything is removed
+            read_result(folder)  # checks that it is whole before anything is removed
             remove_tree(folder / "checkpoints")
         else:
             jobs[trial_name(values)] = partial(_run_trial, config, values, folder, run, of)
@@ -203,7 +204,7 @@ def run_trials(
 
 
 def read_result(folder: Path) -> Trial:
-    """A trial that has ended; ValueError if its file is damaged."""
+    """Reads a finished trial; raises ValueError if its file is damaged."""
     fields = dataclasses.fields(Trial)
     needed = tuple(field.name for field in fields if field.default is dataclasses.MISSING)
     remedy = f"remove {folder}: the trial is made again"
@@ -229,7 +230,7 @@ def _run_trial(
 
 
 def _score(values: Values, folder: Path, watched: str) -> Trial:
-    """The last dev evaluation, or the best of the metric that is watched (of equals the first)."""
+    """Returns the last dev evaluation, or the first with the best value of the watched metric."""
     records = [r for r in read_metrics(folder) if "dev/accuracy" in r]
     record = records[-1]
     if watched:
@@ -239,12 +240,12 @@ def _score(values: Values, folder: Path, watched: str) -> Trial:
 
 
 def best_trial(trials: list[Trial], metric: str = "accuracy") -> Trial:
-    """The best on dev by a metric; of equal ones that with the least loss."""
+    """Returns the best trial on dev by a metric; ties go to the least loss."""
     return max(trials, key=lambda trial: trial.merit(metric))
 
 
 def show_trials(trials: list[Trial], metric: str = "accuracy") -> str:
-    """The table of results, the best first; notes where the best lies at the edge of the grid."""
+    """Returns the table of results, best first, with notes if the best is at the grid's edge."""
     ranked = sorted(trials, key=lambda trial: trial.merit(metric), reverse=True)
     chosen_by = "" if metric == "accuracy" else f"; chosen by {metric}"
     lines = [f"{'trial':40} dev accuracy, 95% interval{chosen_by}"]

@@ -62,7 +62,8 @@ PIXEL_MODULES = ("conv_root", "embedding", "stem")
 STAGE, UNIT = r"block(\d+)/", r"block{}/unit(\d+)/"
 
 # Whole-name regexes.
-HEAD = "head(_distillation)?/.*"
+DISTILLATION_HEAD = "head_distillation/"
+HEAD = f"(head|{DISTILLATION_HEAD[:-1]})/.*"
 KERNELS = ".*/kernel"
 ATTENTION_LAYERS = ".*MultiHeadDotProductAttention.*"
 ADAPTERS = ".*/lora_[ab]"  # LoRA

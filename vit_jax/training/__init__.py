@@ -1,1 +1,1 @@
-"""How it learns: the step, the optimizer, the loop, checkpoints and metrics."""
+"""Training: the step, the optimizer, the loop, checkpoints and metrics."""

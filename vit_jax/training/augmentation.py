@@ -1,10 +1,10 @@
 """Augmentation on the device, inside the jitted step: colour jitter, mixup, cutmix.
 
-All random numbers are drawn beforehand, as a function of (seed, step, row of the global batch), so
-every mesh and any accumulation mixes the same images in the same shares. A row is mixed with the
-other one of its pair: 2k with 2k + 1. Examples come in random order, so that is a random partner;
-and since a device holds whole pairs, no image crosses the network: rolling the batch by one row, as
-big_vision does, costs a collective permutation a step, reversing it, as timm does, sends all of it.
+All random numbers are drawn first, as a function of (seed, step, row of the global batch). So every
+mesh and any accumulation mixes the same images in the same shares. Rows 2k and 2k + 1 are mixed
+with each other. Examples come in random order, so the partner is random. A device holds whole
+pairs, so no image crosses the network. Rolling the batch by one row, as big_vision does, costs a
+collective permutation per step; reversing it, as timm does, sends the whole batch.
 
 Letters in shapes: B batch, H W image size, C classes.
 """
@@ -24,17 +24,17 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as Pillow's
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig:
-    """What the step does to the images; 0 leaves a thing out.
+    """Augmentation inside the step; 0 turns an operation off.
 
     Attributes:
-      mixup: alpha of mixup (Zhang et al., arXiv 1710.09412): shares of Beta(alpha, alpha), the
-        larger one for the row itself, as in big_vision.
-      cutmix: alpha of CutMix (Yun et al., arXiv 1905.04899), likewise. With mixup too, a fair coin
-        decides between them, as in DeiT (arXiv 2012.12877).
-      per_example: each row draws its own share, box and coin; else the whole batch shares them, as
-        published.
-      brightness, contrast, saturation: factors are uniform in 1 +- this.
-      hue: a turn of the colour circle, uniform in +- this, at most 0.5.
+      mixup: alpha of mixup (Zhang et al., arXiv 1710.09412). Shares are from Beta(alpha, alpha);
+        the row itself gets the larger one, as in big_vision.
+      cutmix: alpha of CutMix (Yun et al., arXiv 1905.04899). If mixup is set too, a fair coin
+        chooses between them, as in DeiT (arXiv 2012.12877).
+      per_example: whether each row draws its own share, box and coin. By default the whole batch
+        shares them, as published.
+      brightness, contrast, saturation: factors are uniform in 1 +- this value.
+      hue: turns of the colour circle are uniform in +- this value, at most 0.5.
     """
 
     mixup: float = 0.0
@@ -66,8 +66,8 @@ class AugmentationConfig:
 
 
 def draw(config: AugmentationConfig, seed: int, step: jax.Array, batch_size: int) -> dict:
-    """The random numbers of a step: float32 arrays [B, ...], for `augment`."""
-    # Threefry whatever the default is: rows' keys are split over devices. No run has this step.
+    """Draws a step's random numbers for `augment`: float32 arrays [B, ...]."""
+    # Always Threefry: the rows' keys are split over devices. No run reaches step 2**32 - 1.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 2**32 - 1)
     key = jax.random.fold_in(key, step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
@@ -78,7 +78,7 @@ def draw(config: AugmentationConfig, seed: int, step: jax.Array, batch_size: int
             lambda key: strengths * jax.random.uniform(jax.random.fold_in(key, 0), (4,), minval=-1)
         )(keys)
     if config.mixes:
-        one_key = jax.random.fold_in(key, batch_size)  # not a row's
+        one_key = jax.random.fold_in(key, batch_size)  # differs from every row's key
         mixing = jax.vmap(lambda key: _draw_mixing(config, jax.random.fold_in(key, 1)))(
             keys if config.per_example else one_key[None]
         )
@@ -87,7 +87,7 @@ def draw(config: AugmentationConfig, seed: int, step: jax.Array, batch_size: int
 
 
 def _draw_mixing(config: AugmentationConfig, key: jax.Array) -> dict:
-    """What is left of a row by mixup and by cutmix, and where the box's centre is, from 0 to 1."""
+    """Draws the shares that mixup and cutmix keep of a row, and the box's centre in [0, 1)."""
     choice, *keys = jax.random.split(key, 4)
     draws = {}
     if config.mixup:
@@ -104,7 +104,7 @@ def _draw_mixing(config: AugmentationConfig, key: jax.Array) -> dict:
 
 
 def _beta(key: jax.Array, alpha: float) -> jax.Array:
-    """Of Beta(alpha, alpha), by a table of its quantiles.
+    """Samples Beta(alpha, alpha) from a table of its quantiles.
 
     The rejection loops of jax.random.beta take longer to compile than a small model.
     """
@@ -117,9 +117,9 @@ def _beta(key: jax.Array, alpha: float) -> jax.Array:
 
 
 def augment(images: jax.Array, targets: jax.Array, draws: dict) -> tuple[jax.Array, jax.Array]:
-    """uint8 [B, H, W, 3] and targets [B, C] -> float32 in [-1, 1], and soft targets.
+    """Augments uint8 [B, H, W, 3] and targets [B, C] to float32 in [-1, 1] and soft targets.
 
-    B may be the rows of a microbatch, if its pairs are pairs of the batch.
+    B may be the rows of a microbatch that holds whole pairs of the batch.
     """
     if "jitter" in draws:
         images = 2 * color_jitter(images / 255.0, draws["jitter"]) - 1
@@ -137,14 +137,14 @@ def augment(images: jax.Array, targets: jax.Array, draws: dict) -> tuple[jax.Arr
 
 
 def partners(x: jax.Array) -> jax.Array:
-    """[B, ...] with rows 2k and 2k + 1 exchanged."""
+    """Exchanges rows 2k and 2k + 1 of [B, ...]."""
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def inside_box(kept: jax.Array, centre: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """CutMix's boxes: sqrt(1 - kept) of both sides, clipped at the border; bool [B, H, W, 1].
+    """Returns CutMix's boxes, bool [B, H, W, 1]: sqrt(1 - kept) of both sides, clipped.
 
-    arXiv 1905.04899, equation 2; in whole pixels as the authors' code has it.
+    arXiv 1905.04899, equation 2, in whole pixels as in the authors' code.
     """
 
     def along(axis: int) -> jax.Array:  # [B, length of the axis]
@@ -156,10 +156,10 @@ def inside_box(kept: jax.Array, centre: jax.Array, size: tuple[int, int]) -> jax
 
 
 def color_jitter(images: jax.Array, jitter: jax.Array) -> jax.Array:
-    """Float [B, H, W, 3] from 0 to 1, and offsets [B, 4], none at 0.
+    """Jitters the colours of float [B, H, W, 3] in [0, 1] by offsets [B, 4]; 0 changes nothing.
 
-    Pillow's and torchvision's formulas, in the order brightness, contrast, saturation, hue
-    (torchvision's is random); values are clipped after each.
+    Uses Pillow's and torchvision's formulas in the order brightness, contrast, saturation, hue
+    (torchvision's order is random). Values are clipped after each.
     """
 
     def grey(x):
@@ -173,12 +173,12 @@ def color_jitter(images: jax.Array, jitter: jax.Array) -> jax.Array:
 
 
 def _turn_hue(x: jax.Array, turn: jax.Array) -> jax.Array:
-    """Through HSV, whose hue counts from 0 to 6."""
+    """Turns the hue in HSV, where it runs from 0 to 6."""
     red, green, blue = x[..., 0], x[..., 1], x[..., 2]
     value = x.max(-1)
     chroma = value - x.min(-1)
     divisor = jnp.where(chroma > 0, chroma, 1.0)
-    # Not by value == red: a compiler that computes red twice may round it in two ways.
+    # Not `value == red`: a compiler that computes red twice may round it differently.
     largest = x.argmax(-1)
     hue = jnp.select(
         [largest == 0, largest == 1],

@@ -1,11 +1,11 @@
 """Checkpoints: asynchronous, atomic, with checksums, resumable.
 
-A checkpoint is a folder `workdir/checkpoints/STEP` of four items: `params`, `ema` (when kept),
-`training` (the step and the optimizer's state) and `model`, a JSON description with which the
-parameters can be used without the run's config. `weights.checksums` tells of the file beside them.
+A checkpoint is a folder `workdir/checkpoints/STEP` with four items: `params`, `ema` (if kept),
+`training` (the step and the optimizer's state) and `model`, a JSON description that makes the
+parameters usable without the run's config. `weights.checksums` describes the file beside them.
 
-Only a checkpoint whose bytes fail a check is damaged. It is moved to `unreadable/`, and only when
-there is a whole one before it. A checkpoint that doesn't fit the run is left where it is.
+Only a checkpoint whose bytes fail a check counts as damaged. It is moved to `unreadable/`, but only
+if an earlier one is whole. A checkpoint that doesn't fit the run is left in place.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from vit_jax.training.step import TrainState
 from vit_jax.weights.checksums import FILE, find_damage
 from vit_jax.weights.trained import written_by
 
-# Bytes of tensors that a process reads at a time: what it holds besides those in their place.
+# Bytes of tensors that a process reads at a time, in memory besides those already placed.
 _READ_AT_ONCE = 250_000_000
-_SHOWN = 10  # differences between a checkpoint and a run
+_SHOWN = 10  # differences that an error lists
 
-# orbax tells saves apart by a number that is current while one begins, the same for all threads of
-# a process: of two that begin at once, one would write into folders that aren't there yet.
+# orbax identifies a save by a number that all threads of a process share. If two saves began at
+# once, one would write into folders that don't exist yet.
 _BEGINS = threading.Lock()
 
 
@@ -42,11 +42,11 @@ class DamagedError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep; there is always a checkpoint of the last step."""
+    """When to save and what to keep; the last step is always saved."""
 
     every: int = 1000  # steps
-    keep_last: int = 2  # the newest ones: when the last can't be read, there is one before it
-    keep_every: int | None = None  # and forever those whose step is a multiple of this
+    keep_last: int = 2  # the newest ones: if the last is damaged, the one before it remains
+    keep_every: int | None = None  # also keeps steps that are multiples of this
 
     def __post_init__(self):
         for name in ("every", "keep_last", "keep_every"):
@@ -56,10 +56,10 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run; to be made when the state to begin with is restored.
+    """Writes the checkpoints of one run. Create it after the initial state is restored.
 
-    `saved(step)` is called once a checkpoint is complete, no sooner; a save that fails raises
-    OSError from the next call of any method. What a killed save left behind is removed.
+    `saved(step)` is called once a checkpoint is complete. A save that fails raises OSError from the
+    next call of any method. Leftovers of a killed save are removed.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, saved: Callable[[int], None]):
@@ -77,9 +77,9 @@ class Checkpoints:
         self._saving: int | None = None
 
     def save(self, state: TrainState, description: dict[str, Any]) -> None:
-        """Begins to save in the background, once the save before is complete.
+        """Begins to save in the background, after waiting for the previous save.
 
-        A folder appears under its name only when complete; in a bucket it is then marked.
+        A folder gets its final name only when complete; in a bucket it is marked instead.
         """
         self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
@@ -88,28 +88,28 @@ class Checkpoints:
         with _BEGINS:
             begun = self._manager.save(step, args=ocp.args.Composite(**items))
         if not begun:
-            raise RuntimeError(f"step {step} is not saved: there is a checkpoint of a later one")
+            raise RuntimeError(f"step {step} is not saved: a later step has a checkpoint")
         self._saving = step
 
     def poll(self) -> None:
-        """Looks, without waiting, whether a save has come to its end, a good or a bad one."""
+        """Checks without waiting whether a save has ended; raises OSError if it failed."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being saved is complete."""
+        """Waits until the current save is complete; raises OSError if it failed."""
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # orbax hands on whatever the storage raises
+        except Exception as error:  # orbax reraises any exception of the storage
             cause = str(error).strip().splitlines()[0]
             whole = max(saved_steps(self._workdir), default=None)
             left = "There is no checkpoint yet" if whole is None else f"Step {whole} is complete"
             raise OSError(
-                f"step {step} could not be saved: {cause}\n{left}: make room, or mend the storage, "
-                "and start again"
+                f"step {step} could not be saved: {cause}\n{left}: free space, or repair the "
+                "storage, and start again"
             ) from error
         self._saved(step)
 
@@ -117,21 +117,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
-        """Waits until what is being saved is complete: this process may start the run again."""
+        """Waits for the current save: this process may start the run again."""
         self.wait()
         if kind is None:
             self._manager.close()
 
 
 def check_newest(workdir: Path, state: TrainState) -> list[str]:
-    """Checks that the run can go on from its newest whole checkpoint, before anything is computed.
+    """Checks that the run can resume from its newest whole checkpoint, without computing anything.
 
-    The work is shared among all processes. Returns what to say about damaged checkpoints, which
-    are moved to `unreadable/`.
+    Processes share the work. Damaged checkpoints are moved to `unreadable/`. Returns a note about
+    each.
 
     Args:
-      workdir: the run's, with at least one checkpoint.
-      state: the run's, a tree of shapes.
+      workdir: the run's folder, with at least one checkpoint.
+      state: the run's state, as shapes.
 
     Raises:
       ValueError: all are damaged, or the newest whole one doesn't fit `state`. Nothing is moved.
@@ -155,10 +155,10 @@ def check_newest(workdir: Path, state: TrainState) -> list[str]:
 
 
 def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
-    """Restores the newest checkpoint that `check_newest` left: (state, what to say about others).
+    """Restores the newest checkpoint that `check_newest` left: (state, notes about the others).
 
-    Values that aren't finite count as damage, and so does, where there are no checksums, what
-    orbax can't decode. Raises as `check_newest`.
+    Values that aren't finite count as damage. Without checksums, so do files that orbax can't
+    decode. Raises as `check_newest`.
     """
     damaged = {}
     for step in sorted(saved_steps(workdir), reverse=True):
@@ -197,9 +197,9 @@ def _none_whole(workdir: Path, damaged: dict[int, str]) -> InputError:
 
 
 def restore(folder: Path, state: TrainState) -> TrainState:
-    """One checkpoint's state, onto the shardings of `state`, a tree of shapes.
+    """Restores one checkpoint onto the shardings of `state`, a tree of shapes.
 
-    Raises DamagedError if values aren't finite or, where there are no checksums, can't be decoded.
+    Raises DamagedError if values aren't finite or, without checksums, can't be decoded.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -211,7 +211,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
             restored = reader.restore(address, args=ocp.args.Composite(**items))
-    except Exception as error:  # orbax raises that very class from what tensorstore raises
+    except Exception as error:  # orbax raises plain Exception for tensorstore's errors
         if (folder / FILE).exists() or not _is_damage(error):
             raise
         raise DamagedError(_first_line(error)) from error
@@ -223,7 +223,7 @@ def restore(folder: Path, state: TrainState) -> TrainState:
 
 
 def check_other(folder: Path, state: TrainState) -> None:
-    """Checks that a checkpoint of another run can be gone on from: ValueError says why it can't."""
+    """Raises ValueError if the run can't continue from another run's checkpoint."""
     damage = find_damage(folder, None, jax.process_index(), jax.process_count())
     if damage := first_of_all(damage):
         raise InputError(f"resume: checkpoint {folder} is damaged: {damage}")
@@ -232,7 +232,7 @@ def check_other(folder: Path, state: TrainState) -> None:
 
 
 def restore_other(folder: Path, state: TrainState) -> tuple[TrainState, list[str]]:
-    """Restores a checkpoint that `check_other` passed: (state, what to say about it).
+    """Restores a checkpoint that `check_other` accepted: (state, notes about it).
 
     A running average that the checkpoint lacks starts from its parameters.
     """
@@ -248,12 +248,12 @@ def restore_other(folder: Path, state: TrainState) -> tuple[TrainState, list[str
 
 
 def _averaged(folder: Path, state: TrainState) -> TrainState:
-    """The state without an average where the checkpoint has none."""
+    """Returns the state, without the average if the checkpoint has none."""
     return state if (folder / "ema").is_dir() else dataclasses.replace(state, ema=None)
 
 
 def _differences(folder: Path, items: dict[str, Any]):
-    """Yields how the arrays of a checkpoint differ from these, of which nothing is read."""
+    """Yields how a checkpoint's arrays differ from `items` in name or shape; reads no values."""
     for item, tree in items.items():
         if not (folder / item).is_dir():
             yield f"{item}: expected by the run, not in the checkpoint"
@@ -272,7 +272,7 @@ def _differences(folder: Path, items: dict[str, Any]):
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a tree of shapes, or of what orbax keeps of one."""
+    """Returns {name: shape} of a tree of shapes or of orbax's metadata."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
@@ -288,27 +288,27 @@ def _misfit(folder: Path, differences: list[str]) -> InputError:
     if all(line.startswith("training.opt_state") for line in differences):
         lines.append("The models are equal, the optimizers differ (optimizer).")
     if any(is_stacked(line.removeprefix("params.").replace(".", "/")) for line in differences):
-        lines.append("One stacks its layers in one array, the other doesn't (model.scan).")
+        lines.append("One stacks its layers in one array, the other does not (model.scan).")
     return InputError(
         f"checkpoint {folder} is of another model or optimizer than the run:\n"
         + "\n".join(lines)
-        + "\nMend the recipe or the data, so that they are as its run had them (config.json)."
+        + "\nSet the recipe and the data to those of the checkpoint's run (config.json)."
     )
 
 
 def _not_finite(state: TrainState) -> list[str]:
-    """The names of arrays that hold values which aren't finite."""
-    finite = jax.jit(lambda array: jnp.isfinite(array).all())  # compiles once a shape
+    """Returns the names of arrays with values that aren't finite."""
+    finite = jax.jit(lambda array: jnp.isfinite(array).all())  # compiles once per shape
     return [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in jax.tree_util.tree_leaves_with_path(_split(state))
-        # One at a time: CPUs that run many collectives at once wait for each other for ever.
+        # One at a time: CPUs that run many collectives at once may deadlock.
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not jax.device_get(finite(leaf))
     ]
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether tensorstore or orbax failed to decode what it had read, or missed a file."""
+    """Whether tensorstore or orbax failed to decode the data, or missed a file."""
     while error.__cause__:
         error = error.__cause__
     text = str(error)

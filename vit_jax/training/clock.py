@@ -1,8 +1,8 @@
-"""Where a run's time goes: every second since its command began belongs to one state.
+"""Accounts for a run's time: every second since its command began belongs to one state.
 
-Goodput is the share of the wall time that went into training steps which count. What the other
-states took is told apart, over all starts of a run: `starts.json` in the workdir keeps, for each,
-its steps and the seconds of its states.
+Goodput is the share of wall time spent in training steps that count. Time in other states is
+counted separately, over all starts of a run. `starts.json` in the workdir records the steps and the
+seconds by state of each start.
 """
 
 import datetime
@@ -26,12 +26,12 @@ STATES = (
     "restore",
     "compile",  # of anything: the step, the initialisation, evaluations
     "train",
-    "input",  # devices idle because the next batch isn't there
+    "input",  # devices idle because the next batch isn't ready
     "evaluate",
-    "save",  # as long as a checkpoint keeps steps from running; the rest is in the background
+    "save",  # only while a checkpoint blocks steps; the rest runs in the background
     "profile",  # writing the trace
 )
-# Over several starts, besides: `train` of steps that had to be made again, and between two starts.
+# Over several starts also: training of steps that had to be repeated, and time between starts.
 LOST, DOWN = "lost", "down"
 
 STARTS = "starts.json"
@@ -39,7 +39,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def process_age() -> float:
-    """Seconds since this process began; 0 where the system doesn't tell."""
+    """Seconds since this process began; 0 if the system has no /proc."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except FileNotFoundError:
@@ -50,8 +50,8 @@ def process_age() -> float:
 class Clock:
     """Attributes time to states, beginning `age` seconds ago with "start".
 
-    While entered, it finds compilations by itself, wherever they happen in the thread that entered
-    it. `seconds` is by state, the current one's up to the last change; `read` is up to now.
+    While entered, it detects all compilations in the thread that entered it. `seconds` has seconds
+    by state, up to the last change of state; `read` counts up to now.
     """
 
     def __init__(self, age: float = 0.0):
@@ -60,14 +60,14 @@ class Clock:
         self.began = time.time() - age
 
     def turn(self, state: str) -> None:
-        """What follows is `state`."""
+        """Sets the state from now on."""
         now = time.perf_counter()
         self.seconds[self._state] += now - self._since
         self._state, self._since = state, now
 
     @contextmanager
     def within(self, state: str) -> Iterator[None]:
-        """What is inside is `state`, what follows is as before. Tells the watchdog."""
+        """Sets the state inside the block, then restores it. Tells the watchdog."""
         before = self._state
         waits_for(state)
         self.turn(state)
@@ -82,7 +82,7 @@ class Clock:
         self.seconds[target] += seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds by state until now; their sum is the age of the command."""
+        """Returns seconds by state until now; they add up to the age of the command."""
         self.turn(self._state)
         return dict(self.seconds)
 
@@ -91,7 +91,7 @@ class Clock:
             self.move(seconds, self._state, "compile")
 
     def __enter__(self) -> "Clock":
-        self._thread = threading.get_ident()  # in others, other runs may compile
+        self._thread = threading.get_ident()  # other runs may compile in other threads
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
         return self
 
@@ -100,7 +100,7 @@ class Clock:
 
 
 class Starts:
-    """The starts of a run, this one the last: `starts.json`, rewritten while it goes on."""
+    """The starts of a run, this one last; rewrites `starts.json` as the run proceeds."""
 
     def __init__(self, workdir: Path, clock: Clock, step: int, chips: float):
         self._file, self._clock = Rewritten(workdir / STARTS), clock
@@ -110,12 +110,12 @@ class Starts:
         self.count, self.chips = len(self._all), chips
 
     def keep(self, step: int, in_passing: bool = False) -> None:
-        """Writes down that this start has come to `step`; `in_passing` as `Rewritten.write`."""
+        """Records that this start has reached `step`; `in_passing` as in `Rewritten.write`."""
         self._this |= {"ended": time.time(), "to_step": step, "seconds": self._clock.read()}
         self._write(in_passing)
 
     def saved(self, step: int) -> None:
-        """Writes down that there is a checkpoint of `step`, so that its loss is noticed."""
+        """Records that `step` has a checkpoint, so that its loss is noticed."""
         self._this["saved"] = step
         self._write()
 
@@ -124,11 +124,11 @@ class Starts:
             self._file.write(json.dumps(self._all, indent=1) + "\n", in_passing)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the run by state, `LOST` and `DOWN` among them, as of the last `keep`."""
+        """Returns seconds of the run by state, with `LOST` and `DOWN`, as of the last `keep`."""
         return add_up(self._all)
 
     def goodput(self) -> str:
-        """For people: the share of training, and in brackets where the rest went."""
+        """Returns goodput as text, with the other states' shares in brackets."""
         run = shares(self.seconds())
         rest = sorted(((v, k) for k, v in run.items() if k != "train" and v >= 0.005), reverse=True)
         parts = [f"{state} {share:.0%}" for share, state in rest]
@@ -137,11 +137,11 @@ class Starts:
         return f"{run['train']:.0%}" + f" ({', '.join(parts)})" * bool(parts)
 
     def chip_hours(self) -> float:
-        """Of all starts, as of the last `keep`."""
+        """Returns the chip-hours of all starts, as of the last `keep`."""
         return sum(s["chips"] * sum(s["seconds"].values()) for s in self._all) / 3600
 
     def summary(self, on_chips: bool = True) -> str:
-        """For people: the whole run's time, as of the last `keep`; chip-hours if `on_chips`."""
+        """Returns the run's time as text, as of the last `keep`, with chip-hours if `on_chips`."""
         whole = datetime.timedelta(seconds=round(sum(self.seconds().values())))
         starts = f", {self.count} starts" * (self.count > 1)
         hours = f", {self.chip_hours():,.2f} chip-hours" * on_chips
@@ -149,19 +149,19 @@ class Starts:
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where there is no `starts.json`."""
+    """Reads the starts of a run, oldest first; empty without `starts.json`."""
     if not (file := workdir / STARTS).exists():
         return []
     keys = ("began", "ended", "from_step", "to_step", "chips", "seconds")
-    remedy = "remove it: the run then forgets what its time was spent on"
+    remedy = "remove it: the run then forgets how its time was spent"
     return read_json(file, remedy, list, keys)
 
 
 def add_up(starts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by state over the starts of one run, oldest first.
+    """Adds up seconds by state over the starts of one run, oldest first.
 
-    Steps beyond the one that a later start went back to are lost, and their share of the time with
-    them. Hosts whose clocks differ may make a pause look negative: it counts as none.
+    Steps after the one that a later start resumed from are lost, with their share of the time. If
+    hosts' clocks differ, a pause may look negative; it counts as 0.
     """
     total = dict.fromkeys((*STATES, LOST, DOWN), 0.0)
     for i, start in enumerate(starts):
@@ -179,6 +179,6 @@ def add_up(starts: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """Each state's share of the whole."""
+    """Returns each state's share of the sum."""
     whole = sum(seconds.values())
     return {state: value / whole for state, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""Ending a run that no longer gets better, by its records: a restart decides as the first start."""
+"""Early stopping, decided by the run's records, so that a restart decides the same."""
 
 from pathlib import Path
 

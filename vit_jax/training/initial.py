@@ -1,4 +1,4 @@
-"""The state that a run begins with: random, loaded or restored, created with its shardings."""
+"""The initial state of a run: random, loaded or restored, created with its shardings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +19,14 @@ def fresh_state(training: Training) -> Callable[[jax.Array], TrainState]:
     Each device holds its shard plus at most one layer.
     """
     use_ema = training.config.ema_decay is not None
-    init = partial(init_state, training.model, training.optimizer, use_ema=use_ema)
+    init = partial(init_state, training, training.optimizer, use_ema=use_ema)
     return jax.jit(init, out_shardings=training.shardings)
 
 
 def loaded_state(training: Training, loaded: dict) -> TrainState:
     """Returns step 0 from loaded parameters: numpy arrays, or shapes for those to initialise."""
     key = jax.random.key(training.config.seed)
-    fresh = jax.jit(training.model.init, out_shardings=training.shardings.params)(key)
+    fresh = jax.jit(training.init, out_shardings=training.shardings.params)(key)
     params = jax.tree.map(
         lambda given, new, sharding: (
             put_tree(given, sharding) if isinstance(given, np.ndarray) else new
@@ -43,10 +43,10 @@ def loaded_state(training: Training, loaded: dict) -> TrainState:
 def first_state(
     training: Training, loaded: dict | None, resumes: Path | None, workdir: Path
 ) -> tuple[TrainState, list[str]]:
-    """Returns the state to begin with, and what to say about it.
+    """Returns the initial state and notes about it.
 
-    `resumes`: the workdir itself, whose newest whole checkpoint is restored, or the folder of one
-    checkpoint of another run. Without it the state is `loaded`'s, or random.
+    `resumes` is the workdir itself, to restore its newest whole checkpoint, or the folder of
+    another run's checkpoint. Without it the state is `loaded`'s, or random.
     """
     if resumes is None:
         if loaded is not None:

@@ -1,8 +1,8 @@
 """The training loop of pretraining and transfer: restore, step, log, evaluate, checkpoint.
 
-`run.prepare` checks everything before anything is compiled; `train` then runs. A step ends in this
-order: records flushed, evaluation, checkpoint. So everything up to a checkpoint's step has been
-recorded when the checkpoint exists, and a restart from it repeats nothing and loses nothing.
+`run.prepare` checks everything before anything is compiled, then `train` runs. A step ends in this
+order: flush records, evaluate, save. So when a checkpoint exists, everything up to its step has
+been recorded, and a restart from it repeats and loses nothing.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ from vit_jax.training.workdir import compiled_kept, keep_config
 def pretrain(
     config: Mapping[str, Any] | TrainConfig, workdir: str | os.PathLike, clock: Clock | None = None
 ) -> Trained:
-    """Trains a model from random weights, or continues the run that is in the workdir.
+    """Trains a model from random weights, or resumes the run in the workdir.
 
     Args:
       config: a recipe, such as `vit_jax.recipe` returns, or the dataclass.
       workdir: the folder of the run.
-      clock: one that runs already, if the time before this call counts too.
+      clock: a running clock, if the time before this call counts too.
 
-    Raises ValueError or FileNotFoundError, before anything is compiled, for a recipe or data that
+    Raises ValueError or FileNotFoundError before anything is compiled if the recipe or the data
     don't fit; otherwise as `train`.
     """
     run = prepare(build(TrainConfig, config), os.fspath(workdir), clock=clock)
@@ -54,12 +54,13 @@ def pretrain(
 
 
 def train(run: Run) -> dict[str, float]:
-    """Runs to the last step, from the newest checkpoint if there is one; returns the last record.
+    """Trains to the last step, from the newest checkpoint if any; returns each metric's last value.
 
-    Raises FloatingPointError when the loss or a parameter is no longer finite; the last checkpoint
-    is then from before. Told to end by SIGTERM, it saves and exits with code
-    `multihost.PREEMPTED`; started again, it goes on. After Ctrl-C it saves and raises
-    KeyboardInterrupt; the second time at once.
+    After SIGTERM it saves and exits with code `preemption.PREEMPTED`; the same command resumes.
+    After Ctrl-C it saves and raises KeyboardInterrupt; a second Ctrl-C ends it immediately.
+
+    Raises FloatingPointError if the loss or a parameter is no longer finite. The last checkpoint is
+    then from before.
     """
     config, clock = run.config, run.clock
     keep_config(run.workdir, dataclasses.asdict(config))
@@ -76,7 +77,7 @@ def train(run: Run) -> dict[str, float]:
         if start >= run.steps and run.resumes not in (None, run.workdir):
             raise InputError(
                 f"resume: {run.resumes} is at step {start} and the run has {run.steps} steps: "
-                "nothing is left to do, set more"
+                "nothing is left to do; set more steps"
             )
         metrics = enter(
             Metrics(
@@ -110,7 +111,7 @@ def train(run: Run) -> dict[str, float]:
             programs = enter(Programs(run, first, start, clock))
         metrics.say(f"compiled in {clock.seconds['compile']:.1f} s")
         if start and _evaluates(config, start) and not all_agree(metrics.evaluated(start)):
-            _evaluate(run, state, start, metrics)  # preempted before it came to that
+            _evaluate(run, state, start, metrics)  # the run was preempted before this evaluation
         recorder = Recorder(
             metrics,
             clock,
@@ -129,15 +130,15 @@ def train(run: Run) -> dict[str, float]:
         starts.keep(end)
         metrics.say(starts.summary(jax.default_backend() != "cpu"))
         if preemption.interrupted:
-            raise KeyboardInterrupt(f"stopped at step {end}; the same command goes on")
+            raise KeyboardInterrupt(f"stopped at step {end}; the same command resumes")
         if end < run.steps and not _has_waited(run):
-            metrics.say(f"told to end after step {end}: start again to go on from there")
+            metrics.say(f"told to end after step {end}: start again to resume from there")
             raise SystemExit(PREEMPTED)
         return metrics.last()
 
 
 def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
-    """Ends a run without a step to take; with `stop = 0` its initial state is saved."""
+    """Ends a run that has no steps left; saves the initial state if `stop = 0`."""
     if run.resumes is None:
         with Checkpoints(run.workdir, run.config.checkpoint, metrics.saved) as checkpoints:
             checkpoints.save(state, run.description)
@@ -146,10 +147,10 @@ def _finish(run: Run, state: TrainState, metrics: Metrics) -> dict[str, float]:
 
 
 def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
-    """Takes a few steps of each stage, of which nothing is kept.
+    """Measures a few steps of each stage; keeps nothing.
 
-    Returns the mean seconds of a step of the run, and the seconds of all compilations. Reading and
-    preparing the images is included.
+    Returns (mean seconds per step of the run, seconds of all compilations). Reading and preparing
+    images counts.
     """
     seconds = compilation = 0.0
     with use_mesh(run.mesh), compiled_kept(run.workdir, run.config.compilation_cache):
@@ -172,7 +173,7 @@ def measure_step(run: Run, steps: int = 4) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What the steps of a run need."""
+    """The parts of a run that its steps use."""
 
     run: Run
     programs: Programs
@@ -181,14 +182,14 @@ class _Loop:
     preemption: Preemption
 
     def take_steps(self, state: TrainState, batches: Iterator[dict]) -> int:
-        """Trains until the last step or preemption; returns that step, whose save is under way."""
+        """Trains until the last step or preemption; returns that step, whose save has begun."""
         run, recorder = self.run, self.recorder
         batch = next(batches)
         with Profile(run.workdir, run.config.profile_steps, run.clock) as profile:
             for done in range(int(state.step) + 1, run.steps + 1):
                 waits_for(f"step {done} or the one before")
                 step = self.programs.at(done - 1)
-                # Nothing moves between host and devices but what is put or fetched explicitly.
+                # Only explicit transfers between host and devices are allowed.
                 with jax.transfer_guard("disallow"):
                     with profile.step(done, state):
                         state, values = step(state, batch)
@@ -204,7 +205,7 @@ class _Loop:
         return done
 
     def _finish_step(self, state: TrainState, done: int, last: bool, preempted: bool) -> bool:
-        """Flushes records, evaluates, begins to save, as is due; returns whether the run ends."""
+        """Flushes records, evaluates and begins to save if due; returns whether the run ends."""
         run, config, metrics = self.run, self.run.config, self.recorder.metrics
         evaluates = last or (_evaluates(config, done) and not preempted)
         saves = last or preempted or done % config.checkpoint.every == 0

@@ -1,6 +1,6 @@
-"""Fitting a step into a device's memory: microbatches, then rematerialisation, by the compiler.
+"""Fits a step into a device's memory by microbatches, then rematerialisation.
 
-Neither changes the global batch, and so neither changes what is learned.
+The compiler measures each. Neither changes the global batch, so neither changes what is learned.
 """
 
 import ctypes
@@ -19,23 +19,23 @@ from vit_jax.parallel.mesh import batch_parts, batch_sharding, replicated, use_m
 from vit_jax.training.initial import fresh_state
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
-# Of what a device says it has: the rest is for batches on their way, evaluation and fragmentation.
+# Share of the device's memory; the rest is for batches in transfer, evaluation and fragmentation.
 USABLE = 0.9
-USABLE_ON_HOST = 0.6  # where other programs want some, too
+USABLE_ON_HOST = 0.6  # other programs need memory too
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device: all of it at its peak, and what the state and the batch take of it."""
+    """Bytes on one device: the peak, and the state's and the batch's part of it."""
 
     peak: float
     arguments: float
 
 
 def compile_step(training: Training) -> jax.stages.Compiled:
-    """Compiles a training's step for shapes: no data, and no array, is needed.
+    """Compiles a training's step for shapes, without data or arrays.
 
-    Raises OutOfMemory where the compiler finds that it can't fit.
+    Raises OutOfMemory if the compiler finds that it can't fit.
     """
     config = training.config
     sharding = batch_sharding(training.mesh)
@@ -49,7 +49,7 @@ def compile_step(training: Training) -> jax.stages.Compiled:
 
 
 def compile_init(training: Training) -> jax.stages.Compiled:
-    """Compiles the program that makes a random state, as `compile_step` does."""
+    """Compiles the program that creates a random state, as `compile_step` does."""
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(training.mesh))
     with use_mesh(training.mesh):
@@ -57,7 +57,7 @@ def compile_init(training: Training) -> jax.stages.Compiled:
 
 
 def device_memory() -> float:
-    """Bytes that a step may take of this process's first device."""
+    """Bytes that a step may use on this process's first device."""
     device = jax.local_devices()[0]
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return USABLE * limit
@@ -66,10 +66,10 @@ def device_memory() -> float:
 
 
 def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
-    """(microbatches, remat, what was found): a step then takes at most `capacity` bytes a device.
+    """Returns (microbatches, remat, message) with which a step fits `capacity` bytes per device.
 
-    Microbatches come first, since they cost the least time;
-    how many is told by proportion and then compiled. ValueError if nothing fits, with what does.
+    Tries microbatches first, since they cost the least time. Their number is estimated
+    proportionally, then compiled. Raises ValueError, with all that was tried, if nothing fits.
     """
     config, tried = training.config, []
     for remat in further_remat(config.model.remat, config.model.scan):
@@ -90,14 +90,14 @@ def fit_memory(training: Training, capacity: float) -> tuple[int, str, str]:
             tried.append(f"  {found}")
             accumulation = _next_accumulation(training, fitted, need, capacity)
     raise InputError(
-        "no way was found to fit a training step into the device's memory:\n"
+        "a training step doesn't fit into the device's memory in any way that was tried:\n"
         + "\n".join(tried)
         + "\nTake a smaller model or image size, a smaller batch_size, or more devices (mesh.fsdp)"
     )
 
 
 def _measure(training: Training, config: TrainConfig) -> Need:
-    """What the stage takes that takes the most."""
+    """Returns the need of the stage with the highest peak."""
     as_long = dataclasses.replace(config, steps=training.scheduled, epochs=None)
     rebuilt = build_training(as_long, training.mesh, training.model.num_classes, num_examples=0)
     needs = [_measure_stage(rebuilt.during(stage)) for stage in rebuilt.stages]
@@ -117,7 +117,7 @@ def _measure_stage(training: Training) -> Need:
 def _next_accumulation(
     training: Training, config: TrainConfig, need: Need, capacity: float
 ) -> int | None:
-    """The fewest microbatches that may do, by proportion; None where there are none."""
+    """Returns the fewest microbatches that may fit, estimated proportionally; None if none do."""
     rows = config.batch_size // batch_parts(training.mesh)
     together = 2 if config.augmentation.mixes else 1
     for accumulation in range(config.accumulation + 1, rows + 1):
@@ -129,6 +129,6 @@ def _next_accumulation(
 
 
 def return_freed_memory() -> None:
-    """Gives the system what compilation freed and glibc keeps: a quarter of a GiB for a ViT."""
+    """Returns memory to the system that compilation freed and glibc keeps: 0.25 GiB for a ViT."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

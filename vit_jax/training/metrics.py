@@ -1,4 +1,4 @@
-"""What a run says while it runs: `metrics.jsonl` and other writers, a progress line."""
+"""Output of a run: `metrics.jsonl`, other writers and a progress line."""
 
 import json
 import math
@@ -25,31 +25,31 @@ from vit_jax.training.clock import DOWN, LOST, STATES, Clock, Starts, shares
 from vit_jax.training.writers import MetricsConfig, Writer, open_writers
 from vit_jax.weights.trained import saved_steps
 
-# Measured by the clock: the only values that differ between a run and its repetition.
+# Values measured by the clock. Only these differ between a run and its repetition.
 CLOCK = (
     "img_per_sec",
     "img_per_sec_per_chip",
     "mfu",
-    "input_wait",  # share of the time since the last record, of the process that waited longest
+    "input_wait",  # share of the time since the last record, for the process that waited longest
     "input_wait_process",
-    "goodput",  # share of the run's wall time; the rest is in the time_* of the other states
+    "goodput",  # share of the run's wall time; time_* are the other states' shares
     "goodput_this_start",
     *(f"time_{state}" for state in (*STATES, LOST, DOWN) if state != "train"),
     "eta",  # seconds
     "chip_hours",
     "seconds",  # of an evaluation
 )
-# From this share of time on that devices wait for input, the log says that the job is bound by it.
+# If devices wait for input for at least this share of time, the log says the job is input-bound.
 INPUT_BOUND = 0.1
 
 
 class Metrics:
-    """Writes one JSON record a line, {"step": n, name: value, ...}, and shows progress.
+    """Writes one JSON record per line, {"step": n, name: value, ...}, and shows progress.
 
-    On resuming from step n, records of later steps, which will be made again, are cut off, and
-    with them a line that a killed process left unfinished. With a `label` all lines begin with it,
-    and there is no bar: other runs write there, too. Only the first process writes. `recipe` is
-    shown where writers have a place for it.
+    On resuming from step n, removes records of later steps, which will be written again, and a line
+    that a killed process left unfinished. With a `label` all lines begin with it and there is no
+    bar, since other runs write to the same terminal. Only the first process writes. Writers that
+    can show the `recipe` do.
     """
 
     def __init__(
@@ -80,28 +80,28 @@ class Metrics:
             self.say(note)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records scalars of a step; `flush` makes sure that they are kept."""
+        """Records scalars of a step; `flush` makes them durable."""
         if not self._file:
             return
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            if error.errno is None:  # a bucket's, which names it
+            if error.errno is None:  # from a bucket; it names the file
                 raise
             raise OSError(error.errno, os.strerror(error.errno), self._file.name) from error
         for writer in self._writers:
             writer.write(step, values)
 
     def flush(self) -> None:
-        """Returns when what was recorded is kept, also by a bucket."""
+        """Returns once all records are stored, also in a bucket."""
         if self._file:
             self._file.flush()
 
     def progress(self, step: int, values: dict[str, float], goodput: str = "") -> None:
         """Shows loss, speed, goodput and time to go: a bar on a terminal, a line elsewhere.
 
-        `values` are a record's, with the mean loss of the steps since the one before; `goodput`
-        tells more of it.
+        `values` is a record whose loss is the mean since the previous record; `goodput` replaces
+        the plain number on a line.
         """
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['img_per_sec']:,.0f}"}
         if self._bar is None:
@@ -127,21 +127,21 @@ class Metrics:
         if input_bound and not self._advised:
             self._advised = True
             self.say(
-                "input-bound: devices idle until a batch is there. Try data.num_workers, "
-                "data.num_threads, storage that is nearer, a cheaper data.preprocess"
+                "input-bound: devices idle until a batch is ready. Try data.num_workers, "
+                "data.num_threads, nearer storage or a cheaper data.preprocess"
             )
 
     def say(self, text: str) -> None:
-        """A line of text for people."""
+        """Prints a line of text."""
         if is_main():
             tqdm.write(self._prefix + text, file=sys.stderr)
 
     def saved(self, step: int) -> None:
-        """Tells that a checkpoint is complete."""
+        """Prints that a checkpoint is complete."""
         self.say(f"step {step} is saved")
 
     def evaluated(self, step: int) -> bool:
-        """Whether an evaluation of that step is recorded; processes that don't record say yes."""
+        """Whether that step's evaluation is recorded; True on processes that don't record."""
         if not is_main():
             return True
         self.flush()
@@ -149,7 +149,7 @@ class Metrics:
         return any(r["step"] == step and any("/" in name for name in r) for r in records)
 
     def last(self) -> dict[str, float]:
-        """The newest value of everything recorded."""
+        """Returns the newest value of everything recorded."""
         self.flush()
         records = read_metrics(self.workdir) if is_main() else []
         return {name: value for record in records for name, value in record.items()}
@@ -161,15 +161,15 @@ class Metrics:
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for resource in filter(None, (self._bar, self._file, *self._writers)):
-            # On a full disk it fails again: the error that ends the run says more.
+            # On a full disk this fails again; the error that ends the run says more.
             with suppress(OSError) if kind else nullcontext():
                 resource.close()
 
 
 class Recorder:
-    """Fetches each step's metrics once the next step is under way, and records those due.
+    """Fetches each step's metrics while the next step runs, and records those due.
 
-    Raises FloatingPointError for values that are not finite, naming the steps to look at.
+    Raises FloatingPointError, with the steps to look at, for values that aren't finite.
     """
 
     def __init__(
@@ -194,13 +194,13 @@ class Recorder:
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self._peak = peak and peak * devices
         self._lap = dict(clock.read())
-        # Another thread sees when a step is finished: waiting for input costs only from then on.
+        # Another thread notes when a step finishes: only waits for input after that cost time.
         self._watcher = ThreadPoolExecutor(1)
-        self._finished: Future[float] | None = None  # the pending step's
-        self._waited = (0.0, 0.0)  # for the batch after the pending step's: from, to
+        self._finished: Future[float] | None = None  # when the pending step finished
+        self._waited = (0.0, 0.0)  # start and end of the wait for the next step's batch
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that is still under way, and records those before it."""
+        """Takes the metrics of a step that is still running, and records the previous step's."""
         previous, self._pending = self._pending, (step, values)
         if previous:
             self._finish()
@@ -209,7 +209,7 @@ class Recorder:
             self._record(*previous, must_check=False)
 
     def flush(self) -> None:
-        """Waits for the newest step, records it if it is due, and checks it in any case."""
+        """Waits for the newest step, checks its values, and records them if due."""
         if self._pending:
             self._finish()
             self._record(*self._pending, must_check=True)
@@ -217,13 +217,13 @@ class Recorder:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, the batch after the pending step's is waited for."""
+        """Times the block as the wait for the batch after the pending step's."""
         start = time.perf_counter()
         yield
         self._waited = start, time.perf_counter()
 
     def _finish(self) -> None:
-        """Waits for the pending step: never are more than two under way."""
+        """Waits for the pending step, so that at most two run."""
         finished = self._finished.result()
         began, ended = self._waited
         self._clock.move(max(0.0, ended - max(began, finished)), "train", "input")
@@ -246,7 +246,7 @@ class Recorder:
                 f"not finite after step {step}: {fetched}. It was finite after step "
                 f"{self._checked}; {good} ({self.metrics.workdir}). Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
-                f"steps {self._checked + 1} to {step}. What it was, and where: "
+                f"steps {self._checked + 1} to {step}. To find the cause: "
                 f"vit_jax replay --workdir={self.metrics.workdir} --step={step}"
             )
         self._checked = step
@@ -259,11 +259,11 @@ class Recorder:
             self._losses.clear()
             shown = {**fetched, "loss": mean}
             if jax.default_backend() == "cpu":
-                del shown["chip_hours"]  # nobody pays for a laptop's
+                del shown["chip_hours"]  # CPUs aren't billed as chips
             self.metrics.progress(step, shown, self._starts.goodput())
 
     def _speed(self, step: int) -> dict[str, float]:
-        """What the clock says: of the steps since the last record, and of the run."""
+        """Returns the clock's values for the steps since the last record, and for the run."""
         before, now = self._lap, self._clock.read()
         waits = everyones(now["input"] - before["input"])
         self._clock.move(waits.max() - (now["input"] - before["input"]), "train", "input")
@@ -302,16 +302,16 @@ def _finished_at(values: dict[str, jax.Array]) -> float:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """All records of a run, but for a line that a killed process left unfinished.
+    """Reads all records of a run, except a line that a killed process left unfinished.
 
-    Raises ValueError that names the line for one which is no record.
+    Raises ValueError, with the line number, for a line that isn't a record.
     """
     path = workdir / "metrics.jsonl"
     return [record for _, record in _records(path)]
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yields (line, record) for each record; nothing if there is no file."""
+    """Yields (line, record) for each record; nothing without a file."""
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -326,7 +326,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
             except ValueError as error:
                 raise InputError(
                     f"{path}, line {number} is damaged ({error}), found {line[:40]!r}: expected a "
-                    "record in JSON. Delete the line: the run goes on without the record"
+                    "record in JSON. Delete the line: the run continues without the record"
                 ) from error
             yield text, record
 

@@ -9,7 +9,7 @@ momentum m of a matrix [in, out]:
 
 The scale gives u the root mean square of AdamW's updates, so AdamW's learning rates are a good
 start. Query, key and value are one matrix each over all heads; experiments/efficiency/README.md
-compares this with a matrix a head.
+compares this with one matrix per head.
 
 Letters in shapes: N matrices, m shorter side, n longer side.
 """
@@ -53,7 +53,7 @@ def muon(
             "Transformer and Mixer blocks; for other models use adamw or sgd, or name the kernels"
         )
     for name, shape in chosen:
-        if not re.fullmatch(KERNELS, name) or min(_matrix_shape(name, shape)[1:], default=0) < 2:
+        if not re.fullmatch(KERNELS, name) or min(matrix_shape(name, shape)[1:], default=0) < 2:
             raise InputError(
                 f"Muon orthogonalises matrices, muon_kernels={kernels!r} matches {name} {shape}: "
                 "expected kernels with at least two inputs and two outputs"
@@ -83,7 +83,7 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     return x
 
 
-def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns (N, in, out) of a kernel; N is the number of scanned layers, or 1."""
     layers, axes = (shape[0], shape[1:]) if is_stacked(name) else (1, shape)
     inputs = 1 if re.fullmatch(PROJECTIONS, name) else len(axes) - 1
@@ -91,9 +91,9 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _orthogonalize_tree(updates: Any) -> Any:
-    """Orthogonalises and scales all matrices, those of one shape together, split over devices."""
+    """Orthogonalises and scales all matrices, batched by shape and split over devices."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
-    shapes = [_matrix_shape(path_name(path), x.shape) for path, x in leaves]
+    shapes = [matrix_shape(path_name(path), x.shape) for path, x in leaves]
     groups = defaultdict(list)  # (m, n) -> positions in `leaves`
     for i, (_, rows, columns) in enumerate(shapes):
         groups[min(rows, columns), max(rows, columns)].append(i)

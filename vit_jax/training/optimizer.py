@@ -8,6 +8,9 @@ One update, with gradients g, parameters p and the learning rate lr(t) of a `Sch
     multiplier   u <- multiplier * u
     rate, sign   p <- p - lr(t) * u                       t counts the updates before this one
 
+With a width rule, its factors multiply gradients before the clip and u before the decay: see
+`width_rule`.
+
 A parameter whose multiplier is 0 is frozen: its gradient enters nothing, not even the norm, so the
 compiler can drop it, and the optimizer keeps no state for it.
 """
@@ -28,6 +31,7 @@ from vit_jax.models.names import HIDDEN_KERNELS, KERNELS, block_number, follows_
 from vit_jax.parallel.mesh import path_name
 from vit_jax.training.muon import muon
 from vit_jax.training.spikes import skip_spikes
+from vit_jax.training.width_rule import WIDTH_RULES, WidthFactors, scaled
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Rules = tuple[tuple[str, float], ...]
@@ -42,11 +46,11 @@ MOMENTUM_DTYPES = ("float32", "bfloat16")
 class ScheduleConfig:
     """A learning rate that warms up linearly from 0 to `peak`, then decays.
 
-    constant and rsqrt don't depend on the run's length before their `cooldown`, so one run's
+    Before their `cooldown`, constant and rsqrt don't depend on the run's length. So one run's
     checkpoints can be cooled down after any number of steps ("Scaling Vision Transformers",
     arXiv 2106.04560, section 3.5).
 
-    Raises ValueError for an unknown decay and for values that make no schedule.
+    Raises ValueError for an unknown decay or invalid values.
     """
 
     peak: float  # the highest learning rate
@@ -55,7 +59,7 @@ class ScheduleConfig:
     end: float = 0.0  # the final learning rate of linear, cosine and cooldown
     timescale: int = 10_000  # steps, of rsqrt
     cooldown: int = 0  # steps, the last ones; of constant and rsqrt
-    drops: tuple[float, ...] = ()  # of staircase: at these parts of the run, rates fall to a tenth
+    drops: tuple[float, ...] = ()  # of staircase: shares of the run at which rates fall to a tenth
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -69,41 +73,41 @@ class ScheduleConfig:
             )
         if self.decay not in ("constant", "rsqrt") and self.cooldown:
             raise InputError(
-                f"cooldown={self.cooldown} with decay {self.decay!r}, which comes down by itself: "
+                f"cooldown={self.cooldown} with decay {self.decay!r}, which decays without one: "
                 "use constant or rsqrt, or cooldown=0"
             )
         if bool(self.drops) != (self.decay == "staircase") or not all(
             0 < d < 1 for d in self.drops
         ):
             raise InputError(
-                f"drops={self.drops} with decay {self.decay!r}: expected parts of the run between "
+                f"drops={self.drops} with decay {self.decay!r}: expected shares of the run between "
                 "0 and 1 for staircase, none for the others"
             )
         if self.decay not in ("linear", "cosine") and self.end and not self.cooldown:
             raise InputError(
-                f"end={self.end}: decay {self.decay!r} doesn't end there: that takes linear, "
-                "cosine or a cooldown"
+                f"end={self.end}: decay {self.decay!r} doesn't end there: use linear, cosine or a "
+                "cooldown"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What `make_optimizer` makes; each rule is (regex, value), see `match_rules`.
+    """Options of `make_optimizer`; each rule is (regex, value), see `match_rules`.
 
-    The two conventions of weight decay are both decoupled (Loshchilov & Hutter, arXiv 1711.05101):
+    Both conventions of weight decay are decoupled (Loshchilov & Hutter, arXiv 1711.05101).
     "multiplied", the ViT paper's, is p -= lr(t) * weight_decay * p; "independent", big_vision's, is
     p -= lr(t) / peak * weight_decay * p. So 0.1 multiplied is 1e-4 independent at a peak of 1e-3.
-    A learning-rate multiplier scales the decay as well, in both (big_vision's doesn't).
+    In both, a learning-rate multiplier scales the decay too (big_vision's doesn't).
 
     Raises ValueError for unknown names and for values out of range.
     """
 
     name: str = "adamw"  # | sgd | adafactor | muon: see `muon`
     b1: float = 0.9  # momentum, of every optimizer
-    b2: float = 0.999  # AdamW's second moment; the most that Adafactor's may reach
+    b2: float = 0.999  # of AdamW's second moment; the upper bound of Adafactor's
     eps: float = 1e-8  # AdamW's
-    muon_momentum: float = 0.95  # of Muon's matrices; b1, b2 and eps are of its AdamW
-    muon_kernels: str = HIDDEN_KERNELS  # regex of Muon's matrices; AdamW has the rest
+    muon_momentum: float = 0.95  # of Muon's matrices; its AdamW uses b1, b2 and eps
+    muon_kernels: str = HIDDEN_KERNELS  # regex of Muon's matrices; the rest use AdamW
     momentum_dtype: str | None = None  # of the momentum in memory; None: the parameter's
     weight_decay: float = 0.0  # by `weight_decay_convention`
     weight_decay_convention: str = "multiplied"  # | independent
@@ -111,6 +115,9 @@ class OptimizerConfig:
     lr_multipliers: Rules = ((".*", 1.0),)  # 0 freezes
     layer_decay: float = 1.0  # of the rate, from each block to the one below: see `layer_factors`
     clip_norm: float | None = 1.0  # largest norm of all gradients together
+    width_rule: str | None = None  # mup: widths share one learning rate, see `width_rule`
+    base_width: int | None = None  # of width_rule: the width at which it changes nothing
+    base_heads: int | None = None  # attention heads at that width; None: as many as the model's
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
@@ -131,6 +138,19 @@ class OptimizerConfig:
             raise InputError(f"clip_norm={self.clip_norm}: expected more than 0, or None")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay={self.layer_decay}: expected a number in (0, 1]")
+        if self.width_rule is not None and self.width_rule not in WIDTH_RULES:
+            raise unknown("width_rule", self.width_rule, WIDTH_RULES)
+        for name in ("base_width", "base_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        if (self.width_rule is None) != (self.base_width is None) or (
+            self.base_heads and not self.width_rule
+        ):
+            raise InputError(
+                f"width_rule={self.width_rule!r}, base_width={self.base_width}, "
+                f"base_heads={self.base_heads}: a rule needs base_width, the width at which it "
+                "changes nothing; without a rule set neither"
+            )
         values = [self.weight_decay, *(v for _, v in self.weight_decay_rules + self.lr_multipliers)]
         if min(values) < 0:
             raise InputError(f"weight decay or multiplier {min(values)}: expected 0 or more")
@@ -139,13 +159,13 @@ class OptimizerConfig:
 def make_schedule(
     config: ScheduleConfig, steps: int, peak: jax.Array | float | None = None
 ) -> Schedule:
-    """The learning rate of each of `steps` updates: int32 [] step -> float32 [], jit-compatible.
+    """Returns the learning-rate schedule: int32 [] step -> float32 [], jit-compatible.
 
-    As big_vision's (utils.py, create_learning_rate_schedule): 0 at step 0, `peak` at step `warmup`,
-    `end` at step `steps`, which is one after the last update's. rsqrt is
-    peak / sqrt(1 + (t - warmup) / timescale); a cooldown multiplies whatever is left above `end`
-    with a line from 1 to 0. staircase is BiT's (arXiv 1912.11370, section 3.3). `peak` takes the
-    place of the config's: it may be traced.
+    As in big_vision (utils.py, create_learning_rate_schedule): 0 at step 0, `peak` at step
+    `warmup`, `end` at step `steps`, one after the last update. rsqrt is
+    peak / sqrt(1 + (t - warmup) / timescale). A cooldown multiplies the part above `end` by a line
+    from 1 to 0. staircase is BiT's (arXiv 1912.11370, section 3.3). `peak` replaces the config's
+    and may be traced.
 
     Raises ValueError if warm-up and cooldown don't fit into `steps`.
     """
@@ -187,6 +207,7 @@ def make_optimizer(
     peak: jax.Array | float,
     params: Any,
     spike_factor: float | None = None,
+    width: WidthFactors | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of the module's docstring, for parameters with the tree of `params`.
 
@@ -194,7 +215,8 @@ def make_optimizer(
     In the state's paths the moments stand under their parameter's own: ".../mu/head/kernel". They
     have its shape, except Adafactor's second moment of matrices (v_row, v_col lack one axis; v is
     [1]).
-    `spike_factor`: leaves out updates, see `spikes.skip_spikes`.
+    `spike_factor`: leaves out updates, see `spikes.skip_spikes`. `width`: the factors of the
+    config's `width_rule`.
 
     Raises ValueError if every parameter is frozen, and what `match_rules` and `muon` raise.
     """
@@ -203,9 +225,19 @@ def make_optimizer(
     if not any(jax.tree.leaves(trained)):
         raise InputError(f"lr_multipliers={config.lr_multipliers} freeze every parameter")
 
+    if (width is None) != (config.width_rule is None):
+        raise ValueError(f"width_rule={config.width_rule!r}: `width` must be its `width_factors`")
+
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    direction = optax.masked(optax.chain(clip, _direction(config, params)), trained)
+    if width is not None:
+        before, after = (
+            optax.stateless(lambda updates, _, factors=factors: scaled(updates, factors))
+            for factors in (width.gradient, width.update)
+        )
+        direction = optax.chain(before, direction, after)
     parts = (
-        optax.masked(optax.chain(clip, _direction(config, params)), trained),
+        direction,
         _add_weight_decay(config, peak, params),
         optax.stateless(lambda updates, _: jax.tree.map(_multiply, updates, multipliers)),
         _decay_layers(config.layer_decay, params),
@@ -216,13 +248,13 @@ def make_optimizer(
 
 
 def match_rules(rules: Rules, params: Any) -> Any:
-    """The tree of `params` with, for each parameter, the value of the first rule that matches.
+    """Returns a tree like `params` with the value of the first rule that matches each parameter.
 
-    A rule is (regex, value); the regex must match a parameter's whole path, such as
+    A rule is (regex, value). The regex must match a parameter's whole path, such as
     "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel".
 
-    Raises ValueError for a parameter without a rule, and for a rule that isn't a regex or decides
-    for no parameter, be it mistyped or behind broader rules; only ".*" may decide nothing.
+    Raises ValueError for a parameter without a rule, a rule that isn't a regex, and a rule that
+    applies to no parameter (mistyped, or after broader rules). Only ".*" may apply to none.
     """
     try:
         regexes = [re.compile(pattern) for pattern, _ in rules]
@@ -248,11 +280,11 @@ def match_rules(rules: Rules, params: Any) -> Any:
 
 
 def layer_factors(decay: float, params: Any) -> Any:
-    """Factors of the learning rate by depth: a tree of numbers, and arrays [L, 1, ...].
+    """Returns the learning rate's factors by depth: a tree of numbers, or arrays [L, 1, ...].
 
-    Of L blocks, block l has decay^(L - l), l from 0; what comes before them has decay^(L + 1), what
-    comes after them 1 (Bao et al., arXiv 2106.08254). Scanned blocks, which are one tensor, have an
-    array. ValueError for a model without blocks.
+    Block l = 0, ..., L - 1 has decay^(L - l), parameters before the blocks decay^(L + 1), those
+    after them 1 (Bao et al., arXiv 2106.08254). Scanned blocks are one tensor and have an array.
+    Raises ValueError for a model without blocks.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     named = [(path_name(keys), leaf) for keys, leaf in leaves]
@@ -298,15 +330,15 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adafactor as in "Scaling Vision Transformers", section 3.4, and big_vision's optax.py.
 
-    Of Shazeer & Stern's (arXiv 1804.04235) it keeps the factored second moment with
-    beta2_t = 1 - t^-0.8, bounded by b2, and drops the update clipping and the scaling by the
-    parameters' size. The momentum is of the directions, without bias correction.
+    It keeps the factored second moment of Shazeer & Stern (arXiv 1804.04235) with
+    beta2_t = 1 - t^-0.8, bounded by b2. It has no update clipping and no scaling by the parameters'
+    size. The momentum averages the directions, without bias correction.
     """
 
     def b2(count: jax.Array, exponent: float) -> jax.Array:
         return jnp.minimum(config.b2, 1 - (count + 1.0) ** -exponent)
 
-    # A scan over 32 layers or more stacks biases into matrices of this size: they are factored too.
+    # Scanning 32 or more layers stacks biases into matrices of this size, which are factored too.
     second_moment = optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=b2)
     momentum = optax.ema(config.b1, debias=False, accumulator_dtype=config.momentum_dtype)
     return optax.chain(second_moment, momentum)
@@ -328,5 +360,5 @@ def _add_weight_decay(
 
 
 def _multiply(update: jax.Array, multiplier: float) -> jax.Array:
-    # 0 * update would compute a frozen parameter's gradient, and spread its nan.
+    # 0 * update would compute a frozen parameter's gradient and propagate its NaN.
     return multiplier * update if multiplier else jnp.zeros_like(update)

@@ -1,4 +1,4 @@
-"""Where a value that isn't finite comes from: a function computed operation by operation."""
+"""Finds where a value that isn't finite comes from, operation by operation."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ class Origin:
     phase: str
     operation: str
     shape: str
-    largest: float  # of what went in, in magnitude
+    largest: float  # the largest magnitude of its inputs
 
     def __str__(self) -> str:
         return (
@@ -35,9 +35,9 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An array, its largest magnitude, and where it came from if it isn't finite.
+    """An array, its largest magnitude, and its origin if it isn't finite.
 
-    `constant`: infinite by intention, as a mask may be.
+    `constant` marks intended infinities, such as a mask's.
     """
 
     array: Any
@@ -47,7 +47,7 @@ class Value:
 
 
 class Examination:
-    """Computes a function operation by operation, and follows what isn't finite to its origin.
+    """Computes a function operation by operation and traces values that aren't finite.
 
     `activations` has (root mean square, largest magnitude) of each layer's last output.
     """
@@ -58,7 +58,7 @@ class Examination:
         self._measure = jax.jit(_measure)
 
     def run(self, closed: core.ClosedJaxpr, inputs: Sequence[Value], scope: str = "") -> list:
-        """The outputs, as `Value`s."""
+        """Returns the outputs as `Value`s."""
         jaxpr = closed.jaxpr
         values = dict(zip(jaxpr.constvars, map(self._given, closed.consts), strict=True))
         values |= dict(zip(jaxpr.invars, inputs, strict=True))
@@ -136,19 +136,19 @@ class Examination:
         return Value(array, largest, Origin(self._order, layer, phase, name, shape, went_in))
 
     def _given(self, array: Any) -> Value:
-        """A constant or argument: what isn't finite in it is there by intention."""
+        """Wraps a constant or argument; values in it that aren't finite are intended."""
         if not jnp.issubdtype(jnp.asarray(array).dtype, jnp.floating):
             return Value(array)
         finite, _, largest, _ = map(float, self._measure(array))
         return Value(array, largest, constant=not finite)
 
     def _like(self, value: Value, part: Any) -> Value:
-        """A part of a value, which may be finite where the whole is not."""
+        """Wraps a part of a value; it may be finite though the whole is not."""
         found = self._given(part)
         return dataclasses.replace(found, origin=value.origin) if found.constant else found
 
     def arguments(self, tree: Any) -> list[Value]:
-        """The leaves of a tree as inputs of `run`."""
+        """Wraps the leaves of a tree as inputs of `run`."""
         return list(map(self._given, jax.tree.leaves(tree)))
 
 
@@ -166,9 +166,9 @@ def _is_variable(atom: Any) -> bool:
 
 
 def describe(scope: str) -> tuple[str, str]:
-    """(layer, phase) of an operation, from the names of what it was called in.
+    """Returns (layer, phase) of an operation from its scope.
 
-    Such as "transpose(jvp(ViT))/Transformer/encoderblock_0/MlpBlock_0/Dense_0.product".
+    A scope is "transpose(jvp(ViT))/Transformer/encoderblock_0/MlpBlock_0/Dense_0.product".
     """
     phase = BACKWARD if "transpose(" in scope else FORWARD if "jvp(" in scope else UPDATE
     names = scope.rpartition("jvp(")[2].split("/")[1:] if phase != UPDATE else []
@@ -177,5 +177,5 @@ def describe(scope: str) -> tuple[str, str]:
 
 
 def layer_of(name: str) -> str:
-    """The block, or the part outside of blocks, that a parameter or an operation belongs to."""
+    """Returns the block, or the part outside blocks, of a parameter or an operation."""
     return _LAYER.match(name)[1]

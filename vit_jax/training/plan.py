@@ -1,4 +1,4 @@
-"""Plans a run: its step compiled for chips that need not be here, with memory, time and price.
+"""Plans a run: compiles its step for chips you needn't have; reports memory, time and price.
 
 `plan` is the public function; `plan_step` plans one `Training`, `search` ranks meshes.
 """
@@ -29,13 +29,13 @@ from vit_jax.parallel.mesh import MeshConfig, batch_parts, check_batch_size, mak
 from vit_jax.training.memory import compile_init, compile_step
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
-# Of GPUs, for which XLA estimates no cycles.
+# For GPUs, whose cycles XLA doesn't estimate.
 ASSUMED_MFU = 0.4
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan(Mapping):
-    """What a plan found: a mapping, ready for JSON. As text it is a table."""
+    """A plan's report: a mapping that JSON can hold; its repr is a table."""
 
     report: dict[str, Any]
 
@@ -67,18 +67,18 @@ def plan(
     num_classes: int | None = None,
     num_examples: int | None = None,
 ) -> Plan:
-    """Compiles a recipe's step for a topology, on any machine, and reports what it takes.
+    """Compiles a recipe's step for a topology, on any machine; reports memory, time and price.
 
     Args:
       config: a recipe, such as `vit_jax.recipe` returns, or the dataclass.
       topology: the chips: "v5e:16x16", "h100:8", "h100:32x8" (nodes x GPUs).
-      num_slices: TPU slices, joined by the data center's network.
-      mfu: takes the time of a step from this MFU, not from the compiler's cycles.
-      price: of a chip-hour, in any currency.
+      num_slices: TPU slices, connected by the data center's network.
+      mfu: estimates a step's time from this MFU instead of the compiler's cycles.
+      price: per chip-hour, in any currency.
       num_classes, num_examples: of the dataset, if it is not prepared here.
 
-    Raises ValueError for a recipe or topology that doesn't exist or fit, and where the compiler for
-    the chips is not installed.
+    Raises ValueError for a recipe or topology that doesn't exist or fit, and if the compiler for
+    the chips isn't installed.
     """
     prepared = prepare_plan(config, topology, num_slices, num_classes, num_examples)
     training = build_training(
@@ -89,7 +89,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A recipe with the chips that it is planned for, and its data's (classes, examples)."""
+    """A recipe, the chips to plan it for, and its data's (classes, examples)."""
 
     config: TrainConfig
     topology: Topology
@@ -112,10 +112,10 @@ def prepare_plan(
 
 
 def check_recipe(config: TrainConfig, devices: str) -> None:
-    """Builds a recipe's training step for so many devices, without them, its data or a compiler.
+    """Builds a recipe's training step for a number of devices, without devices, data or compiler.
 
-    Call it before any other use of jax. `devices` is a number, a topology, an accelerator type of
-    TPUs, or a product: "256", "v5litepod-256*2". Raises ValueError for what doesn't fit.
+    Call it before any other use of jax. `devices` is a number, a topology, a TPU accelerator type
+    or a product: "256", "v5litepod-256*2". Raises ValueError if the recipe doesn't fit.
     """
     counts = (
         int(part) if part.isdecimal() else parse_topology(part).num_devices
@@ -125,7 +125,7 @@ def check_recipe(config: TrainConfig, devices: str) -> None:
     jax.config.update("jax_num_cpu_devices", math.prod(counts))
     try:
         size = dataset_size(config.data)
-    except (ValueError, FileNotFoundError):  # it is elsewhere: the run is long enough
+    except (ValueError, FileNotFoundError):  # the data is elsewhere: assume enough examples
         size = (1000, 100_000 * config.batch_size)
     build_training(config, make_mesh(config.mesh), *size)
 
@@ -137,12 +137,12 @@ def plan_step(
     price: float | None = None,
     whole: bool = True,
 ) -> dict:
-    """Compiles a step of each stage and says all there is to say of it, ready for JSON.
+    """Compiles a step of each stage; returns a report that JSON can hold.
 
-    With several stages the report is the one's that takes the most memory, its `run` is that of all
-    stages, and `stages` has a row for each.
+    With several stages the report is of the stage with the most memory, `run` covers all stages,
+    and `stages` has a row for each.
 
-    `whole`: the making of the state too, and what a GPU would need without flash attention.
+    `whole` also compiles the initialisation and, for GPUs, the step without flash attention.
     """
     reports = [
         _plan_stage(training.during(stage), topology, mfu, price, whole)
@@ -232,13 +232,13 @@ def _plan_stage(
         report["kernels"] = kernels_report(program.kernels, topology.chip)
         if report["kernels"] and whole and not topology.chip.is_tpu:
             sizes["without_flash"] = peak(compile_step, without_flash(training))
-        if topology.chip.is_tpu:  # GPUs' matrix products are calls of cuBLAS, without an estimate
+        if topology.chip.is_tpu:  # GPUs' matmuls are cuBLAS calls, which have no estimate
             total = program.flops * topology.num_devices
             report["flops"] |= {"compiled": total, "recomputed": total / flops - 1}
             report["cycles"] = program.cycles
             report["instructions_without_estimate"] = program.without_estimate
             report["compute_seconds"] = program.cycles / topology.chip.clock
-    if mfu is None and "cycles" in report:  # as if nothing overlapped
+    if mfu is None and "cycles" in report:  # assumes no overlap
         kernels = sum(row["roofline_seconds"] or 0.0 for row in report["kernels"])
         waits = report["collective_seconds"] or 0.0
         run["seconds"] = report["compute_seconds"] + kernels + waits
@@ -252,7 +252,7 @@ def _plan_stage(
 
 
 def without_flash(training: Training) -> Training:
-    """The same stage with plain attention."""
+    """Returns the same stage with plain attention."""
     config = dataclasses.replace(
         training.config,
         model=dataclasses.replace(training.config.model, attention="xla"),
@@ -267,7 +267,7 @@ def without_flash(training: Training) -> Training:
 def search_meshes(
     config: TrainConfig, topology: Topology, num_classes: int
 ) -> Iterator[MeshConfig]:
-    """The recipe's, and data alone, all FSDP and the middle between, with tensor 1 and 2.
+    """Yields the recipe's mesh, then data only, all FSDP and halfway between, with tensor 1 and 2.
 
     FSDP and tensor stay inside a slice or node.
     """
@@ -316,7 +316,7 @@ def search(prepared: Prepared, **options: Any) -> Iterator[dict]:
 
 
 def show_searched(report: dict) -> str:
-    """Returns a line on one plan of a search."""
+    """Returns one plan of a search as a line of text."""
     fits = "fits" if report["memory_gib"]["fits"] else "does not fit"
     return (
         f"mesh {report['mesh']}, remat {report['remat']}, {report['accumulation']} "

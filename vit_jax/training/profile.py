@@ -1,4 +1,4 @@
-"""An XProf trace of some steps: what devices and host did, to the microsecond."""
+"""Writes an XProf trace of some steps: device and host activity, to the microsecond."""
 
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -12,7 +12,7 @@ from vit_jax.training.clock import Clock
 
 
 def parse_window(text: str) -> range:
-    """ "100:105" -> the steps 100 to 105; nothing from "". ValueError for anything else."""
+    """Parses "100:105" to steps 100 to 105, and "" to none. Raises ValueError otherwise."""
     if not text:
         return range(0)
     first, _, last = text.partition(":")
@@ -24,9 +24,9 @@ def parse_window(text: str) -> range:
 
 
 class Profile:
-    """Traces the steps of a window into `workdir/profile`, every process into files of its own.
+    """Traces the steps of a window into `workdir/profile`, with files for each process.
 
-    A run that is resumed within the window traces the rest of it; one that ends there, what was.
+    A run that resumes within the window traces the rest; one that ends there keeps its part.
     """
 
     def __init__(self, workdir: Path, window: str, clock: Clock):
@@ -34,9 +34,9 @@ class Profile:
         self._tracing, self._local = False, ExitStack()
 
     def step(self, step: int, state: Any) -> AbstractContextManager:
-        """Around the call of a step, the number of which the trace shows; `state` is what it takes.
+        """Context for a step's call, so that the trace shows its number; `state` is its input.
 
-        At the window's borders it waits for the steps before.
+        At the window's borders it waits for the previous steps.
         """
         if (step in self._window) != self._tracing:
             with self._clock.within("profile"):

@@ -25,17 +25,18 @@ class Programs:
         peak = np.float32(training.config.schedule.peak)
         teacher = [training.teacher.place()] if training.teacher else []
         self._rest = [put_tree(peak, replicated(training.mesh)), *teacher]
-        self._stages = [s for s in training.stages if step < s.stop and s.start < training.steps]
+        end = max(step + 1, training.steps)
+        self._stages = [s for s in training.stages if step < s.stop and s.start < end]
         self._pool = ThreadPoolExecutor(1)
         self._stage: Stage | None = None
         self._next: Future[Callable] | None = None
         self.at(step)
 
     def at(self, step: int) -> Callable:
-        """The program of update number `step`; they are asked for in ascending order.
+        """Returns the program of update number `step`; ask for them in ascending order.
 
-        What is waited for it counts as compilation. Other shapes than the stage's are an error
-        later, never a recompilation.
+        Waiting for it counts as compilation. It raises for inputs of other shapes than the stage's
+        and never recompiles.
         """
         if self._stage is None or step >= self._stage.stop:
             self._stage = self._stages.pop(0)

@@ -1,6 +1,6 @@
 """A recipe as a frozen dataclass, and the training step that it defines on a mesh.
 
-Nothing is computed here: `loop` runs the step, `plan` compiles it for chips that aren't there.
+Nothing is computed here: `loop` runs the step, `plan` compiles it for other chips.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from vit_jax.training.profile import parse_window
 from vit_jax.training.stages import Stage, StageConfig, build_stages, check_stages
 from vit_jax.training.step import TrainState, make_train_step, start_state
 from vit_jax.training.teacher import Teacher, open_teacher
+from vit_jax.training.width_rule import WidthFactors, scaled, width_factors
 from vit_jax.training.writers import MetricsConfig
 
 
@@ -51,34 +52,34 @@ class TrainConfig:
 
     Attributes:
       image_size: pixels, the side of a square.
-      batch_size: images a step, over all processes.
-      steps, epochs: the length of the run; exactly one of them is set.
+      batch_size: images per step, over all processes.
+      steps, epochs: the length of the run; set exactly one of them.
       seed: of the initial parameters, the data's order and dropout.
       masked_patches: options of the loss of that name.
       augmentation: on the device, inside the step; the host's is `data.preprocess`.
-      distill: a teacher whose logits the model learns from, too.
+      distill: a teacher whose logits the model also learns from.
       stages: parts of the run with fewer tokens: mappings of share, image_size, keep and patch,
         see `stages.StageConfig`.
-      ema_decay: of a running average of the parameters (Polyak), which is then evaluated.
+      ema_decay: decay of a running average of the parameters (Polyak), which is then evaluated.
       ema_warmup: whether the average begins with smaller decays: see `step.make_train_step`.
-      skip_spikes: leaves out an update whose gradients' norm is above so many times its running
+      skip_spikes: skips an update if the gradients' norm exceeds this many times its running
         median: see `spikes.skip_spikes`. The record `spikes` counts them.
-      accumulation: microbatches; a step takes the mean of their gradients.
+      accumulation: number of microbatches, whose gradients a step averages.
       resume: a checkpoint of another workdir to continue from, with all its state.
-      start_over: whether a run whose state is there but can't be used begins at step 0, see
+      start_over: whether a run whose state can't be used begins again at step 0: see
         `workdir.or_start_over`.
       compilation_cache: where compiled programs are kept: see `workdir.compiled_kept`.
-      metrics: where they are written.
+      metrics: where metrics are written.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
-      log_every, eval_every: steps; without `eval_every` the run is evaluated at its end only.
+      log_every, eval_every: steps; without `eval_every` the run is evaluated only at its end.
       evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
-      early_stopping: ends the run after so many evaluations without a better accuracy, or what
-        `watch` says.
+      early_stopping: ends the run after this many evaluations without a better accuracy, or a
+        better value of `watch`.
       watch: the evaluator that early stopping watches, "dev", or one of its metrics,
-        "dev/macro_f1"; may be omitted where there is only one.
+        "dev/macro_f1"; optional if there is only one evaluator.
       stop: a step to end at, before the schedule does; 0 saves the initial state.
-      hang_minutes: ends the process where a step, a batch, a save, an evaluation's batch or a
-        compilation takes longer than this, see `watchdog.Watchdog`; "none": never.
+      hang_minutes: ends the process if a step, a batch, a save, an evaluation's batch or a
+        compilation takes longer than this: see `watchdog.Watchdog`; "none" disables it.
     """
 
     model: ModelConfig
@@ -111,7 +112,7 @@ class TrainConfig:
     early_stopping: int | None = None
     watch: str = ""
     stop: int | None = None
-    # An hour: more than a large model's compilation or a checkpoint's way to slow storage takes.
+    # An hour is longer than a large model's compilation or a save to slow storage.
     hang_minutes: float | None = setting(60.0, changes="speed")
     evaluators: dict[str, EvaluatorConfig] = setting(factory=dict, changes="records")
 
@@ -119,8 +120,8 @@ class TrainConfig:
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Accepts the groups `classification` and `fewshot`, which `evaluators` replaced.
 
-        Early stopping watched the first evaluator of `classification`. A rehearsal, on the dataset
-        `synthetic`, is evaluated on it too: it needs no data on disk.
+        Early stopping watched the first evaluator of `classification`. A run on the dataset
+        `synthetic` is also evaluated on it, so that it needs no data on disk.
         """
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
@@ -138,7 +139,7 @@ class TrainConfig:
         return {**kept, "evaluators": evaluators}
 
     def weighed(self, source: Source) -> "TrainConfig":
-        """The recipe with a weight for each class of the training data, where it weighs classes."""
+        """Returns the recipe with the training data's class weights, if it weighs classes."""
         if not self.loss.class_weights:
             return self
         names = source.class_names or tuple(map(str, range(source.num_classes)))
@@ -147,14 +148,14 @@ class TrainConfig:
 
     @property
     def objective(self) -> LossConfig | MaskedPatchConfig:
-        """What the model is trained for."""
+        """The config of the loss that the model is trained with."""
         return self.masked_patches if self.loss.masks_patches else self.loss
 
     @property
     def watched(self) -> str:
-        """The metric that early stopping watches: "validation/accuracy"; "" without it.
+        """The metric that early stopping watches, such as "validation/accuracy"; "" without it.
 
-        Raises ValueError if the recipe doesn't tell which evaluator it is.
+        Raises ValueError if the recipe doesn't name the evaluator and has several, or none.
         """
         if not self.early_stopping:
             return ""
@@ -212,13 +213,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A recipe's training step on a mesh and all it is made of, with nothing computed yet."""
+    """A recipe's training step on a mesh and its parts, with nothing computed yet."""
 
     config: TrainConfig
     mesh: Mesh
     model: Model
     steps: int
     scheduled: int  # the steps that the schedule is made for: `steps`, unless it is to stop before
+    width: WidthFactors | None  # of the optimizer's width rule
     stages: tuple[Stage, ...]  # of the scheduled steps; one without a token schedule
     optimizer: optax.GradientTransformation
     teacher: Teacher | None
@@ -227,7 +229,7 @@ class Training:
 
     @property
     def advice(self) -> list[str]:
-        """What a person should know of the recipe before it runs."""
+        """Warnings about the recipe, to show before it runs."""
         config = self.config
         averaged = 1 / (1 - config.ema_decay) if config.ema_decay else 0
         if config.ema_warmup or averaged <= self.steps:
@@ -239,7 +241,7 @@ class Training:
         ]
 
     def during(self, stage: Stage) -> "Training":
-        """The training of one stage alone; `steps` is its length."""
+        """Returns the training of one stage; its `steps` is the stage's length."""
         steps = max(0, min(stage.stop, self.steps) - stage.start)
         return dataclasses.replace(self, model=stage.model, steps=steps, stages=(stage,))
 
@@ -258,6 +260,11 @@ class Training:
             self.shardings,
         )
 
+    def init(self, key: jax.Array) -> dict:
+        """Initial parameters: the model's, scaled by the width rule."""
+        params = self.model.init(key)
+        return params if self.width is None else scaled(params, self.width.initial)
+
     def step(
         self,
         state: TrainState,
@@ -266,17 +273,19 @@ class Training:
         taught_by: dict | None = None,
         observe: Callable[[Any, Any], dict] | None = None,
     ) -> tuple[TrainState, dict]:
-        """The training step, see `step.make_train_step`, at a peak of the learning rate.
+        """Computes the training step at a peak learning rate: see `step.make_train_step`.
 
-        `peak` is an argument, so that runs that differ in it alone have the same program.
-        `taught_by` are the teacher's parameters, if there is one.
+        `peak` is an argument, so that runs that differ only in it share a program. `taught_by` are
+        the teacher's parameters, if there is one.
         """
         config, teacher = self.config, self.teacher
         multipliers = match_rules(config.optimizer.lr_multipliers, self.shapes.params)
         schedule = make_schedule(config.schedule, self.scheduled, peak)
         train_step = make_train_step(
             self.model,
-            make_optimizer(config.optimizer, schedule, peak, state.params, config.skip_spikes),
+            make_optimizer(
+                config.optimizer, schedule, peak, state.params, config.skip_spikes, self.width
+            ),
             schedule,
             config.loss,
             augmentation=config.augmentation,
@@ -293,10 +302,10 @@ class Training:
         return train_step(state, batch)
 
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
-        """The step for arrays, or shapes with shardings, like these; `state` is donated.
+        """Lowers the step for arrays, or shapes with shardings, like these; it donates `state`.
 
-        Its third argument is the peak of the learning rate, float32 []; a fourth, if there is a
-        teacher, its parameters.
+        The step's third argument is the peak learning rate, float32 []. With a teacher, the fourth
+        is the teacher's parameters.
         """
         teacher = self.teacher
 
@@ -313,7 +322,7 @@ class Training:
 def build_training(
     config: TrainConfig, mesh: Mesh, num_classes: int, num_examples: int
 ) -> Training:
-    """What `config` trains on `mesh`, given the size of its data; ValueError for what can't be."""
+    """Builds the training of `config` on `mesh` for data of this size; ValueError if it can't."""
     check_batch_size(config.batch_size, mesh, config.accumulation)
     size = (config.image_size, config.image_size)
     if config.loss.masks_patches:
@@ -326,8 +335,12 @@ def build_training(
         raise InputError(f"{scheduled} steps: expected fewer than {2**31}")
     schedule = make_schedule(config.schedule, scheduled)
     params = jax.eval_shape(model.init, jax.random.key(config.seed))
+    width, how = None, config.optimizer
+    if how.width_rule:
+        base = how.base_width, how.base_heads
+        width = width_factors(how.name, *base, model, how.muon_kernels)
     optimizer = make_optimizer(
-        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes
+        config.optimizer, schedule, config.schedule.peak, params, config.skip_spikes, width
     )
     use_ema = config.ema_decay is not None
     shapes = jax.eval_shape(partial(start_state, optimizer=optimizer, use_ema=use_ema), params)
@@ -339,6 +352,7 @@ def build_training(
         model=model,
         steps=scheduled if config.stop is None else min(config.stop, scheduled),
         scheduled=scheduled,
+        width=width,
         optimizer=optimizer,
         stages=build_stages(config.stages, model, scheduled),
         teacher=open_teacher(config.distill, model, mesh, config.mesh),

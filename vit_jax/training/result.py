@@ -1,4 +1,4 @@
-"""What a finished run returns."""
+"""The result of a finished run."""
 
 import dataclasses
 import html
@@ -9,12 +9,12 @@ from vit_jax.weights.trained import TrainedModel, load
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run that has come to its end.
+    """A finished run.
 
     Attributes:
       workdir: its folder.
-      metrics: the newest value of everything recorded, and the last "step"; of a transfer with a
-        workflow, what results.json holds.
+      metrics: the newest value of everything recorded, and the last "step". For a transfer with a
+        workflow, the contents of results.json.
     """
 
     workdir: Path
@@ -22,11 +22,11 @@ class Trained:
 
     @property
     def model(self) -> TrainedModel:
-        """The model of the newest checkpoint, read anew."""
+        """The model of the newest checkpoint, read from disk at each access."""
         return load(self.workdir)
 
     def _repr_html_(self) -> str:
-        """In a notebook: the report of a transfer, else a table of the metrics."""
+        """Shows a transfer's report in a notebook, otherwise a table of the metrics."""
         report = self.workdir / "report.html"
         if report.exists():
             page = html.escape(report.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""A run: everything that it is made of, checked before anything is compiled."""
+"""A run: all its parts, checked before anything is compiled."""
 
 import dataclasses
 import hashlib
@@ -29,21 +29,21 @@ from vit_jax.weights.trained import find_checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Run(Training):
-    """Everything a run is made of, checked, with nothing computed yet."""
+    """All parts of a run, checked, with nothing computed yet."""
 
     workdir: Path
     source: Source
     evaluators: dict[str, Callable[[dict], dict[str, float]]]
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # this process's, from a step on
-    description: dict  # of the model, kept in its checkpoints
-    loaded: dict | None  # parameters to start from: numpy arrays, shapes where fresh ones belong
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # first step -> local batches
+    description: dict  # of the model, saved in its checkpoints
+    loaded: dict | None  # initial parameters: numpy arrays, or shapes for those to initialise
     clock: Clock
     lane: Lane
     watched: str  # the metric of early stopping; "" without it
-    resumes: Path | None  # the checkpoint to go on from: this workdir's folder, or another's step
-    notes: list[str]  # what to say about the recipe and damaged checkpoints
-    facts: Facts  # what tells whether the data is the same at the next start
-    lock: Lock | None  # on the workdir, as long as the run lives
+    resumes: Path | None  # what to resume from: this workdir, or a checkpoint of another
+    notes: list[str]  # messages about the recipe and damaged checkpoints
+    facts: Facts  # fingerprints of the data, compared at the next start
+    lock: Lock | None  # on the workdir, for the lifetime of the run
 
 
 def prepare(
@@ -56,13 +56,16 @@ def prepare(
 ) -> Run:
     """Builds and checks all parts of a run without compiling anything.
 
-    `load(model, shapes)` gives the parameters to start from, where there are others than random
-    ones; shapes stay in its result where fresh values belong. It isn't called on resuming. `clock`
-    is one that runs already, if the time before this call counts too. `description` is what
-    checkpoints are to say beside `Model.description` and the classes' names. `lane` is for runs
-    that go side by side.
+    Args:
+      config: the recipe.
+      workdir: the folder of the run.
+      load: (model, shapes) -> initial parameters; shapes in its result are initialised randomly.
+        It isn't called on resuming. None: all are random.
+      clock: a running clock, if the time before this call counts too.
+      description: what checkpoints say besides `Model.description` and the classes' names.
+      lane: the devices of the run, if others run side by side.
 
-    Raises ValueError or FileNotFoundError for whatever doesn't fit, saying what to do.
+    Raises ValueError or FileNotFoundError, with the remedy, for anything that doesn't fit.
     """
     with Watchdog(config.hang_minutes, lane.label):
         waits_for("data, workdir and agreement")
@@ -105,7 +108,7 @@ def _prepare(
             rows=local_rows(mesh, config.batch_size),
         )
 
-    batches(0).close()  # what is wrong with the preprocessing is found now
+    batches(0).close()  # finds errors in the preprocessing now
     values, facts = dataclasses.asdict(config), describe_data(config, source)
     if training.teacher:
         training.teacher.check_classes(source.class_names)
@@ -150,7 +153,7 @@ def _prepare(
 def _where_to_begin(
     workdir: Path, training: Training, facts: Facts
 ) -> tuple[Path | None, list[str]]:
-    """What to resume, as `Run.resumes`, which is checked; and what to say about it."""
+    """Returns what to resume, checked, as `Run.resumes`, and notes about it."""
 
     def check() -> list[str]:
         check_same_data(workdir, facts)

@@ -1,4 +1,4 @@
-"""The data that a run is made with, kept in `data.json` and compared at every start and host."""
+"""Fingerprints of a run's data, kept in `data.json` and compared at every start and host."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ Facts = dict[str, dict[str, Any]]  # "train" or "evaluator: split" -> a fingerpr
 
 
 def describe_data(config: TrainConfig, source: Source) -> Facts:
-    """Fingerprints of the training data, opened already, and of every evaluator's.
+    """Returns fingerprints of the training data `source` and of every evaluator's data.
 
-    Raises ValueError where an evaluator's classes have other numbers than those trained on.
+    Raises ValueError if an evaluator numbers the classes differently from the training data.
     """
     facts = {TRAIN: fingerprint(source)}
     for name, protocol, data in _evaluated(config):
@@ -45,16 +45,16 @@ def _evaluated(config: TrainConfig) -> Iterator[tuple[str, str, DataConfig]]:
 
 
 def digest(facts: Facts) -> str:
-    """A short text that is the same on hosts with the same data."""
+    """Returns a short text that is equal on hosts with equal data."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_same_data(workdir: Path, facts: Facts) -> list[str]:
-    """ValueError that says how the data differs from what `data.json` tells, if it is there.
+    """Raises ValueError with the differences if the data differ from `data.json`, if it exists.
 
     Evaluators may be added, removed, and given other datasets.
     """
-    if not (workdir / FILE).exists():  # the run of an earlier version
+    if not (workdir / FILE).exists():  # the run is from an earlier version
         return []
     kept = read_json(workdir / FILE, "remove it if the data is as it was")
     changed = [
@@ -67,8 +67,8 @@ def check_same_data(workdir: Path, facts: Facts) -> list[str]:
         raise InputError(
             f"the data isn't what the run in {workdir} was trained on:\n"
             + "\n".join(changed)
-            + "\nPut it back as it was, or train anew in another --workdir. To go on with the data "
-            f"as it is now, remove {workdir / FILE}."
+            + "\nRestore it, or start again in another --workdir. To continue with the current "
+            f"data, remove {workdir / FILE}."
         )
     return []
 

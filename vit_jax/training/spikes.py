@@ -1,8 +1,8 @@
-"""Leaves out updates whose gradients are far larger than they have been.
+"""Skips updates whose gradients are far larger than recent ones.
 
-A spike of the gradients' norm often precedes a spike of the loss, from which a run takes long to
-recover or never does; leaving out such batches is PaLM's cure (arXiv 2204.02311, section 5.1). QK
-normalisation (arXiv 2302.05442, section 3.2) and a smaller learning rate treat the cause.
+A spike of the gradients' norm often precedes a spike of the loss, from which a run recovers slowly
+or never. PaLM skips such batches (arXiv 2204.02311, section 5.1). QK normalisation (arXiv
+2302.05442, section 3.2) and a smaller learning rate treat the cause.
 """
 
 from typing import Any, NamedTuple
@@ -11,26 +11,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-WINDOW = 128  # steps whose norms the median is of
-FEWEST = 32  # norms that a median takes
-MOST = 12  # updates of a window that may be left out, a share of 9%
+WINDOW = 128  # steps over whose norms the median is taken
+FEWEST = 32  # norms that a median needs
+MOST = 12  # updates of a window that may be skipped: 9%
 
 
 class SpikeState(NamedTuple):
-    """`norms` and `left_out` are of the last `WINDOW` steps, in a ring; `skipped` is of all."""
+    """`norms` and `left_out` are ring buffers of the last `WINDOW` steps; `skipped` counts all."""
 
     norms: jax.Array  # float32 [WINDOW]
     left_out: jax.Array  # bool [WINDOW]
     seen: jax.Array  # int32 []: steps
-    skipped: jax.Array  # int32 []: updates left out
+    skipped: jax.Array  # int32 []: updates skipped
     inner: Any
 
 
 def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """`inner`, but zeros for gradients of a norm above `factor` times its running median.
+    """Wraps `inner` to skip updates with a gradient norm above `factor` times its running median.
 
-    The state of `inner` then stays as it is. No more than `MOST` of `WINDOW` updates are left out:
-    a norm that has risen for good becomes the median.
+    A skipped update doesn't change the state of `inner`. At most `MOST` of `WINDOW` updates are
+    skipped, so that a norm that has risen permanently becomes the median.
     """
 
     def init(params: Any) -> SpikeState:
@@ -63,6 +63,6 @@ def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.Gra
 
 
 def count_spikes(opt_state: Any) -> list[jax.Array]:
-    """Updates left out so far, float32 [], of each `skip_spikes` in an optimizer's state."""
+    """Returns updates skipped so far, float32 [], by each `skip_spikes` in an optimizer's state."""
     parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, SpikeState))
     return [p.skipped.astype(jnp.float32) for p in parts if isinstance(p, SpikeState)]

@@ -1,10 +1,11 @@
 """A token schedule: a run in stages of other image sizes, patches and shares of tokens.
 
-Fewer tokens early cost fewer FLOPs: progressive resolution (EfficientTrain++, arXiv 2405.08768),
-larger patches (arXiv 2311.03233) and a random subset of the patches (PatchDropout, arXiv
-2208.07220). There is one set of parameters, those of the recipe's image size and patch. Each step
-of a stage resizes position embeddings and the patch kernel as `weights.adapt` does, by linear maps
-that gradients pass through; so checkpoints, optimizer state and transfer know nothing of stages.
+Early stages with fewer tokens cost fewer FLOPs: progressive resolution (EfficientTrain++, arXiv
+2405.08768), larger patches (arXiv 2311.03233) or a random subset of the patches (PatchDropout,
+arXiv 2208.07220). All stages train one set of parameters, for the recipe's image size and patch.
+Each step of a stage resizes position embeddings and the patch kernel as `weights.adapt` does, by
+linear maps that are differentiated. So checkpoints, optimizer state and transfer are independent of
+stages.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from vit_jax.weights.adapt import resize
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """A part of a run. None takes the recipe's value.
+    """A part of a run; None means the recipe's value.
 
     Raises ValueError for values out of range.
     """
@@ -47,7 +48,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Updates number start, ..., stop - 1 of a run (from 0), and the model that they train."""
+    """Updates start, ..., stop - 1 of a run, counted from 0, and the model that they train."""
 
     start: int
     stop: int
@@ -55,7 +56,7 @@ class Stage:
 
     @property
     def tokens(self) -> int | None:
-        """Patches of an image that the blocks see; None for models without patches."""
+        """Patches per image that the blocks process; None for models without patches."""
         module = self.model.module
         if not isinstance(module, ViT):
             return None
@@ -63,7 +64,7 @@ class Stage:
         return module.kept or rows * columns
 
     def flops(self, start: int, stop: int) -> int:
-        """Model FLOPs for one image in each of the updates start, ..., stop - 1 of this stage."""
+        """Model FLOPs of one image in each update start, ..., stop - 1 that is in this stage."""
         return training_flops(self.model) * max(0, min(stop, self.stop) - max(start, self.start))
 
 
@@ -98,9 +99,9 @@ def check_stages(configs: Sequence[StageConfig]) -> None:
 
 
 def build_stages(configs: Sequence[StageConfig], model: Model, steps: int) -> tuple[Stage, ...]:
-    """Builds the stages of a run of `steps` updates; one of `model` itself without configs.
+    """Builds the stages of a run of `steps` updates; without configs, one stage of `model`.
 
-    Raises ValueError, naming the stage, for one that `model` can't have or without a step.
+    Raises ValueError, with the stage's number, for one that `model` can't have or without a step.
     """
     check_stages(configs)
     stages, share = [], 0.0
@@ -109,7 +110,7 @@ def build_stages(configs: Sequence[StageConfig], model: Model, steps: int) -> tu
         stop = round(share * steps)
         try:
             if start == stop:
-                raise InputError(f"share = {config.share} of {steps} steps is none: lengthen it")
+                raise InputError(f"share = {config.share} of {steps} steps is 0 steps: raise it")
             stages.append(Stage(start, stop, _resized(model, config)))
         except InputError as error:
             raise InputError(f"stage {number} of {len(configs)}: {error}") from error
@@ -117,12 +118,12 @@ def build_stages(configs: Sequence[StageConfig], model: Model, steps: int) -> tu
 
 
 def _resized(model: Model, config: StageConfig) -> Model:
-    """The model of a stage; `model` itself where nothing differs."""
+    """Returns the model of a stage, or `model` itself if nothing differs."""
     variant, module = model.config.variant, model.module
     if config.patch is not None:
         if not isinstance(module, ViT) or module.stem is not None:
             raise InputError(
-                f"patch = {config.patch}: only a ViT's patches change, not {variant}'s"
+                f"patch = {config.patch}: only ViTs can change their patch size, not {variant}"
             )
         variant = re.sub(r"\d+$", str(config.patch), variant)
     size = model.image_size if config.image_size is None else (config.image_size,) * 2
@@ -136,7 +137,7 @@ def _resized(model: Model, config: StageConfig) -> Model:
             kept=_kept(model, built, config.keep),
         )
     elif config.keep < 1:
-        raise InputError(f"keep = {config.keep}: {variant} keeps all patches, only ViTs drop some")
+        raise InputError(f"keep = {config.keep}: only ViTs can drop patches, not {variant}")
     resized = Resized(changed, model.num_classes, size, built, model)
     whole = flatten(_shapes(model))
     for name, shape in _other_shapes(model, resized).items():
@@ -173,6 +174,6 @@ def _shapes(model: Model) -> Any:
 
 
 def _other_shapes(full: Model, model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes that parameters have in `model` where they differ from those in `full`."""
+    """Returns the shapes of parameters in `model` that differ from those in `full`."""
     before, after = flatten(_shapes(full)), flatten(_shapes(model))
     return {name: after[name].shape for name in after if after[name].shape != before[name].shape}

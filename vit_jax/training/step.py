@@ -5,7 +5,7 @@ Letters in shapes: B global batch, A microbatches, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from vit_jax.training.spikes import count_spikes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on; the order of the data is a function of `step`."""
+    """All that a run needs to resume; the order of the data is a function of `step`."""
 
     step: jax.Array  # int32 []: updates made
     params: dict
@@ -36,15 +36,21 @@ class TrainState:
     ema: dict | None  # the parameters' running average (Polyak), or None
 
 
+class Initial(Protocol):
+    """A model, or a `recipe.Training`, whose width rule scales the model's initial parameters."""
+
+    def init(self, key: jax.Array) -> dict: ...
+
+
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
+    model: Initial, optimizer: optax.GradientTransformation, key: jax.Array, use_ema: bool
 ) -> TrainState:
     """A fresh state. Under `jit` with `out_shardings` it is born sharded."""
     return start_state(model.init(key), optimizer, use_ema)
 
 
 def start_state(params: dict, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
-    """Step 0 from given parameters."""
+    """Returns the state of step 0 with these parameters."""
     ema = jax.tree.map(jnp.copy, params) if use_ema else None  # a copy: both are donated
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
@@ -66,19 +72,21 @@ def make_train_step(
     teacher: Callable[[jax.Array], jax.Array] | None = None,
     observe: Callable[[Any, Any], dict] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
+    """Returns the step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
-    `trainable`, a tree of bools, says of which parameters a gradient is computed at all. With
+    `trainable`, a tree of bools, selects the parameters whose gradients are computed. With
     `ema_warmup` the decay of step t = 0, 1, ... is at most (1 + t) / (10 + t), as in TensorFlow's
-    ExponentialMovingAverage. `teacher` returns logits [B, C] for the augmented images, of which
-    `distill` says how the student learns.
+    ExponentialMovingAverage. `teacher` returns logits [B, C] for the augmented images; `distill`
+    has the options for learning from them.
 
-    Metrics are float32 scalars: `loss`, `accuracy` (of the training batch, before the update, on
-    images as they were augmented but labels as they were before they were mixed),
-    `learning_rate`, `grad_norm`, `update_norm` and `param_norm` (after the update: not finite as
-    soon as a parameter isn't), `skipped`, examples that others took the place of, if the batch
-    tells, `spikes`, the updates left out so far, if the optimizer leaves out any, and what
-    `observe` makes of the gradients and the updates.
+    Metrics are float32 scalars:
+      loss.
+      accuracy: of the training batch before the update, with augmented images and unmixed labels.
+      learning_rate, grad_norm, update_norm.
+      param_norm: after the update; not finite if any parameter isn't.
+      skipped: broken examples that others replaced, if the batch has this count.
+      spikes: updates skipped so far, if the optimizer skips any.
+      And what `observe` returns for the gradients and the updates.
     """
     losses_fn = make_losses(model, loss, masked, distill, teacher)
 
@@ -110,8 +118,8 @@ def make_train_step(
             "accuracy": accuracy,
             "learning_rate": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
-            # Of what was added, not of `updates`: the compiler then does it all in one pass over
-            # parameters, moments and gradients; with both it takes two (ViT-L/16: 9% of a step).
+            # Takes the norm of the difference, not of `updates`, so that the compiler makes one
+            # pass over parameters, moments and gradients instead of two (ViT-L/16: 9% of a step).
             "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
             "param_norm": optax.tree.norm(params),
         }
@@ -133,7 +141,7 @@ def make_losses(
     distill: DistillConfig | None = None,
     teacher: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Function (parameters, batch, keys), as of `with_draws`, -> (losses [B], hits)."""
+    """Returns a function (parameters, *`with_draws`' batch and keys) -> (losses [B], hits)."""
 
     def losses_fn(params, batch, keys):
         labels = make_targets(batch["label"], model.num_classes)
@@ -152,7 +160,7 @@ def make_losses(
 def with_draws(
     augmentation: AugmentationConfig, seed: int, step: jax.Array, batch: dict
 ) -> tuple[dict, jax.Array]:
-    """The batch with what its augmentation draws at a step, and a key for each row."""
+    """Returns the batch with its augmentation's draws at a step, and a key for each row."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     rows = jnp.arange(batch["image"].shape[0])
     keys = constrain_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
@@ -160,14 +168,14 @@ def with_draws(
 
 
 def _accumulate(grad_fn, accumulation: int, together: int, params, batch, keys):
-    """Means of the loss, accuracy and gradients over microbatches, one after another.
+    """Averages the loss, accuracy and gradients over microbatches, one after another.
 
-    `together`: so many rows, one after another, stay in one microbatch.
+    `together` is the number of consecutive rows that stay in one microbatch.
     """
     if accumulation == 1:
         return grad_fn(params, batch, keys)
 
-    def split(x):  # [B, ...] -> [A, B/A, ...], every A-th row or pair: none changes its device
+    def split(x):  # [B, ...] -> [A, B/A, ...], every A-th row or pair: none moves between devices
         x = x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(accumulation, -1, *x.shape[3:])
 

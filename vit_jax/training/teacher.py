@@ -44,7 +44,7 @@ class Teacher:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What tells whether the teacher is the same at the next start and on other hosts."""
+        """Identifies the teacher, to compare it at the next start and on other hosts."""
         digest = hashlib.blake2b(digest_size=16)
         for leaf in jax.tree.leaves(self.params):
             digest.update(leaf.tobytes())
@@ -55,14 +55,14 @@ class Teacher:
         return put_tree(self.params, self.shardings)
 
     def logits(self, params: dict, images: jax.Array) -> jax.Array:
-        """float [B, H, W, 3] in [-1, 1] of any size -> logits [B, C], without a gradient."""
+        """Maps float [B, H, W, 3] in [-1, 1] of any size to logits [B, C], without a gradient."""
         shape = (len(images), *self.model.image_size, 3)
         if images.shape != shape:
             images = jax.image.resize(images, shape, "linear")
         return jax.lax.stop_gradient(self.model.apply(params, images).logits)
 
     def check_classes(self, names: Sequence[str] | None) -> None:
-        """Raises ValueError if the data's classes are known to be others than the teacher's."""
+        """Raises ValueError if the data's class names are known and differ from the teacher's."""
         if not names or not self.names or tuple(names) == self.names:
             return
         number = next(i for i, (a, b) in enumerate(zip(names, self.names, strict=True)) if a != b)
@@ -80,10 +80,10 @@ def _load(path: str) -> TrainedModel:
 def open_teacher(
     config: DistillConfig, student: Model, mesh: Mesh, placement: MeshConfig
 ) -> Teacher | None:
-    """Loads the teacher of a student; None without one.
+    """Loads a student's teacher; None if the config has none.
 
-    Raises ValueError for a teacher with another number of classes or another image size, and what
-    `vit_jax.load` raises.
+    Raises ValueError if the numbers of classes or the image sizes differ, and what `vit_jax.load`
+    raises.
     """
     if not config.teacher:
         return None
@@ -91,13 +91,13 @@ def open_teacher(
     if found.num_classes != student.num_classes:
         raise InputError(
             f"distill.teacher: {config.teacher} has {found.num_classes} classes, the data has "
-            f"{student.num_classes}: take a teacher that was trained on the same classes"
+            f"{student.num_classes}: use a teacher that was trained on the same classes"
         )
     if found.image_size != student.image_size:
         there, here = ("x".join(map(str, size)) for size in (found.image_size, student.image_size))
         raise InputError(
             f"distill.teacher: {config.teacher} takes images of {there} pixels, the recipe has "
-            f"{here}: set image_size to the teacher's (stages may have less), or take another"
+            f"{here}: set image_size to the teacher's (stages may have less), or use another"
         )
     model_config = dataclasses.replace(found.config, dtype="bfloat16")
     params: Any = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), found.params)

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, the config it was made with, compiled programs."""
+"""The folder of a run: checks whether it may be used; keeps its config and compiled programs."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from vit_jax.training.clock import read_starts
 from vit_jax.training.metrics import read_metrics
 
 CONFIG = "config.json"
-_STARTED_OVER = "started_over"  # the folder for what is there when a run starts over
+_STARTED_OVER = "started_over"  # the folder for the previous state when a run starts over
 _STAYS = (
     ".lock",
     ".shared",
@@ -41,16 +41,15 @@ _STAYS = (
 
 
 def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
-    """Makes or finds a run's folder and locks it: (its path, the lock on process 0).
+    """Creates or opens a run's folder and locks it: (its path, the lock on process 0).
 
-    `config` is the run's, a dataclass, whose metadata say which fields a restart may set otherwise
+    `config` is the run's dataclass. Its metadata state which fields a restart may change
     (`config.setting`).
 
     Raises:
-      ValueError: an empty name; or the folder holds the state of a run that can't go on: its config
-        differs in any other field, or `config.json` is missing, or all its checkpoints are; a file
-        of the run is damaged.
-      OSError: it can't be written, or another process uses it.
+      ValueError: the name is empty, a file of the run is damaged, or its run can't resume: the
+        config differs in another field, or `config.json` or all checkpoints are missing.
+      OSError: the folder can't be written, or another process uses it.
     """
     if not workdir:
         raise InputError("no workdir: say where to keep this run with --workdir=FOLDER")
@@ -59,14 +58,14 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
     if isinstance(path, Path) and not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir {workdir} is not writable: choose another --workdir")
     lock = lock_workdir(path)
-    read_starts(path)  # damage is told before anything is computed
+    read_starts(path)  # reports damage before anything is computed
     read_metrics(path)
     or_start_over(path, config, lambda: _check_state(path, config))
     return path, lock
 
 
 def lock_workdir(path: Path) -> Lock | None:
-    """Locks a folder on process 0, for all; OSError, on all, that names who has it."""
+    """Locks a folder on process 0. Raises OSError on all processes, with the owner, if in use."""
     check_holds_checkpoints(path)
     lock, problem = None, ""
     if is_main():
@@ -80,18 +79,18 @@ def lock_workdir(path: Path) -> Lock | None:
 
 
 def or_start_over(path: Path, config: Any, check: Callable[[], list[str]]) -> list[str]:
-    """Calls `check`, which raises ValueError if the run in the folder can't go on.
+    """Calls `check`, which raises ValueError if the run in the folder can't resume.
 
-    With `config.start_over` its state is then moved to `started_over/`, and the run begins at step
-    0. A run that can go on goes on: the same command may be started again.
+    With `config.start_over` the state is then moved to `started_over/`, and the run begins at step
+    0. A run that can resume does so: the same command may be started again.
     """
     try:
         return check()
     except ValueError as error:
         if not config.start_over:
             raise InputError(
-                f"{error}\nNothing was changed. To begin at step 0, with all that is there moved "
-                f"to {path / _STARTED_OVER}: --config.start_over=True"
+                f"{error}\nNothing was changed. To move this state to {path / _STARTED_OVER} "
+                "and begin at step 0: --config.start_over=True"
             ) from error
         notes = [f"{error}\nstart_over: this is moved to {_move_state(path)}"]
     if is_main():
@@ -100,7 +99,7 @@ def or_start_over(path: Path, config: Any, check: Callable[[], list[str]]) -> li
 
 
 def _move_state(path: Path) -> Path:
-    """Moves everything that belongs to a run's state out of its way; returns where it is."""
+    """Moves a run's whole state into a folder below `started_over/`; returns that folder."""
     before = path / _STARTED_OVER
     barrier("start over")
     folder = before / str(len(list(before.iterdir())) if before.exists() else 0)
@@ -114,13 +113,13 @@ def _move_state(path: Path) -> Path:
 
 
 def _check_state(path: Path, config: Any) -> list[str]:
-    """ValueError if the folder holds a state that isn't this config's, or one that is lost."""
+    """Raises ValueError if the folder's state has another config, or its checkpoints are lost."""
     steps = saved_steps(path)
     step = max(steps, default=0)
     if steps and not (path / CONFIG).exists():
         raise InputError(
-            f"{path} holds a run at step {step}, and no {CONFIG}, which says with which recipe: "
-            "copy it back"
+            f"{path} holds a run at step {step}, and no {CONFIG}, which holds its recipe: copy "
+            "it back"
         )
     if steps:
         _check_same(path / CONFIG, config, f", at step {step}")
@@ -139,17 +138,17 @@ def _check_state(path: Path, config: Any) -> list[str]:
 
 
 def last_saved(path: Path) -> int:
-    """The last step that a run saved, as `starts.json` tells; 0 if it saved none."""
+    """Returns the last step that a run saved, according to `starts.json`; 0 if none."""
     return max((max(s.get("saved", 0), s["from_step"]) for s in read_starts(path)), default=0)
 
 
 def keep_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes the resolved config to `config.json`, for `open_workdir` and for people."""
+    """Writes the resolved config to `config.json`, which `open_workdir` compares."""
     _keep(workdir / CONFIG, config)
 
 
 def keep_same(file: Path, config: Any) -> None:
-    """Writes a dataclass; ValueError if the file holds another one, as for `open_workdir`."""
+    """Writes a dataclass; raises ValueError, as `open_workdir`, if the file holds another."""
     if file.exists():
         _check_same(file, config)
     _keep(file, dataclasses.asdict(config))
@@ -165,8 +164,8 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
         name for what in ("speed", "records") for name in fields_where(type(config), changes=what)
     ]
     there = read_json(file, "copy it back, or use another --workdir")
-    # What an older version wrote lacks the fields that are newer: it ran as by their defaults.
-    with suppress(ValueError):  # a field that there is no more is shown as a difference
+    # Files of earlier versions lack newer fields: those runs used what are now the defaults.
+    with suppress(ValueError):  # a removed field is shown as a difference
         there = _as_json(build(type(config), there))
     changed = [
         f"  {name}: {before!r} there, {now!r} here"
@@ -182,9 +181,9 @@ def _check_same(file: Path, config: Any, when: str = "") -> None:
 
 
 def _moved(before: Any, now: Any, folder: Path) -> bool:
-    """Whether two paths are of one file of the run, whose folder was elsewhere before."""
+    """Whether two paths name the same file of the run, whose folder has moved."""
     root = folder.absolute()
-    if root.parent.name == "trials":  # of a sweep, whose data is the run's
+    if root.parent.name == "trials":  # a sweep's trial uses the run's data
         root = root.parents[1]
     if not (isinstance(before, str) and isinstance(now, str) and now.startswith(f"{root}/")):
         return False
@@ -194,10 +193,10 @@ def _moved(before: Any, now: Any, folder: Path) -> bool:
 
 @contextmanager
 def compiled_kept(workdir: Path, where: str) -> Iterator[None]:
-    """Inside, programs that took a second to compile are kept, and found by the next start.
+    """Inside the block, keeps programs that take over a second to compile for the next start.
 
-    `where` is "workdir", another folder, to share between runs, or "" for nowhere. A cache that was
-    set for jax in another way, such as JAX_COMPILATION_CACHE_DIR, is left as it is.
+    `where` is "workdir", another folder to share between runs, or "" for none. A cache that is
+    already set for jax, such as by JAX_COMPILATION_CACHE_DIR, takes precedence.
     """
     if jax.config.jax_compilation_cache_dir or not where:
         yield
@@ -212,8 +211,8 @@ def compiled_kept(workdir: Path, where: str) -> Iterator[None]:
 
 def _set_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
-    # Whether there is a cache is decided at the first compilation of a process, which is over:
-    # jax.random.key is one. This makes it decide anew.
+    # jax decides at a process's first compilation whether there is a cache. jax.random.key has
+    # already compiled, so it must decide again.
     compilation_cache.reset_cache()
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go beside `metrics.jsonl`: TensorBoard, Weights & Biases."""
+"""Writers of metrics besides `metrics.jsonl`: TensorBoard, Weights & Biases."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from vit_jax.config import InputError, unknown
 
-JSONL = "jsonl"  # which a resumed run reads
+JSONL = "jsonl"  # required: a resumed run reads it
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 WRITERS = (JSONL, *PACKAGES)
 
@@ -20,16 +20,16 @@ class MetricsConfig:
     """Where metrics are written.
 
     Attributes:
-      writers: any of jsonl, tensorboard and wandb, jsonl among them; None: jsonl, and tensorboard
-        where tensorboardX is installed. For wandb its own variables hold: WANDB_MODE=offline,
-        WANDB_PROJECT, ...
+      writers: jsonl and any of tensorboard and wandb. None means jsonl, and tensorboard if
+        tensorboardX is installed. wandb reads its own variables, such as WANDB_MODE=offline and
+        WANDB_PROJECT.
     """
 
     writers: tuple[str, ...] | None = None
 
     @classmethod
     def upgrade(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Accepts names joined by commas, as of a flag."""
+        """Accepts names joined by commas, as flags give them."""
         names = values.get("writers")
         split = isinstance(names, str) and names.lower() != "none"
         return {**values, "writers": tuple(names.split(",")) if split else names}
@@ -57,7 +57,7 @@ class Writer(Protocol):
     """Writes scalars of a step.
 
     Attributes:
-      note: what to tell people of it, if anything.
+      note: a message to print when the run starts, or "".
     """
 
     note: str
@@ -87,7 +87,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the workdir's name; resumed, the same one. Its files are in the workdir's wandb/."""
+    """A wandb run named after the workdir, continued on resuming; files are in its wandb/."""
 
     def __init__(self, workdir: Path, resumed_step: int, recipe: Mapping[str, Any]):
         import wandb
@@ -126,9 +126,9 @@ class WeightsAndBiases:
 def open_writers(
     config: MetricsConfig, workdir: Path, resumed_step: int, recipe: Mapping[str, Any]
 ) -> list[Writer]:
-    """The writers of `config` beside `metrics.jsonl`; `recipe` is shown with the run.
+    """Opens the writers of `config` besides `metrics.jsonl`; `recipe` is shown with the run.
 
-    Records behind `resumed_step` will be made again.
+    Records after `resumed_step` will be written again.
     """
     kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     names = config.writers

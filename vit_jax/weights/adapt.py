@@ -18,7 +18,7 @@ from vit_jax.models.stacking import flatten, stack, unflatten, unstack
 
 # Fine-tuning as in arXiv 2010.11929: a new head, without the pretraining head's hidden layer
 # (section 3.2) and the parameters of masked patch prediction (appendix B.1.2).
-REINITIALIZE = (names.HEAD,)
+REINITIALIZE = ("head/.*",)
 DROP = names.PRETRAINING_ONLY
 
 _ADVICE = {  # for tensors whose shape doesn't fit
@@ -123,7 +123,9 @@ def adapt(
 
 
 def _matching(regex: str, among: Iterable[str]) -> set[str]:
-    return {name for name in among if re.fullmatch(regex, name)}
+    """The names that a regex matches; DeiT's second head is matched by what matches the head."""
+    alias = (names.DISTILLATION_HEAD, "head/")
+    return {n for n in among if re.fullmatch(regex, n) or re.fullmatch(regex, n.replace(*alias))}
 
 
 def _modules(among: Iterable[str]) -> set[str]:
