@@ -50,7 +50,7 @@ MODELS = {
     "mixed": {**VIT, "position": "none", "rotary": "mixed", "mlp": "gelu"},
     "root": {"variant": "R+ViT-nano/16", "depth": 2},
     "hybrid": {"variant": "R26+ViT-nano/32", "depth": 1},
-    "bit": {"variant": "R50x1", "stem_width": 32},
+    "bit": {"variant": "R50x1", "stem_width": 32, "zero_padded_pool": True},
     "mixer": {"variant": "Mixer-S/16", "token_mlp_dim": 40, "mlp": "gelu"},
 }
 HUGGING_FACE = ("token", "gelu", "named")

@@ -13,7 +13,8 @@ from absl import flags
 
 from vit_jax.command_line import numbers, run
 from vit_jax.config import InputError
-from vit_jax.weights.trained import FORMATS, check_output, load
+from vit_jax.weights.formats import check_output
+from vit_jax.weights.trained import FORMATS, load
 
 INPUT = flags.DEFINE_string("input", None, "Checkpoint to read: a folder, a file or its URL.")
 OUTPUT = flags.DEFINE_string("output", None, "Where to write; must not exist.")

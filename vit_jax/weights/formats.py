@@ -20,6 +20,7 @@ from vit_jax.weights import (
     bit,
     files,
     folders,
+    hub,
     hugging_face,
     official,
     onnx,
@@ -97,7 +98,10 @@ def read(
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if text := published.licence(address):
-        description = {**description, "notes": [*description.get("notes", ()), f"licence: {text}"]}
+        description = {
+            **description,
+            "notes": [*description.get("notes", ()), f"{hub.LICENCE}{text}"],
+        }
     for note in description.get("notes", ()):
         logging.info("%s: %s", path, note)
     return unflatten(params), description
@@ -183,6 +187,12 @@ def _check_size(description: dict, image_size: tuple[int, int] | None) -> None:
         )
 
 
+def check_output(path: str | os.PathLike) -> None:
+    """Raises ValueError if `path` exists."""
+    if as_path(path).exists():
+        raise InputError(f"{path} exists: choose another path, or remove it")
+
+
 def write(path: str | os.PathLike, params: dict, description: dict, format: str) -> None:
     """Writes a checkpoint in one of `FORMATS`: a file, or a folder for timm and Hugging Face.
 
@@ -198,7 +208,8 @@ def _write(path: Path, flat: dict, description: dict, format: str) -> None:
     if format == "onnx":
         onnx.write_onnx(path, unflatten(flat), description)
     elif format in _FOLDERS:
-        _write_folder(path, *_FOLDERS[format](flat, description))
+        arrays, configs = _FOLDERS[format](flat, description)
+        _write_folder(path, arrays, configs, hub.model_card(description, format))
     else:
         if format != "npz":
             _check_published(description, format)
@@ -209,7 +220,7 @@ def _write(path: Path, flat: dict, description: dict, format: str) -> None:
         files.write_npz(path, arrays)
 
 
-def _write_folder(path: Path, arrays: dict, configs: dict[str, dict]) -> None:
+def _write_folder(path: Path, arrays: dict, configs: dict[str, dict], card: str) -> None:
     """The folder appears with all its files, or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -217,6 +228,7 @@ def _write_folder(path: Path, arrays: dict, configs: dict[str, dict]) -> None:
     try:
         for name, content in configs.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / hub.CARD).write_text(card)
         files.write_safetensors(partial / WEIGHTS, arrays, {"format": "pt"})
         partial.replace(path)
     finally:

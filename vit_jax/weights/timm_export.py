@@ -7,6 +7,7 @@ config.json holds the options that the architecture's name doesn't.
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from vit_jax.config import InputError
 from vit_jax.models.variants import MIXER_SIZES, VIT_SIZES, ModelConfig
@@ -243,7 +244,13 @@ def _describe_bit(config: ModelConfig) -> tuple:
             f"{', '.join(map(str, _BIT_NAMES))}"
         )
     pairs, names = timm_names.bit_pairs(config.stages), _BIT_NAMES[config.stages]
-    arguments = {} if config.zero_padded_pool else {"stem_type": ""}
+    arguments = {}
+    if not config.zero_padded_pool:
+        arguments = {"stem_type": ""}
+        logging.warning(
+            "timm's create_model can't build this ResNet: its BiT models pad max pooling with 0, "
+            "this one with -inf (zero_padded_pool = False). vit_jax reads the file"
+        )
     if (factor := config.stem_width / 64) in names:
         return names[factor], arguments, pairs
     factor, name = next(iter(names.items()))

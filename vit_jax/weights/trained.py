@@ -4,10 +4,10 @@ Letters in shapes: B images, H W image size, D features, C classes.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vit_jax.parallel.mesh import (
     use_mesh,
 )
 from vit_jax.parallel.run_files import as_path, check_holds_checkpoints, is_complete, saved_steps
-from vit_jax.weights import folders, formats, published
+from vit_jax.weights import folders, formats, hub, published
 from vit_jax.weights.checksums import check_whole, checksummed
 from vit_jax.weights.prediction import Prediction
 
@@ -88,6 +88,8 @@ class TrainedModel:
             description["class_names"] = list(self.names)
         if self.temperature != 1.0:
             description["temperature"] = self.temperature
+        if licences := [note for note in self.notes if note.startswith(hub.LICENCE)]:
+            description["notes"] = licences
         return description
 
     @property
@@ -224,17 +226,24 @@ class TrainedModel:
     def save(self, path: str | os.PathLike, format: str = "orbax") -> None:
         """Writes the model in one of `FORMATS`; `load` restores the same bits (not from ONNX).
 
-        Raises ValueError, and writes nothing, for a model that the format can't hold, or if `path`
-        exists.
+        Raises ValueError and writes nothing if the format can't hold the model or `path` exists.
         """
         if format not in FORMATS:
             raise unknown("format", format, FORMATS)
-        check_output(path)
+        formats.check_output(path)
         params, description = merge(self.params, self.description)
         if format == "orbax":
             _write_orbax(check_holds_checkpoints(as_path(path)), params, description)
         else:
             formats.write(path, params, description, format)
+
+    def push_to_hub(self, repository: str, format: str = "timm", **about: Any) -> str:
+        """Uploads the model and its card to "owner/name" on Hugging Face's hub: see `hub.push`.
+
+        `about`: license, datasets, metrics, private. Returns the repository's address.
+        """
+        write = functools.partial(self.save, format=format)
+        return hub.push(repository, write, self.description, format, **about)
 
     def _softmax(
         self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
@@ -278,15 +287,15 @@ class TrainedModel:
             return np.zeros((0, *shape[1:]), np.float32)
         return np.concatenate(found)
 
-    @cached_property
+    @functools.cached_property
     def _forward(self) -> Any:
         return jax.jit(self.architecture.apply)
 
-    @cached_property
+    @functools.cached_property
     def _local_mesh(self) -> Mesh:
         return make_mesh(MeshConfig(), jax.local_devices())
 
-    @cached_property
+    @functools.cached_property
     def _copies(self) -> dict[Mesh, dict]:
         return {}
 
@@ -296,12 +305,6 @@ class TrainedModel:
             shardings = jax.tree.map(lambda _: replicated(mesh), self.params)
             self._copies[mesh] = put_tree(self.params, shardings)
         return self._copies[mesh]
-
-
-def check_output(path: str | os.PathLike) -> None:
-    """Raises ValueError if `path` exists."""
-    if as_path(path).exists():
-        raise InputError(f"{path} exists: choose another path, or remove it")
 
 
 def create_model(

@@ -1,6 +1,7 @@
 """Compares every Vision Transformer of timm with ours, with random weights and two blocks.
 
-    pip install torch timm && python experiments/timm_table.py [PATTERN] > vit_jax/weights/TIMM.md
+    pip install torch timm
+    python experiments/benchmarks/timm_table.py [PATTERN] > vit_jax/weights/TIMM.md
 
 Each architecture is made small in depth and image alone, saved as `timm.models.save_for_hf` does,
 read, run, written, and read by timm again. Differences are of the logits, or of the features where
@@ -104,7 +105,7 @@ def main(arguments: list[str]) -> None:
     pattern = re.compile(arguments[1] if len(arguments) > 1 else NAMES)
     names = [name for name in timm.list_models() if pattern.fullmatch(name)]
     print(f"# Vision Transformers of timm {timm.__version__}\n")
-    print("Made by `experiments/timm_table.py`: see there what is compared.\n")
+    print("Made by `experiments/benchmarks/timm_table.py`: see there what is compared.\n")
     print("| architecture | | largest difference | why not |\n|---|---|---|---|")
     for name in names:
         print(row(name), flush=True)
