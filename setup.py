@@ -33,7 +33,11 @@ setup(
         *(f"vit_jax.shipped.{name}" for name in SHIPPED),
     ],
     package_dir={f"vit_jax.shipped.{name}": name.replace(".", "/") for name in SHIPPED},
-    package_data={"vit_jax": ["py.typed"], "vit_jax.shipped.experiments.scaling": ["paper/*.csv"]},
+    package_data={
+        "vit_jax": ["py.typed"],
+        "vit_jax.weights": ["embedded.*"],
+        "vit_jax.shipped.experiments.scaling": ["paper/*.csv"],
+    },
     entry_points={"console_scripts": ["vit_jax = vit_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -164,7 +164,7 @@ def test_the_wheel_has_all_that_the_command_needs(tmp_path):
     wanted += (ROOT / "experiments/scaling/paper").glob("*.csv")
     assert len(wanted) > 40
     missing = {f"vit_jax/shipped/{path.relative_to(ROOT)}" for path in wanted} - files
-    assert not missing and "vit_jax/py.typed" in files
+    assert not missing and {"vit_jax/py.typed", "vit_jax/weights/embedded.npz"} <= files
     assert {file.split("/")[0] for file in files} == {"vit_jax"}
     for file in files:  # another project's distribution has that name
         if file.endswith(".py"):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from vit_jax.data.formula import Fractals, Strokes, Synthetic
+from vit_jax.data.textures import Textures
 
 both = pytest.mark.parametrize("formula", [Strokes, Fractals])
-every = pytest.mark.parametrize("formula", [Strokes, Fractals, Synthetic])
+every = pytest.mark.parametrize("formula", [Strokes, Fractals, Synthetic, Textures])
 
 
 def digest(source, indices) -> str:
@@ -54,6 +55,16 @@ def test_golden_pixels(formula, pixels, sha256):
     assert source[1234]["image"][16, 2:30:3].max(axis=1).tolist() == pixels
     assert digest(source, range(9_900, 10_000)) == sha256[0]
     assert digest(formula(10, num_classes=4, image_size=57), range(10)) == sha256[1]
+
+
+def test_golden_textures():
+    source = Textures(10_000, num_classes=100, seed=3)
+    pixels = [154, 151, 143, 159, 153, 152, 152, 145, 147, 155]
+    assert source[1234]["image"][32, 4:60:6].max(axis=1).tolist() == pixels
+    whole = "215ed342a44e3decc1a74a255e1d27e9e3829910ebae7e51859cd624d7522151"
+    assert digest(source, range(9_950, 10_000)) == whole
+    small = "f8b7873c26f953c3b7c5f84d7d1bcb6bd0b2a7d13e3151998214bb96ed784f03"
+    assert digest(Textures(10, num_classes=4, image_size=57), range(10)) == small
 
 
 @every

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     )
     if not (models or checkpoints):
         sys.exit(f"error: no model matches {' '.join(patterns)}: vit_jax models lists all")
-    print("\n".join([*models, *(f"{name}  (published checkpoint)" for name in checkpoints)]))
+    print("\n".join([*models, *(f"{name}  (checkpoint)" for name in checkpoints)]))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ gives a confidence interval, and what simpler classifiers reach: hand-made featu
 checkpoint, a linear probe, which is kept where fine-tuning is no better on dev.
 
 On a CPU (`DEVICES`) steps, batch and trials are few; `--config.workflow.minutes=10` keeps to a
-time, anywhere. Without a checkpoint a CPU trains a small ResNet from random weights.
+time, anywhere. Where none is named a CPU starts from `embedded`, a small ResNet in this package.
 
 Options for small datasets, from other papers:
 
     adamw               AdamW, with the learning rate multiplied by 0.75 per block towards the input
-    scratch             AdamW for random weights; on a CPU without a checkpoint the default
+    resnet              AdamW with one learning rate for all layers; the default for `embedded`
+    scratch             AdamW for random weights; the default for a CPU without a checkpoint
     head=probe          starts with a head fitted to frozen features (arXiv 2202.10054)
     train=attention     trains only attention and head (arXiv 2203.09795); train=head: only the head
     train=lora          trains low-rank adapters of attention, and the head (arXiv 2106.09685), by
@@ -48,12 +49,19 @@ OPTIMIZERS = {
         (1e-4, 3e-4),
         {"name": "adamw", "weight_decay": 0.05, "layer_decay": 0.75},
     ),
+    "resnet": ((1e-4, 3e-4, 1e-3, 3e-3), (1e-4,), {"name": "adamw", "weight_decay": 0.05}),
     "scratch": ((3e-3,), (3e-3,), {"name": "adamw", "weight_decay": 0.05}),
 }
-# By device: which of the rates, what else. "cpu_scratch": without a checkpoint or a model.
+# By device: which of the rates, what else. Where no model is named, "cpu_embedded" is for the
+# embedded checkpoint, "cpu_scratch" for random weights.
 DEVICES = {
     "accelerator": (0, "paper", {"batch_size": 512, "steps": 500}),
     "cpu": (1, "paper", {"batch_size": 32, "steps": 100, "model.dtype": "float32"}),
+    "cpu_embedded": (
+        1,
+        "resnet",
+        {"batch_size": 32, "steps": 200, "head": "probe", "model.dtype": "float32"},
+    ),
     "cpu_scratch": (
         1,
         "scratch",
@@ -83,7 +91,7 @@ AUGMENT = {  # RandAugment's magnitude, mixup's alpha
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: [paper|adamw|scratch][,steps=N][,batch=N][,size=SIDE][,flip=False] and those above.
+    """`arg`: [paper|adamw|resnet|scratch][,steps=N][,batch=N][,size=SIDE][,flip=False], as above.
 
     The device says what isn't given.
     """
@@ -94,7 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         batch=0,
         size=None,
         flip=True,
-        head="zero",
+        head="",
         train="all",
         rank=0,
         alpha=0.0,
@@ -119,7 +127,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return recipe(
         defaults={device: by_device(device, arg) for device in DEVICES},
         init="",
-        head=arg.head,
+        **({"head": arg.head} if arg.head else {}),
         **({} if arg.size is None else {"image_size": arg.size}),
         model=adapters,
         data={"dataset": "", "preprocess": preprocess},

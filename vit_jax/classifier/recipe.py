@@ -16,7 +16,10 @@ from vit_jax.models.variants import ModelConfig
 from vit_jax.training.recipe import TrainConfig
 from vit_jax.weights import formats
 from vit_jax.weights.adapt import DROP, REINITIALIZE
+from vit_jax.weights.published import EMBEDDED
 from vit_jax.weights.trained import TrainedModel, load
+
+DOWNLOADED = "augreg:S/16"  # where to start on accelerators, if nothing is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +112,17 @@ def load_init(path: str) -> TrainedModel:
 def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
     """The recipe's fields, with what it leaves open taken from its own `defaults` for the device.
 
-    `defaults` are {device: [(dotted field, value)]}: "accelerator", "cpu", and "cpu_scratch" for a
-    CPU without a checkpoint or a model. Warm-up and evaluations follow the steps. `device` is a
-    name of `jax.default_backend()`; None: what there is; "earlier": those of all devices in earlier
-    versions, where nothing followed.
+    `defaults` are {device: [(dotted field, value)]}: "accelerator", "cpu", and where no model is
+    named "cpu_embedded" for a CPU with the embedded checkpoint, "cpu_scratch" without any. Warm-up
+    and evaluations follow the steps. `device` is a name of `jax.default_backend()`; None: what
+    there is; "earlier": those of all devices in earlier versions, where nothing followed.
     """
     values = {**values}
     if not (defaults := values.pop("defaults", None)):
         return values
     kind = "cpu" if (device or jax.default_backend()) == "cpu" else "accelerator"
-    if kind == "cpu" and not values.get("init") and "variant" not in values.get("model", {}):
-        kind = "cpu_scratch"
+    if kind == "cpu" and "variant" not in values.get("model", {}):
+        kind = {"": "cpu_scratch", EMBEDDED: "cpu_embedded"}.get(values.get("init", ""), kind)
     default = dict(defaults[kind])
     steps = values.get("steps")
     if device != "earlier" and isinstance(steps, int):
@@ -132,6 +135,16 @@ def with_defaults(values: Mapping[str, Any], device: str | None = None) -> dict[
             inner[group] = inner = dict(inner.get(group) or {})
         inner.setdefault(field, value)
     return values
+
+
+def choose_init(values: Mapping[str, Any]) -> str:
+    """The checkpoint to start from where the recipe names none: "" if it names a model.
+
+    A recipe without `defaults` for the device is as it is.
+    """
+    if values.get("init") or "variant" in values.get("model", {}) or not values.get("defaults"):
+        return values.get("init", "")
+    return EMBEDDED if jax.default_backend() == "cpu" else DOWNLOADED
 
 
 def complete(

@@ -18,7 +18,7 @@ from vit_jax.classifier import budget
 from vit_jax.classifier.audit import Audit
 from vit_jax.classifier.examine import read_outputs
 from vit_jax.classifier.probe import VALUES, Probe
-from vit_jax.classifier.recipe import TransferConfig, complete
+from vit_jax.classifier.recipe import TransferConfig, choose_init, complete
 from vit_jax.classifier.results import Finished, logits_of, report
 from vit_jax.classifier.splits import Splits, settle_splits
 from vit_jax.classifier.start import prepare
@@ -49,6 +49,8 @@ from vit_jax.training.memory import device_memory, fit_memory
 from vit_jax.training.recipe import build_training
 from vit_jax.training.workdir import CONFIG, compiled_kept, keep_same, lock_workdir
 
+SWEEP = "sweep.json"  # the recipe of the final run, before its values are chosen
+
 
 def transfer(
     data: str = "",
@@ -66,7 +68,8 @@ def transfer(
 
     Args:
       data: a folder of images, a table, or a dataset's name; "": the recipe's.
-      init: a checkpoint, as for `vit_jax.load`; "": random weights; None: the recipe's.
+      init: a checkpoint, as for `vit_jax.load`; "": random weights; None: the recipe's. Where that
+        names neither a checkpoint nor a model, "embedded" on a CPU and else "augreg:S/16".
       workdir: the folder of the run.
       config: a recipe's name, such as "transfer/paper:cifar10", or a recipe as `vit_jax.recipe`
         returns it.
@@ -81,14 +84,14 @@ def transfer(
         values = dataclasses.asdict(values)
     elif isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
-    given = {"data.dataset": data} if data else {}
-    if init is not None:
-        given["init"] = init
-    values = merge(values, given)
+    values = merge(values, {"data.dataset": data} if data else {})
     dataset = values["data"].get("dataset", "")
     # Before a download of `init`.
     if is_path(dataset) and not as_path(dataset).expanduser().exists():
         raise FileNotFoundError(f"there is no {dataset}")
+    if init is None:
+        init = _first_init(workdir, values)
+    values = merge(values, {"init": init})
     config = build(TransferConfig, complete(values, _first_device(workdir), _folded(workdir)))
     if config.workflow is None:
         run = prepare(config, os.fspath(workdir), clock)
@@ -130,6 +133,18 @@ def _first_device(workdir: str | os.PathLike) -> str | None:
     return "earlier" if _is_earlier(workdir) else None
 
 
+def _first_init(workdir: str | os.PathLike, values: Mapping[str, Any]) -> str:
+    """`choose_init`, or random weights if a run goes on that an earlier version began with them."""
+    init, begun = choose_init(values), as_path(workdir or ".") / SWEEP
+    if init == values.get("init", ""):
+        return init
+    if workdir and begun.exists() and not read_json(begun, f"remove {begun}").get("init"):
+        return ""
+    if multihost.is_main():
+        print(f"it starts from {init}; another start: --config.init=CHECKPOINT", flush=True)
+    return init
+
+
 def _folded(workdir: str | os.PathLike) -> bool:
     """Whether a version began the run whose models had no mean and deviation of pixels."""
     if not workdir:
@@ -142,7 +157,7 @@ def _folded(workdir: str | os.PathLike) -> bool:
 
 def _is_earlier(workdir: Path) -> bool:
     """Whether an earlier version began the workflow: all devices had the same defaults."""
-    return (workdir / "sweep.json").exists() and not (workdir / budget.FILE).exists()
+    return (workdir / SWEEP).exists() and not (workdir / budget.FILE).exists()
 
 
 def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.Trained:
@@ -176,7 +191,7 @@ def _run_workflow(config: TransferConfig, workdir: Path, command: str) -> loop.T
         if config.workflow.minutes is not None:
             trials, scaled = settled.trials, (settled.steps or steps.scheduled, steps.scheduled)
             on_train, on_both = (budget.with_steps(c, *scaled) for c in (on_train, on_both))
-    keep_same(workdir / "sweep.json", on_both)
+    keep_same(workdir / SWEEP, on_both)
     results += run_trials(on_train, trials, workdir, train_trial, lanes)
     best = best_trial(results, metric)
     if multihost.is_main():

@@ -27,7 +27,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
-class _FormulaSet:
+class FormulaSet:
     """Examples `first` to `first + num_examples - 1` of an endless set.
 
     Example i of the endless set has the label i % num_classes. Sources that differ only in `first`
@@ -64,7 +64,7 @@ class _FormulaSet:
         raise NotImplementedError
 
 
-class Strokes(_FormulaSet):
+class Strokes(FormulaSet):
     """White characters on black.
 
     A class has one to three strokes; each further stroke begins where the previous one ends with
@@ -75,10 +75,10 @@ class Strokes(_FormulaSet):
     def _draw(self, label: int, index: int) -> np.ndarray:
         size = self.image_size
         u = _character(self.seed, label)
-        v = _uniform(32, self.seed, INSTANCE, index)
+        v = uniform(32, self.seed, INSTANCE, index)
 
         count = 1 + int(3 * u[0])
-        points = (u[3:] + _between(-0.12, 0.12, v[:24])).reshape(3, 4, 2)
+        points = (u[3:] + between(-0.12, 0.12, v[:24])).reshape(3, 4, 2)
         for stroke in range(1, count):
             if u[stroke] < 0.5:
                 points[stroke, 0] = points[stroke - 1, 3]
@@ -93,18 +93,18 @@ class Strokes(_FormulaSet):
         step = curve[..., 1:] - curve[..., :-1]
         length = np.sqrt(step[0] * step[0] + step[1] * step[1]).reshape(-1, 1)
         middle = ((curve[..., 1:] + curve[..., :-1]) / 2).reshape(2, -1, 1)
-        radius = size * _between(0.06, 0.16, v[30])
+        radius = size * between(0.06, 0.16, v[30])
         bump = 1 - np.square((np.arange(size) + 0.5 - middle) / radius)
         bump = np.square(np.maximum(bump, 0))
         bump[0] *= length / length.max()
         columns, rows = np.floor(4096 * bump)
-        softness = _between(0.8, 2.0, v[31])
+        softness = between(0.8, 2.0, v[31])
         ink = (rows.T @ columns) * (softness * length.max() / (4096 * 4096 * radius))
         grey = np.floor(255 * np.minimum(ink, 1)).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
 
 
-class Fractals(_FormulaSet):
+class Fractals(FormulaSet):
     """Coloured attractors on black: a class is an iterated function system of affine maps.
 
     An instance varies the maps' parameters, the pose, the colours and the density and softness of
@@ -114,9 +114,9 @@ class Fractals(_FormulaSet):
     def _draw(self, label: int, index: int) -> np.ndarray:
         size = self.image_size
         maps, cumulative = _function_system(self.seed, label)
-        v = _uniform(336, self.seed, INSTANCE, index)
+        v = uniform(336, self.seed, INSTANCE, index)
 
-        factors = _between(0.9, 1.1, v[256:304]).reshape(2, 3, 8)[..., : maps.shape[2]]
+        factors = between(0.9, 1.1, v[256:304]).reshape(2, 3, 8)[..., : maps.shape[2]]
         points, last_map = _attractor(maps * factors, cumulative, v[:256])
         column, row = np.clip(np.floor(_pose(points, v[304:310], size)), 0, size - 1)
         bins = (row * size + column) * 8 + np.repeat(last_map, 64)
@@ -125,21 +125,21 @@ class Fractals(_FormulaSet):
         # Per pixel, sums red, green and blue of its points and counts them; then blurs along both
         # axes. All are whole numbers, so the matrix products are exact.
         palette = np.ones((8, 4))
-        palette[:, :3] = np.floor(_between(128, 256, v[310:334])).reshape(8, 3)
+        palette[:, :3] = np.floor(between(128, 256, v[310:334])).reshape(8, 3)
         picture = counts.reshape(-1, 8).astype(np.float64) @ palette
-        radius = size / 32 * _between(0.8, 2.5, v[334])
+        radius = size / 32 * between(0.8, 2.5, v[334])
         offsets = (np.arange(size) - np.arange(size)[:, None]) / radius
         blur = np.floor(256 * np.maximum(1 - np.square(offsets), 0))
         for _ in range(2):
             picture = (blur @ picture.reshape(size, -1)).reshape(size, size, 4).swapaxes(0, 1)
         density = picture[..., 3:]
-        contrast = _between(0.15, 0.6, v[335]) * np.square(size / 32 / (256 * radius))
+        contrast = between(0.15, 0.6, v[335]) * np.square(size / 32 / (256 * radius))
         ink = np.minimum(contrast * density, 1)
         return np.floor(picture[..., :3] * (ink / np.maximum(density, 1))).astype(np.uint8)
 
 
 @dataclass(frozen=True)
-class Synthetic(_FormulaSet):
+class Synthetic(FormulaSet):
     """Squares of colours, of a photograph's size: fast stand-ins for images that aren't at hand.
 
     A class is 8 x 8 colours; an instance averages them with its own. The fields are those of the
@@ -149,29 +149,29 @@ class Synthetic(_FormulaSet):
     image_size: int = 256
 
     def _draw(self, label: int, index: int) -> np.ndarray:
-        colours = _uniform(192, self.seed, CLASS, label) + _uniform(192, self.seed, INSTANCE, index)
+        colours = uniform(192, self.seed, CLASS, label) + uniform(192, self.seed, INSTANCE, index)
         colours = np.floor(128 * colours).astype(np.uint8).reshape(8, 8, 3)
         at = np.arange(self.image_size) * 8 // self.image_size
         return np.repeat(colours[at], np.bincount(at), axis=1)
 
 
-def _mix(z):
+def mix(z):
     """The finaliser of splitmix64 (Steele et al., OOPSLA 2014), of an int or a uint64 array."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
 
 
-def _uniform(count: int, *key: int) -> np.ndarray:
+def uniform(count: int, *key: int) -> np.ndarray:
     """float64 [count] in [0, 1), a pure function of the key."""
     state = 0
     for part in key:
-        state = _mix((state + part + GOLDEN) & MASK)
+        state = mix((state + part + GOLDEN) & MASK)
     counters = np.arange(count, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state)
-    return (_mix(counters) >> 11) * 2.0**-53
+    return (mix(counters) >> 11) * 2.0**-53
 
 
-def _between(low: float, high: float, u):
+def between(low: float, high: float, u):
     """Maps u from [0, 1) to [low, high)."""
     return low + (high - low) * u
 
@@ -187,21 +187,21 @@ def _pose(xy: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
     Returns:
       float64 [2, ...], in pixels; may lie slightly outside the image.
     """
-    x = (xy[0] + _between(-0.15, 0.15, u[0]) * xy[1]) * _between(0.9, 1.1, u[1])
-    t = _between(-0.1, 0.1, u[2])  # tan(angle / 2): a rotation without inexact sin and cos
+    x = (xy[0] + between(-0.15, 0.15, u[0]) * xy[1]) * between(0.9, 1.1, u[1])
+    t = between(-0.1, 0.1, u[2])  # tan(angle / 2): a rotation without inexact sin and cos
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     xy = np.stack([cos * x - sin * xy[1], sin * x + cos * xy[1]])
     axes = tuple(range(1, xy.ndim))
     low, high = xy.min(axis=axes, keepdims=True), xy.max(axis=axes, keepdims=True)
-    scale = size * _between(0.8, 1.05, u[3]) / np.maximum((high - low).max(), 1e-3)
-    shift = size * _between(-0.05, 0.05, u[4:6]).reshape(low.shape)
+    scale = size * between(0.8, 1.05, u[3]) / np.maximum((high - low).max(), 1e-3)
+    shift = size * between(-0.05, 0.05, u[4:6]).reshape(low.shape)
     return (xy - (low + high) / 2) * scale + size / 2 + shift
 
 
 @lru_cache(maxsize=2**16)
 def _character(seed: int, label: int) -> np.ndarray:
     """Returns a class's numbers, float64 [27] in [0, 1): stroke count, 2 joins, 12 points."""
-    return _uniform(27, seed, CLASS, label)
+    return uniform(27, seed, CLASS, label)
 
 
 @lru_cache(maxsize=64)
@@ -223,8 +223,8 @@ def _function_system(seed: int, label: int) -> tuple[np.ndarray, np.ndarray]:
     instances converge.
     """
     for attempt in itertools.count():
-        u = _uniform(305, seed, CLASS, label, attempt)
-        maps = _between(-1, 1, u[:48]).reshape(2, 3, 8)[..., : 2 + int(5 * u[48])]
+        u = uniform(305, seed, CLASS, label, attempt)
+        maps = between(-1, 1, u[:48]).reshape(2, 3, 8)[..., : 2 + int(5 * u[48])]
         (a, b, _), (c, d, _) = maps
         squares, det = a * a + b * b + c * c + d * d, a * d - b * c
         norm = np.sqrt((squares + np.sqrt(np.maximum(squares * squares - 4 * det * det, 0))) / 2)

@@ -17,6 +17,7 @@ from vit_jax.data.listing import Listing
 from vit_jax.data.slices import Slice, parse_split, read_split, record_name
 from vit_jax.data.tables import TABLES, read_table
 from vit_jax.data.tars import find_tars, read_tars
+from vit_jax.data.textures import Textures
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
 from vit_jax.parallel.run_files import as_path
@@ -34,6 +35,7 @@ _STAND_IN = {
 FORMULAS = {
     "strokes": (Strokes, _DRAWN),
     "fractals": (Fractals, _DRAWN),
+    "textures": (Textures, _DRAWN),
     "synthetic": (Synthetic, _STAND_IN),
 }
 
@@ -86,8 +88,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     Args:
       name: one of
         - `digits`: scikit-learn's 8 x 8 digits; every third example is test;
-        - `strokes/200`, `fractals/1000`: formula-driven, with the number of classes after the
-          slash, 1000 by default. `train` is 1,000,000 examples, but larger slices such as
+        - `strokes/200`, `fractals/1000`, `textures/100`: formula-driven, with the number of classes
+          after the slash, 1000 by default. `train` is 1,000,000 examples, but larger slices such as
           `train[:5_000_000_000]` work too;
         - `synthetic/1000`: the same for rehearsals, images of 256 px in the splits of ImageNet and
           ImageNet-21k;

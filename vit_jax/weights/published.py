@@ -1,4 +1,6 @@
-"""Names of published weights: `augreg:S/16`, `dinov3:S/16`, `hf:google/vit-base-patch16-224`.
+"""Names of weights: `embedded`, `augreg:S/16`, `dinov3:S/16`, `hf:google/vit-base-patch16-224`.
+
+`embedded` is the checkpoint in the package, see `experiments.embedded`; the others are published.
 
 DINOv2, DINOv3, SigLIP, CLIP and DeiT III are timm's files on the hub, named as in timm 1.0. Other
 addresses are those of the READMEs and configs of google-research/vision_transformer and
@@ -9,6 +11,7 @@ checkpoint that its authors recommend for the size.
 import fnmatch
 import os
 import re
+from pathlib import Path
 from urllib.parse import quote
 
 from vit_jax.config import InputError, unknown
@@ -28,6 +31,7 @@ _AUGREG = {
 }
 _VIT = ("B/16", "B/32", "L/16", "L/32", "H/14")
 _VIT_1K = ("B/16", "B/32", "L/16", "L/32")  # fine-tuned at 384 px
+EMBEDDED = "embedded"
 _TIMM = {  # family -> sizes here and in timm, what follows the size there, the licence
     "dinov2": (
         {"S/14": "small_patch14", "B/14": "base_patch14", "L/14": "large_patch14"}
@@ -66,6 +70,7 @@ _TIMM = {  # family -> sizes here and in timm, what follows the size there, the 
     ),
 }
 PUBLISHED: dict[str, str] = {
+    EMBEDDED: str(Path(__file__).with_name("embedded.npz")),
     **{
         f"{family}:{size}": f"hf://timm/{name.format(theirs)}"
         for family, (sizes, name, _) in _TIMM.items()
@@ -91,7 +96,7 @@ def licence(address: str) -> str | None:
 
 
 def list_checkpoints(pattern: str = "*") -> list[str]:
-    """Returns the published names that match a glob, such as "*B/16*"."""
+    """Returns the names of weights that match a glob, such as "*B/16*"."""
     return sorted(fnmatch.filter(PUBLISHED, pattern))
 
 
@@ -149,5 +154,6 @@ def by_hand(path: str) -> str:
     return (
         f"fetch {what} where there is a network, {command}, and give {given} instead, or put what "
         f"you fetch into {cache_path(url).parent}; or choose other weights (a transfer's "
-        "--config.init; with nothing behind the = it starts from random ones)"
+        "--config.init=embedded are in this package; with nothing behind the = it starts from "
+        "random ones)"
     )
