@@ -24,6 +24,17 @@ MODELS = {
     "map": {**VIT, "pool": "map", "position": "sincos_2d", "mlp": "gelu"},
     "bfloat16": {**VIT, "dtype": "bfloat16", "representation_size": 24},
     "options": {**VIT, "registers": 2, "layer_scale": 0.1, "qk_norm": True, "mlp": "swiglu"},
+    "clip": {**VIT, "pre_norm": True, "mlp": "quick_gelu", "mean": (0.4,) * 3, "std": (0.2,) * 3},
+    "deit": {**VIT, "distillation": True, "layer_scale": 0.1, "pool": "token"},
+    "dinov3": {
+        **{**VIT, "position": "none", "rotary": "centred", "registers": 2, "qkv_bias": "qv"},
+        "pool": "token+gap",
+    },
+    "eva02": {
+        **{**VIT, "rotary": "axial", "rotary_reference": 3, "mlp": "swiglu", "mlp_norm": True},
+        **{"attention_norm": True, "pool": "gap", "class_token": True, "final_norm": "pooled"},
+    },
+    "mixed": {**VIT, "position": "none", "rotary": "mixed", "pool": "map", "pool_heads": 4},
     "mixer": {"variant": "Mixer-S/16", "depth": 2, "width": 32, "mlp_dim": 64, "token_mlp_dim": 16},
     "hybrid": {"variant": "R50+ViT-mu/16", **SMALL, "stages": (1, 1, 1), "stem_width": 32},
     "resnet_v2": RESNET,
