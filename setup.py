@@ -66,7 +66,7 @@ setup(
     extras_require={
         "cuda": [f"jax[cuda12]{JAX}"],
         "gcs": ["gcsfs>=2024.12,<2028"],  # older ones can't create on condition
-        "hub": ["huggingface_hub>=0.30,<2"],
+        "hub": ["huggingface_hub>=0.30,<3"],
         "onnx": ["jax2onnx>=0.13,<0.18", "onnx>=1.20.1,<2", "onnxruntime>=1.24.1,<2"],
         # The tfds command imports the other two, and doesn't say so.
         "prepare": ["apache-beam>=2.60,<3", "mlcroissant>=1.0,<2", "tensorflow-cpu>=2.18,<3"],
