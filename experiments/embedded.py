@@ -1,6 +1,6 @@
 """Makes the checkpoint in the package again: `vit_jax.load("embedded")`.
 
-python -m experiments.embedded                    five minutes of one core
+python -m experiments.embedded                    about ten minutes of one core
 
 Pretrains `pretrain/embedded` in --workdir, or continues there, and writes the network without its
 head: `embedded.npz`, whose numbers are bfloat16, and `embedded.json`, which describes the model and
