@@ -3,8 +3,8 @@ r"""The checkpoint in the package: a small BiT ResNet, pretrained on generated t
 vit_jax pretrain --config=pretrain/embedded --workdir=runs/embedded
 
 Our own recipe; `python -m experiments.embedded` runs it and writes the package's file. It sees
-96,000 images of 100 classes of textures, crops of 30% to 100% of them at 32 px, in about ten minutes
-of one core. Expect 46% on validation (30% after 500 steps).
+96,000 images of 100 classes of textures, crops of 30% to 100% of them at 32 px. Ten minutes of one
+core. Expect 46% on validation (30% after 500 steps).
 """
 
 import ml_collections

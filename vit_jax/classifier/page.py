@@ -32,7 +32,8 @@ img{max-width:100%}figure{display:inline-block;margin:.4rem;
 vertical-align:top;text-align:center;font-size:.8rem;max-width:15rem}figcaption{overflow-wrap:
 anywhere}pre{background:#f5f5f5;padding:.7rem;white-space:pre-wrap;overflow-wrap:anywhere}
 .big{font-size:2rem;font-weight:600}.sub{color:#555}.pair{display:inline-block}.bar{background:#0072B2;height:.7rem;
-display:inline-block}.wide{overflow-x:auto;white-space:nowrap}ul{padding-left:1.2rem}
+display:inline-block}.wide{overflow-x:auto;white-space:nowrap}
+pre.table{white-space:pre;overflow-x:auto;overflow-wrap:normal}ul{padding-left:1.2rem}
 """
 
 
@@ -105,7 +106,7 @@ def render(report: Report) -> str:
         "<h2>Calibration</h2>",
         _calibration(report),
         "<h2>Training</h2>",
-        f"<pre>{_text(report.trials)}</pre>",
+        f'<pre class="table">{_text(report.trials)}</pre>',
         _chart(_curves_figure(report.curves), "training curves"),
         "<h2>Most confident errors</h2>",
         "".join(map(_figure, report.mistakes)) or "<p>No errors.</p>",
