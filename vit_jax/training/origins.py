@@ -95,8 +95,11 @@ class Examination:
         return [self._judge(array, inputs, name, scope) for array in outputs]
 
     def _scan(self, parameters: dict, inputs: list[Value], scope: str) -> list[Value]:
-        first = parameters["num_consts"]
-        end = first + parameters["num_carry"]
+        if "ft_in" in parameters:  # from jax 0.12 on
+            first, carried, _ = map(len, parameters["ft_in"].unpack())
+        else:
+            first, carried = parameters["num_consts"], parameters["num_carry"]
+        end = first + carried
         consts, carry, rows = inputs[:first], inputs[first:end], inputs[end:]
         numbers = range(parameters["length"])
         found = {}
