@@ -68,6 +68,7 @@ def test_an_overflow_in_one_layer_is_named(finished):
     assert activations["Transformer/encoderblock_0"][0] < 100
 
 
+@pytest.mark.long
 def test_the_page_and_what_is_refused(finished):
     summary, page = replay(finished, 5, shown=3)
     assert summary[0] == "begins with the state after step 4"

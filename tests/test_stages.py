@@ -162,6 +162,7 @@ def run(workdir, **changes):
     return loop.train(loop.prepare(config, str(workdir), lane=make_lanes(1)[0]))
 
 
+@pytest.mark.long
 def test_killed_around_a_change_of_stage(tmp_path, monkeypatch):
     """Ends bit-identical: killed before the change, at it, and after it."""
     cache = {"compilation_cache": str(tmp_path / "cache")}

@@ -95,7 +95,7 @@ def growth(narrow, wide):
 @pytest.mark.parametrize(
     ("name", "width", "model"),
     [
-        ("adamw", 512, {}),
+        pytest.param("adamw", 512, {}, marks=pytest.mark.long),
         pytest.param("sgd", 512, {}, marks=pytest.mark.slow),
         pytest.param("muon", 512, {}, marks=pytest.mark.slow),
         pytest.param("adafactor", 512, {}, marks=pytest.mark.slow),
