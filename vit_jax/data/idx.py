@@ -103,10 +103,12 @@ def _idx_array(path: Path, rank: int) -> np.ndarray:
         )
     if not all(shape[1:]):
         raise InputError(f"{path} has images of {shape[1]} x {shape[2]} pixels: expected some")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    pixels = np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    pixels.flags.writeable = False
+    return pixels
 
 
-def _unpacked(data: bytes, path: Path) -> bytes:
+def _unpacked(data: bytes, path: Path) -> bytes | bytearray:
     """Decompresses a gzipped file, at most slightly beyond the size in its IDX header."""
     if data[:2] != b"\x1f\x8b":
         return data
@@ -117,6 +119,13 @@ def _unpacked(data: bytes, path: Path) -> bytes:
             promised = math.prod(struct.unpack_from(f">{rank}I", head.ljust(16, b"\0"), 4))
             if promised > MAX_BYTES:
                 raise InputError(f"{path} holds {promised:,} bytes: expected up to {MAX_BYTES:,}")
-            return head + file.read(promised + 1)
+            # In place: one copy in memory. A byte more than promised shows that the file is longer.
+            unpacked, filled = bytearray(4 + 4 * rank + promised + 1), len(head)
+            unpacked[:filled] = head
+            with memoryview(unpacked) as view:
+                while count := file.readinto(view[filled : filled + (1 << 20)]):
+                    filled += count
+            del unpacked[filled:]
+            return unpacked
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from error
