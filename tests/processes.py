@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from vit_jax.training.metrics import CLOCK, read_metrics
+from experiments.campaigns.kills import checkpoint_arrays, records
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -119,28 +117,6 @@ def pretrain(workdir, steps, *arguments):
     """Returns the arguments of a small pretraining."""
     config = f"--config=configs/pretrain/formula.py:classes=10,steps={steps}"
     return ("pretrain", config, f"--workdir={workdir}", *TINY, *arguments)
-
-
-def checkpoint_arrays(workdir):
-    """Reads every array of the newest checkpoint: parameters and optimizer state."""
-    folder = workdir / "checkpoints"
-    newest = folder / max((p.name for p in folder.iterdir() if p.name.isdigit()), key=int)
-    arrays = {"step": newest.name}
-    for item in ("params", "training"):
-        handler = ocp.PyTreeCheckpointHandler()
-        with ocp.Checkpointer(handler) as reader:
-            tree = handler.metadata(newest / item).tree
-            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=restore))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[item + jax.tree_util.keystr(path)] = leaf
-    return arrays
-
-
-def records(workdir):
-    """Reads the records of metrics.jsonl, without measured times."""
-    clock = {*CLOCK, "seconds"}
-    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(workdir)]
 
 
 def equal_runs(workdir, other, gradients=0.0):

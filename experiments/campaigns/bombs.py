@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -98,8 +99,6 @@ def _scans(count: int) -> bytes:
 
 
 def _claimed_png(width: int, height: int) -> bytes:
-    import zlib
-
     def chunk(name: bytes, data: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(name + data))
         return struct.pack(">I", len(data)) + name + data + crc

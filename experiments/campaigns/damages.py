@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.campaigns.kills import PRETRAIN, _run
+from experiments.campaigns.kills import PRETRAIN, run_command
 from vit_jax.weights.checksums import find_damage
 from vit_jax.weights.trained import load, saved_steps
 
@@ -55,7 +55,7 @@ def make_run(folder: Path) -> Path:
     """Returns a workdir with checkpoints of a small pretraining."""
     workdir = folder / "run"
     if not workdir.exists():
-        code, output = _run([*PRETRAIN, f"--workdir={workdir}"])
+        code, output = run_command([*PRETRAIN, f"--workdir={workdir}"])
         if code:
             raise RuntimeError(output)
     return workdir

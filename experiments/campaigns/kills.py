@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -68,7 +68,7 @@ def campaign(count: int, seed: int, folder: Path, command: str) -> dict[str, int
                 break
             moments.append(round(moment, 1))
         killed += len(moments)
-        code, output = _run(arguments(workdir))
+        code, output = run_command(arguments(workdir))
         if code:
             outcome = f"WRONG: exit code {code}"
             print(output[-2000:])
@@ -90,13 +90,14 @@ def _whole(arguments: list[str], workdir: Path) -> float:
     for _ in range(2):
         shutil.rmtree(workdir, ignore_errors=True)
         began = time.perf_counter()
-        code, output = _run(arguments)
+        code, output = run_command(arguments)
         if code:
             raise RuntimeError(f"the uninterrupted run failed:\n{output}")
     return time.perf_counter() - began
 
 
-def _start(arguments: list[str]) -> subprocess.Popen:
+def start_command(arguments: Sequence[str]) -> subprocess.Popen:
+    """Starts a module with its arguments in a session of its own; its output is piped."""
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -113,15 +114,16 @@ def _start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def _run(arguments: list[str]) -> tuple[int, str]:
-    process = _start(arguments)
+def run_command(arguments: Sequence[str]) -> tuple[int, str]:
+    """Runs a module to its end: (exit code, output)."""
+    process = start_command(arguments)
     output, _ = process.communicate()
     return process.returncode, output
 
 
 def _killed(arguments: list[str], moment: float) -> bool:
     """Whether the command was still running after so many seconds, and then killed."""
-    process = _start(arguments)
+    process = start_command(arguments)
     try:
         process.communicate(timeout=moment)
     except subprocess.TimeoutExpired:
@@ -139,22 +141,32 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def checkpoint_arrays(workdir: Path) -> dict[str, np.ndarray | str]:
+    """Returns the arrays of the newest checkpoint, parameters and optimizer state, and its step."""
+    step = max(saved_steps(workdir))
+    newest = (workdir / "checkpoints" / str(step)).absolute()
+    arrays: dict[str, np.ndarray | str] = {"step": str(step)}
+    for item in ("params", "training"):
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler) as reader:
+            tree = handler.metadata(newest / item).tree
+            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=restore))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(path)] = leaf
+    return arrays
+
+
+def records(workdir: Path) -> list[dict]:
+    """Returns the records of metrics.jsonl without what a clock measured."""
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(workdir)]
+
+
 def run_digests(workdir: Path) -> dict[str, str]:
     """Digests of every array of the newest checkpoint, and of the records without times."""
-    step = max(saved_steps(workdir))
-    found = {"step": str(step)}
-    for item in ("params", "training"):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.restore((workdir / "checkpoints" / str(step) / item).absolute())
-        found |= {f"{item}/{k}": _digest(v) for k, v in _leaves(tree)}
-    records = [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(workdir)]
-    found["records"] = _digest(json.dumps(records).encode())
-    return found
-
-
-def _leaves(tree: dict) -> Iterable[tuple[str, bytes]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path), np.asarray(leaf).tobytes()
+    arrays = checkpoint_arrays(workdir)
+    found = {name: _digest(np.asarray(array).tobytes()) for name, array in arrays.items()}
+    return {**found, "records": _digest(json.dumps(records(workdir)).encode())}
 
 
 def _pretrain(folder: Path) -> tuple[Callable, Callable]:

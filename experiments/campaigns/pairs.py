@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from experiments.campaigns.kills import PRETRAIN, TRANSFER, _start
+from experiments.campaigns.kills import PRETRAIN, TRANSFER, records, start_command
 
 
 def campaign(count: int, seed: int, folder: Path) -> dict[str, int]:
@@ -24,11 +25,9 @@ def campaign(count: int, seed: int, folder: Path) -> dict[str, int]:
 
 
 def _pair(command: tuple[str, ...], workdir: Path, apart: float) -> tuple[str, list[str]]:
-    import time
-
     processes = []
     for seed in (1, 2):
-        processes.append(_start([*command, f"--workdir={workdir}", f"--config.seed={seed}"]))
+        processes.append(start_command([*command, f"--workdir={workdir}", f"--config.seed={seed}"]))
         time.sleep(apart)
     outputs = [process.communicate()[0] for process in processes]
     codes = [process.returncode for process in processes]
@@ -42,7 +41,6 @@ def _pair(command: tuple[str, ...], workdir: Path, apart: float) -> tuple[str, l
     seed = json.loads((workdir / "config.json").read_text())["seed"]
     if seed != codes.index(0) + 1:
         return "WRONG: the config of the other", errors
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    steps = [r["step"] for r in map(json.loads, lines) if "loss" in r]
+    steps = [r["step"] for r in records(workdir) if "loss" in r]
     whole = steps == sorted(set(steps)) and steps
     return ("one runs, one refuses" if whole else "WRONG: records"), errors
