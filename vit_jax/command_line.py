@@ -31,6 +31,8 @@ CHATTY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "fsspec", "asyncio")
 # Words in errors of collectives and of jax's service when another process has ended.
 _OTHERS = re.compile("gloo|nccl|mpi|coordination|barrier|heartbeat|unavailable|by peer", re.I)
 _LINGER_SECONDS = 5  # so that each process can report an error that all have
+# Called with the exit code before a process ends without Python's own cleaning up.
+before_exit: list[Callable[[int], Any]] = []
 HELP = ("-h", "-help", "--help", "--helpshort")
 flags.DEFINE_bool("offline", False, "Download nothing, use the cache; same as VIT_JAX_OFFLINE=1.")
 
@@ -111,6 +113,8 @@ def _fail(message: str) -> NoReturn:
         child.terminate()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    for tell in before_exit:
+        tell(1)
     distributed = sys.modules.get("jax._src.distributed")
     if distributed and distributed.global_state.service:  # on process 0; the others end with it
         time.sleep(_LINGER_SECONDS)
@@ -122,6 +126,7 @@ def _explained(error: Exception) -> str:
     distributed = sys.modules.get("jax._src.distributed")
     first = f"{type(error).__name__}: {error}".splitlines()[0]
     if distributed and distributed.global_state.client and _OTHERS.search(first):
+        time.sleep(_LINGER_SECONDS + 1)  # `peers` knows which one, and ends this process
         return (
             "error: another process of this run has ended; its log says why. Start the same "
             "command on all to resume from the newest checkpoint, if there is one "

@@ -42,6 +42,9 @@ flags.DEFINE_integer("seed", 0, "Seed of --random_weights, and of linear's held-
 flags.DEFINE_string("output", None, "File for the result, in addition to the terminal.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
+flags.DEFINE_float(
+    "heartbeat_seconds", multihost.HEARTBEAT_SECONDS, "Time until a silent host counts as gone."
+)
 
 COMMON = ("protocol", "split", "train_split", "dev_split", "preprocess", "data_dir", "batch_size")
 COMMON += ("loss",)
@@ -51,7 +54,7 @@ OWN = {"only_present": bool, "shots": int, "seeds": int, "l2": float, "neighbour
 def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
-    multihost.initialize(args.distributed, args.join_seconds)
+    multihost.initialize(args.distributed, args.join_seconds, args.heartbeat_seconds)
     given = {name: args[name].value for name in OWN if args[name].value is not None}
     options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
     options |= {"seed": args.seed} if args.protocol == "linear" else {}

@@ -20,6 +20,9 @@ CONFIG = define_config_flag()
 flags.DEFINE_string("workdir", "", "Folder of the run, also gs://BUCKET/PATH.")
 flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
+flags.DEFINE_float(
+    "heartbeat_seconds", multihost.HEARTBEAT_SECONDS, "Time until a silent host counts as gone."
+)
 flags.DEFINE_string("check", "", "Only check the recipe for these devices: 256, v5litepod-256.")
 
 
@@ -30,7 +33,8 @@ def main(_) -> None:
     if flags.FLAGS.check:
         check_recipe(config, flags.FLAGS.check)
         return
-    multihost.initialize(flags.FLAGS.distributed, flags.FLAGS.join_seconds)
+    args = flags.FLAGS
+    multihost.initialize(args.distributed, args.join_seconds, args.heartbeat_seconds)
     run = loop.prepare(config, flags.FLAGS.workdir, clock=clock)
     loop.train(run)
 

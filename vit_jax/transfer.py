@@ -29,6 +29,9 @@ CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://BUCKET/PATH.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 flags.DEFINE_float("join_seconds", multihost.JOIN_SECONDS, "Time for all processes to join.")
+flags.DEFINE_float(
+    "heartbeat_seconds", multihost.HEARTBEAT_SECONDS, "Time until a silent host counts as gone."
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +40,8 @@ def main(arguments: list[str]) -> None:
     clock = Clock(process_age())
     if len(data) > 1:
         raise InputError(f"{len(data)} datasets, {', '.join(data)}: expected one")
-    multihost.initialize(DISTRIBUTED.value, flags.FLAGS.join_seconds)
+    args = flags.FLAGS
+    multihost.initialize(DISTRIBUTED.value, args.join_seconds, args.heartbeat_seconds)
     dataset, workdir, init = "".join(data), WORKDIR.value, None
     if workdir is None:
         workdir = default_workdir(dataset or CONFIG.value.data.get("dataset", ""))

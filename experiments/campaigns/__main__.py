@@ -3,6 +3,7 @@
 python -m experiments.campaigns kills --command=pretrain --count=20 --folder=runs/campaigns
 python -m experiments.campaigns damages --count=240
 python -m experiments.campaigns pairs --count=6
+python -m experiments.campaigns processes --count=14
 python -m experiments.campaigns images --count=3000
 python -m experiments.campaigns weights --count=1200
 python -m experiments.campaigns bombs
@@ -15,17 +16,19 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.campaigns import bombs, damages, files, kills, pairs
+from experiments.campaigns import bombs, damages, files, kills, pairs, processes
 
 CAMPAIGNS = {
     "kills": kills.campaign,
     "damages": damages.campaign,
     "pairs": pairs.campaign,
+    "processes": processes.campaign,
     "images": files.images,
     "weights": files.weights,
     "bombs": bombs.campaign,
 }
-COUNTS = {"kills": 20, "damages": 240, "pairs": 6, "images": 3000, "weights": 1200, "bombs": 0}
+COUNTS = {"kills": 20, "damages": 240, "pairs": 6, "processes": 14}
+COUNTS |= {"images": 3000, "weights": 1200, "bombs": 0}
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def _whole(arguments: list[str], workdir: Path) -> float:
     return time.perf_counter() - began
 
 
-def start_command(arguments: Sequence[str]) -> subprocess.Popen:
+def start_command(arguments: Sequence[str], **environment: str) -> subprocess.Popen:
     """Starts a module with its arguments in a session of its own; its output is piped."""
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
@@ -106,6 +106,7 @@ def start_command(arguments: Sequence[str]) -> subprocess.Popen:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "campaigns" / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,23 +20,30 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from vit_jax.config import InputError
+from vit_jax.parallel.peers import watch
 from vit_jax.parallel.preemption import PREEMPTED, Preemption, Sigterm  # noqa: F401 (for others)
 
-# A process that is silent for this long counts as dead, and all others end.
-HEARTBEAT_SECONDS = 60
+# A host that answers nothing for this long is gone, and the processes on the others end.
+HEARTBEAT_SECONDS = 15
 
-# In which all processes of a run must come. A run of which one process was killed needs most: the
-# others notice it after a heartbeat's time, and its launcher starts them again.
-JOIN_SECONDS = 2 * HEARTBEAT_SECONDS
+# In which all processes of a run must come. A run of which one host is gone needs most: the others
+# notice it after a heartbeat's time, and their launcher starts them again.
+JOIN_SECONDS = HEARTBEAT_SECONDS + 105
+
+# jax ends all processes if one sends nothing for this long: so long may a process be paused.
+_PAUSE_SECONDS = 600
 
 _FACTS_BYTES = 4096
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_ALL_HERE = "all here"
 _LINGER_SECONDS = 10  # after an error, so that late processes are told about it
+_NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError)  # of a server of something else
 _QUIET_SECONDS = 10  # until a process says for which others it waits
+_OLDER_RUN = 6  # heartbeats, in which an older run ends and frees the port
 
 
-def initialize(distributed: bool, seconds: float = JOIN_SECONDS) -> None:
+def initialize(
+    distributed: bool, seconds: float = JOIN_SECONDS, heartbeat: float = HEARTBEAT_SECONDS
+) -> None:
     """Joins the processes of a cluster. Call it before any other use of jax.
 
     Detects TPU pods, SLURM and the other clusters that jax knows. Elsewhere set
@@ -47,6 +54,8 @@ def initialize(distributed: bool, seconds: float = JOIN_SECONDS) -> None:
     Args:
         distributed: joins nothing if False.
         seconds: in which all processes must come.
+        heartbeat: seconds without an answer after which another host counts as gone. A process
+            that is killed is noticed at once: see `peers.watch`.
 
     Raises:
         ValueError: no cluster, or processes that don't fit together; on every process. Or this is
@@ -59,16 +68,21 @@ def initialize(distributed: bool, seconds: float = JOIN_SECONDS) -> None:
         return
     if not 0 < seconds < 1e6:
         raise InputError(f"{seconds} seconds to join the other processes: expected 1 or more")
+    if not 3 <= heartbeat < 1e5:
+        raise InputError(
+            f"{heartbeat} seconds until a silent host counts as gone: expected 3 or more"
+        )
     known = {}
     if found := _cluster(seconds):
         with Sigterm(PREEMPTED, "told to end (SIGTERM) before all processes had come"):
-            _roll_call(*found, seconds)
+            connections = _roll_call(*found, seconds)
+        watch(connections, _name(found[2], socket.gethostname()), heartbeat)
         names = ("coordinator_address", "num_processes", "process_id")
         known = dict(zip(names, found, strict=True))
     try:
         jax.distributed.initialize(  # handles SIGTERM from now on
             initialization_timeout=math.ceil(seconds),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=_PAUSE_SECONDS,
             **known,
         )
     except ValueError as error:
@@ -137,8 +151,16 @@ def _check_not_one_of_several() -> None:
         )
 
 
-def _roll_call(address: str, processes: int, process: int, patience: float = JOIN_SECONDS) -> None:
+def _name(process: int, host: str) -> str:
+    return f"process {process} on {host}"
+
+
+def _roll_call(
+    address: str, processes: int, process: int, patience: float = JOIN_SECONDS
+) -> dict[socket.socket, str]:
     """Waits until all processes have reported consistent settings to process 0.
+
+    Returns connections to the others on process 0, elsewhere one to process 0, with their names.
 
     Raises ValueError on every process that reported, if settings differ or processes are missing.
     jax itself would wait for minutes without naming the cause. jax uses the address afterwards.
@@ -147,21 +169,18 @@ def _roll_call(address: str, processes: int, process: int, patience: float = JOI
     deadline = time.monotonic() + patience
     if process == 0:
         try:
-            answer = _call_roll(int(address.rpartition(":")[2]), me, deadline)
+            return _call_roll(int(address.rpartition(":")[2]), me, deadline)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            answer = _ask_who_is_there(address, me, error)
-    else:
-        answer = _answer_roll_call(address, me, deadline)
-    if answer != _ALL_HERE:
-        raise InputError(answer)
+            _ask_who_is_there(address, me, error)
+    return _answer_roll_call(address, me, deadline)
 
 
-def _ask_who_is_there(address: str, me: dict[str, Any], error: OSError) -> str:
-    """What another process 0 of this run says, which listens at the port; OSError if it is none."""
+def _ask_who_is_there(address: str, me: dict[str, Any], error: OSError) -> None:
+    """Raises what another process 0 of this run says, which listens there; OSError if none does."""
     try:
-        return _answer_roll_call(address, me, time.monotonic() + _LINGER_SECONDS)
+        _answer_roll_call(address, me, time.monotonic() + _LINGER_SECONDS)
     except TimeoutError:
         raise OSError(
             f"process 0 can't listen at {address}: {os.strerror(error.errno)}. Another program or "
@@ -170,7 +189,7 @@ def _ask_who_is_there(address: str, me: dict[str, Any], error: OSError) -> str:
         ) from error
 
 
-def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
+def _call_roll(port: int, me: dict[str, Any], deadline: float) -> dict[socket.socket, str]:
     """On process 0: collects the others' reports and sends them the result."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -208,11 +227,15 @@ def _call_roll(port: int, me: dict[str, Any], deadline: float) -> str:
         ]
         advice = "Look at the logs of those that are missing; --join_seconds waits longer"
         lines += [advice] * ("did not connect" in problem)
-        answer = "\n".join([f"{problem}; there are:", *lines]) if problem else _ALL_HERE
-        for connection in filter(None, heard):
-            with connection, suppress(OSError):  # one that has ended since
-                connection.sendall(answer.encode())
-    return answer
+        problem = problem and "\n".join([f"{problem}; there are:", *lines])
+        answer = {"problem": problem, "process 0": _name(0, me["host"])}
+        del heard[None]
+        for connection in heard:
+            with suppress(OSError):  # one that has ended since
+                connection.sendall((json.dumps(answer) + "\n").encode())
+    if problem:
+        raise InputError(problem)
+    return {connection: _name(o["process"], o["host"]) for connection, o in heard.items()}
 
 
 def _accept(server: socket.socket, heard: dict) -> socket.socket | None:
@@ -235,22 +258,27 @@ def _missing(heard: dict) -> list[int]:
     return sorted(set(range(heard[None]["of"])) - {said["process"] for said in heard.values()})
 
 
-def _answer_roll_call(address: str, me: dict[str, Any], deadline: float) -> str:
-    """On other processes: reports this process's settings to process 0, returns its result."""
+def _answer_roll_call(
+    address: str, me: dict[str, Any], deadline: float
+) -> dict[socket.socket, str]:
+    """On other processes: reports this process's settings to process 0."""
     host, _, port = address.rpartition(":")
-    # An older run with a dead process ends in this time and frees the port.
-    patience = min(deadline, time.monotonic() + 1.5 * HEARTBEAT_SECONDS)
+    patience = min(deadline, time.monotonic() + _OLDER_RUN * HEARTBEAT_SECONDS)
     tells_at = time.monotonic() + _QUIET_SECONDS
     while True:
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-            with connection, connection.makefile("r") as answer:
-                connection.sendall((json.dumps(me) + "\n").encode())
-                connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
-                if heard := answer.read():
-                    return heard
+            connection.sendall((json.dumps(me) + "\n").encode())
+            connection.settimeout(max(0.01, deadline + _LINGER_SECONDS - time.monotonic()))
+            with connection.makefile("r") as lines:
+                answer = lines.readline()
+            if answer:
+                answer = json.loads(answer)
+                if answer["problem"]:
+                    raise InputError(answer["problem"])
+                return {connection: answer["process 0"]}
             until, problem = patience, "all its processes have connected, or an older run uses it"
-        except (ConnectionResetError, BrokenPipeError, UnicodeDecodeError):
+        except (ConnectionResetError, BrokenPipeError, UnicodeDecodeError, *_NO_ANSWER):
             until, problem = patience, "something else listens there"
         except OSError as error:
             until, problem = deadline, str(error)

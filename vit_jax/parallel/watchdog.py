@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from vit_jax.command_line import before_exit
+
 _CHECKS = 60  # of the time, within the limit
 
 _watchdogs: dict[int, "Watchdog"] = {}  # of threads, by their idents
@@ -85,4 +87,6 @@ def end(code: int, message: str, stacks: bool = False) -> None:
     if stacks:
         faulthandler.dump_traceback(sys.__stderr__)
     print(message, file=sys.stderr, flush=True)
+    for tell in before_exit:
+        tell(code)
     os._exit(code)
