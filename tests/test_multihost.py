@@ -1,14 +1,16 @@
 """Processes find each other or are told why not; here they are threads."""
 
 import json
+import queue
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
 from processes import free_port
 
-from vit_jax.parallel import multihost
+from vit_jax.parallel import multihost, peers
 
 
 def roll_call(monkeypatch, *told, patience=20):
@@ -103,7 +105,7 @@ def test_strangers_are_left_alone(monkeypatch):
             with connection:
                 connection.sendall(said)
         multihost._roll_call(f"localhost:{port}", 2, 1)
-        assert main.result() is None
+        assert list(main.result().values()) == [f"process 1 on {socket.gethostname()}"]
 
 
 def test_a_process_that_leaves_is_missing(monkeypatch):
@@ -130,7 +132,9 @@ def test_a_process_that_leaves_is_missing(monkeypatch):
         main = pool.submit(multihost._roll_call, f"localhost:{port}", 3, 0, 20)
         come_and_go()
         others = [pool.submit(multihost._roll_call, f"localhost:{port}", 3, i) for i in (1, 2)]
-        assert [future.result() for future in (main, *others)] == [None] * 3
+        names = [f"process {i} on {socket.gethostname()}" for i in range(3)]
+        assert sorted(main.result().values()) == names[1:]
+        assert [list(other.result().values()) for other in others] == [names[:1]] * 2
 
 
 def test_a_port_in_use(monkeypatch):
@@ -142,6 +146,56 @@ def test_a_port_in_use(monkeypatch):
             multihost._roll_call(address, 2, 0, 5)
     errors = roll_call(monkeypatch, (0, 2), (0, 2))
     assert errors[0] == errors[1] and "don't fit together" in errors[0]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Process 0's connections to 1 and 2, both watched, and theirs; the ends that it would have."""
+    ends = queue.Queue()
+    monkeypatch.setattr(peers, "end", lambda code, message: ends.put((code, message)))
+    monkeypatch.setattr(peers, "_LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(peers, "before_exit", [])
+    monkeypatch.setattr(peers.atexit, "register", lambda function: None)
+    with socket.create_server(("localhost", 0)) as server:
+        others = [socket.create_connection(server.getsockname()) for _ in range(2)]
+        names = {server.accept()[0]: f"process {i} on host{i}" for i in (1, 2)}
+    peers.watch(names, "process 0 on host0", 3)
+    yield others, ends
+    peers.before_exit[0](0)  # hears no more
+    for other in others:
+        other.close()
+
+
+def test_a_process_that_is_killed_is_named_to_all(three):
+    """It says nothing: its connection closes, and a launcher starts all again."""
+    (one, two), ends = three
+    two.close()
+    code, message = ends.get(timeout=10)
+    assert code == multihost.PREEMPTED and "process 2 on host2. It was killed" in message
+    assert json.loads(one.makefile().readline()) == ["process 2 on host2", None]
+
+
+def test_a_process_that_fails_leaves_time_for_the_same_error(three):
+    (one, two), ends = three
+    began = time.monotonic()
+    one.sendall(b'["process 1 on host1", 1]\n')
+    assert json.loads(two.makefile().readline()) == ["process 1 on host1", 1]
+    code, message = ends.get(timeout=10)
+    assert time.monotonic() - began >= 0.2
+    assert code == 1 and "process 1 on host1. Its exit code is 1, and its log says" in message
+
+
+def test_a_process_that_ends_ends_no_other(three):
+    (one, two), ends = three
+    one.sendall(b'["process 1 on host1", 0]\n')
+    one.close()
+    with pytest.raises(queue.Empty):
+        ends.get(timeout=0.3)
+    peers.before_exit[0](1)  # and one that ends itself says so, and hears no more
+    assert json.loads(two.makefile().readline()) == ["process 0 on host0", 1]
+    two.close()
+    with pytest.raises(queue.Empty):
+        ends.get(timeout=0.3)
 
 
 STEP = {
@@ -198,6 +252,12 @@ def test_variables_that_do_not_say_it(monkeypatch, variables):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"found .*: expected all of JAX_COORDINATOR_ADDRESS"):
         multihost.initialize(True)
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 2.9, float("nan"), float("inf")])
+def test_seconds_that_are_none(wrong):
+    with pytest.raises(ValueError, match=r"silent host counts as gone: expected 3 or more"):
+        multihost.initialize(True, heartbeat=wrong)
 
 
 def test_no_cluster_at_all(monkeypatch):

@@ -1,6 +1,7 @@
 """Processes that hang, are told to end meanwhile, or lose another."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -94,17 +95,26 @@ def test_processes_killed_before_and_in_the_roll_call(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_killed_after_the_roll_call(tmp_path, killed):
-    """The other's last line says it; CPUs' collectives notice it at once."""
+    """The other ends at once, to be started again, and names it; one that is paused goes on."""
     processes = cluster(2, 1, lambda i: pretrain(tmp_path / "run", 100_000, *JOIN))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert all(p.poll() is None for p in processes), finish(processes)[1]
-        time.sleep(0.01)
+
+    def wait_for(steps):
+        while not (metrics.exists() and metrics.read_text().count("\n") > steps):
+            assert all(p.poll() is None for p in processes), finish(processes)[1]
+            time.sleep(0.01)
+
+    wait_for(2)
+    processes[killed].send_signal(signal.SIGSTOP)
+    time.sleep(1.5 * multihost.HEARTBEAT_SECONDS)
+    processes[killed].send_signal(signal.SIGCONT)
+    wait_for(metrics.read_text().count("\n") + 2)
     processes[killed].kill()
     began = time.monotonic()
     codes, errors = finish(processes, timeout=120)
-    assert time.monotonic() - began < 30
-    assert codes[1 - killed] == 1
+    assert time.monotonic() - began < 5
+    assert codes[1 - killed] == multihost.PREEMPTED
     last = errors[1 - killed].strip().splitlines()[-1]
-    assert last.startswith("error: another process of this run has ended")
+    assert last.startswith("error: another process of this run has ended: process")
+    assert f"process {killed} on {socket.gethostname()}. It was killed" in last
     assert "Traceback" not in errors[1 - killed] and "Thread 0x" not in errors[1 - killed]

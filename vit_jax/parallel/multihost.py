@@ -33,6 +33,9 @@ JOIN_SECONDS = HEARTBEAT_SECONDS + 105
 # jax ends all processes if one sends nothing for this long: so long may a process be paused.
 _PAUSE_SECONDS = 600
 
+# At the end the others wait for process 0, which may write a report.
+_END_SECONDS = 3600
+
 _FACTS_BYTES = 4096
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LINGER_SECONDS = 10  # after an error, so that late processes are told about it
@@ -83,6 +86,7 @@ def initialize(
         jax.distributed.initialize(  # handles SIGTERM from now on
             initialization_timeout=math.ceil(seconds),
             heartbeat_timeout_seconds=_PAUSE_SECONDS,
+            shutdown_timeout_seconds=_END_SECONDS,
             **known,
         )
     except ValueError as error:

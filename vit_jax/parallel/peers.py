@@ -14,6 +14,8 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import wait
 
+import jax
+
 from vit_jax.command_line import before_exit
 from vit_jax.parallel.preemption import PREEMPTED
 from vit_jax.parallel.watchdog import end
@@ -44,12 +46,19 @@ def watch(connections: dict[socket.socket, str], me: str, seconds: float) -> Non
         ):
             connection.setsockopt(level, option, value)
 
+    left = threading.Event()
+
     def leave(code: int) -> None:
+        left.set()
         _tell(connections, me, code)
 
+    def leave_with_the_others() -> None:
+        jax.distributed.shutdown()  # waits for all; one that is killed meanwhile is noticed
+        leave(0)
+
     before_exit.append(leave)
-    atexit.register(leave, 0)
-    threading.Thread(target=_listen, args=[connections], name="peers", daemon=True).start()
+    atexit.register(leave_with_the_others)
+    threading.Thread(target=_listen, args=[connections, left], name="peers", daemon=True).start()
 
 
 def _tell(connections: dict[socket.socket, str], who: str, code: int | None) -> None:
@@ -59,7 +68,7 @@ def _tell(connections: dict[socket.socket, str], who: str, code: int | None) -> 
             connection.sendall((json.dumps([who, code]) + "\n").encode())
 
 
-def _listen(connections: dict[socket.socket, str]) -> None:
+def _listen(connections: dict[socket.socket, str], left: threading.Event) -> None:
     while connections:
         for connection in wait(list(connections)):
             name = connections.pop(connection)
@@ -68,7 +77,7 @@ def _listen(connections: dict[socket.socket, str]) -> None:
             except OSError:  # its host is gone
                 said = ""
             who, code = json.loads(said) if said else (name, None)
-            if code != 0:
+            if code != 0 and not left.is_set():
                 _tell(connections, who, code)
                 _end(who, code)
 
