@@ -200,6 +200,56 @@ def test_a_preempted_slice_is_created_again(desk):
     assert "restart 2 of 20" in done.stderr
 
 
+def test_fewer_slices_will_do(desk):
+    """After an hour in the queue; a preempted run asks for all of them again."""
+    fewer = ["--num-slices=4", "--min-slices=1", "--accelerator-type=v5p-64", "--poll=1800"]
+    desk.answers(
+        "gcloud",
+        *["describe|0|WAITING_FOR_RESOURCES"] * 6,
+        *["describe|0|ACTIVE"] * 2,
+        "describe|0|SUSPENDED",
+        *["describe|0|ACTIVE"] * 2,
+        "systemctl show|0|running",
+        "systemctl show|0|exited",
+    )
+    done = desk.run("tpu_vm.sh", "launch", *TPU, *fewer, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    creates = [call for call in desk.calls() if "create" in call]
+    asked = [["--node-count=4", "--node-prefix=l16"], ["--node-count=2", "--node-prefix=l16"]]
+    assert [call[-2:] for call in creates[:2]] == asked and creates[2][-1] == "--node-id=l16"
+    assert creates[3][-2:] == asked[0] and len(creates) == 4
+    assert desk.steps().count("delete") == 4
+    assert "l16: 1 of 4 slices, after 60 minutes" in done.stderr
+    (start, *_) = (call for call in desk.calls() if "pretrain" in " ".join(call))
+    assert "--config.mesh.devices=128" in value(start, "command")
+
+
+@pytest.mark.parametrize(("given", "used"), [("4", 4), ("3", 2), ("2", 2), ("1", 1), ("9", 4)])
+def test_fewer_nodes_will_do(desk, given, used):
+    flags = ["--nodes=4", "--gpus-per-node=8", "--python=python", "--min-nodes=1"]
+    flags += ["--process-per=node", "--workdir=gs://b/runs", *RECIPE]
+    assert desk.run("slurm.sbatch", *flags).returncode == 0
+    assert value(desk.calls()[0], "nodes") == "1-4"
+    done = subprocess.run(
+        [desk.checkout / "experiments/launch/slurm.sbatch", *flags],
+        cwd=desk.checkout,
+        env={
+            **os.environ,
+            "PATH": f"{desk.bin}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "9",
+            "SLURM_JOB_NUM_NODES": given,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    srun = desk.calls()[1]
+    assert value(srun, "nodes") == value(srun, "ntasks") == str(used)
+    assert "--config.mesh.devices=32" in srun
+    assert (f"{used} of 4 nodes, since {given}" in done.stderr) == (used < 4)
+
+
 def test_restarts_end(desk):
     desk.answers("gcloud", *["describe|0|ACTIVE", "systemctl show|0|dead"] * 3)
     done = desk.run("tpu_vm.sh", "watch", *TPU, "--max-restarts=2", *RECIPE)
@@ -323,9 +373,15 @@ def test_slurm(desk, tmp_path, per, tasks):
 
 @pytest.mark.parametrize(
     ("answer", "restarts", "code", "calls"),
-    [("|75|", "20", 2, ["srun"]), ("|1|", "0", 1, ["srun"]), ("|0|", "0", 0, ["srun"])],
+    [
+        ("|75|", "20", 2, ["srun"]),
+        ("|137|", "20", 2, ["srun"]),
+        ("|137|", "19", 137, ["srun", "scontrol"]),  # a process was killed
+        ("|1|", "0", 1, ["srun"]),
+        ("|0|", "0", 0, ["srun"]),
+    ],
 )
-def test_slurm_requeues_only_the_preempted(desk, answer, restarts, code, calls):
+def test_slurm_requeues_the_preempted_and_the_killed(desk, answer, restarts, code, calls):
     desk.answers("srun", answer)
     job = {"SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": restarts}
     script = desk.checkout / "experiments/launch/slurm.sbatch"
@@ -427,6 +483,22 @@ def test_mistakes_are_found_before_anything_runs(desk, script, mistake):
             "expected gpu or node",
         ),
         ("tpu_vm.sh", ["launch", *TPU, "--revision=v9", *RECIPE], "--revision=v9: no commit"),
+        (
+            "tpu_vm.sh",
+            ["launch", *TPU, "--num-slices=4", "--min-slices=3", *RECIPE],
+            "--min-slices=3: expected a divisor of 4",
+        ),
+        ("tpu_vm.sh", ["launch", *TPU, "--min-slices=2", *RECIPE], "expected a divisor of 1"),
+        (
+            "slurm.sbatch",
+            [*SLURM, "--workdir=/r", "--min-nodes=0", *RECIPE],
+            "--min-nodes=0: expected a number, 1 or more",
+        ),
+        (
+            "slurm.sbatch",
+            [*SLURM, "--workdir=/r", "--min-nodes=4", *RECIPE],
+            "--min-nodes=4: expected a divisor of 2",
+        ),
     ],
 )
 def test_mistakes_of_one_launcher(desk, script, arguments, message):

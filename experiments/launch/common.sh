@@ -49,6 +49,19 @@ positive() {
   for key; do ((${!key} > 0)) || die "--${key//_/-}=${!key}: expected a number, 1 or more"; done
 }
 
+# The largest number up to $1 that divides $2: so many share evenly what $2 share.
+divisor() {
+  local number=$1
+  while (($2 % number)); do ((number--)); done
+  echo "$number"
+}
+
+# Of the flag $1: $2 machines will do where the recipe is for $3 with $4 devices each.
+allow_fewer() {
+  (($3 % $2 == 0)) || die "--${1//_/-}=$2: expected a divisor of $3, so that the batch divides"
+  recipe+=(--config.mesh.devices="$(($3 * $4))")
+}
+
 programs() {
   local program
   for program; do

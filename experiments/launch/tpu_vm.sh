@@ -12,14 +12,16 @@
 # --name, --zone, --workdir   required; the workdir is gs://BUCKET/PATH, or mounted by every VM
 # --accelerator-type=v5litepod-256  --runtime-version=v2-alpha-tpuv5-lite  --num-slices=1
 # --capacity=on-demand        or spot, or reserved
+# --min-slices=SLICES         how few will do, a divisor of --num-slices, after --patience=60 minutes in
+#                             the queue: the same global batch, in more microbatches
 # --setup=COMMAND             runs on every VM before an installation, perhaps again: mounts
 # --data-dir=FOLDER           of the TFDS datasets, mounted too
 # --revision=HEAD             the git revision to install
 # --max-restarts=20  --poll=60 (seconds)  --dry-run (prints the commands instead)
 #
 # The project is gcloud's (CLOUDSDK_CORE_PROJECT). On the VMs systemd keeps the run, which needs no
-# connection: a process that is killed or exits with 75 (EX_TEMPFAIL: preempted, run again) starts
-# again, and resumes. A run that fails leaves its VMs, to be looked at.
+# connection: a process that is killed or exits with 75 (EX_TEMPFAIL: preempted, or another process is
+# gone; run again) starts again, and resumes. A run that fails leaves its VMs, to be looked at.
 
 # https://cloud.google.com/tpu/docs/queued-resources (states)
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources (all subcommands)
@@ -28,9 +30,10 @@
 cd "$(dirname "$0")/../.."
 source experiments/launch/common.sh
 flags='name zone workdir accelerator-type runtime-version num-slices capacity setup data-dir'
-flags+=' revision max-restarts poll'
+flags+=' revision max-restarts poll min-slices patience'
 name='' zone='' workdir='' accelerator_type=v5litepod-256 runtime_version=v2-alpha-tpuv5-lite
 num_slices=1 capacity=on-demand setup='' data_dir='' revision=HEAD max_restarts=20 poll=60
+min_slices='' patience=60
 (($#)) || set -- --help
 action=$1
 [[ $action == -* ]] || shift
@@ -40,12 +43,19 @@ case $action in
   create | logs | delete) need name zone ;;
   *) die "unknown action $action: expected launch, create, install, start, watch, logs or delete" ;;
 esac
+min_slices=${min_slices:-$num_slices}
 count max_restarts poll
-positive num_slices
+positive num_slices min_slices patience
+if ((min_slices != num_slices)); then
+  chips=${accelerator_type##*-}
+  [[ $accelerator_type != v4-* && $accelerator_type != v5p-* ]] || ((chips /= 2)) # they count cores
+  allow_fewer min_slices "$min_slices" "$num_slices" "$chips"
+fi
 [[ $capacity =~ ^(on-demand|spot|reserved)$ ]] ||
   die "--capacity=$capacity: expected on-demand, spot or reserved"
 programs gcloud git
 if [[ -n $workdir ]]; then check_recipe "$accelerator_type*$num_slices"; check_revision; fi
+
 at=("$name" --zone="$zone" --quiet)
 all=(--node=all --worker=all)
 first=(--node=0 --worker=0)
@@ -63,17 +73,29 @@ state() {
   return 1
 }
 
-create() {
-  local now='' seen='' nodes=(--node-id="$name")
-  ((num_slices == 1)) || nodes=(--node-count="$num_slices" --node-prefix="$name")
+request() {
+  local nodes=(--node-id="$name")
+  (($1 == 1)) || nodes=(--node-count="$1" --node-prefix="$name")
   [[ $capacity == on-demand ]] || nodes+=(--"$capacity")
   tpus create "${at[@]}" --accelerator-type="$accelerator_type" \
     --runtime-version="$runtime_version" "${nodes[@]}"
+}
+
+create() {
+  local now='' seen='' slices=$num_slices waited=0
+  request "$slices"
   while now=$(state) || exit; [[ $now != ACTIVE ]]; do
     [[ $now != FAILED && $now != SUSPENDED ]] || die "$name is $now: delete it, and try again"
     [[ $now == "$seen" ]] || echo "$name: $now" >&2
     seen=$now
+    if ((slices > min_slices && waited >= 60 * patience)); then
+      slices=$(divisor "$((slices - 1))" "$num_slices") waited=0
+      echo "$name: $slices of $num_slices slices, after $patience minutes" >&2
+      delete
+      request "$slices"
+    fi
     sleep "$poll"
+    ((waited += poll)) || true
   done
 }
 

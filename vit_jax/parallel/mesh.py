@@ -50,9 +50,12 @@ class MeshConfig:
             wins. Placements: "replicate"; "fsdp", which splits the largest divisible dimension;
             "tensor[-2]", which splits that dimension over `tensor`, and another as "fsdp" does.
         min_size: arrays with fewer elements aren't split over `fsdp`.
+        devices: for which the recipe is made. If a start gets fewer, `data` takes those that remain
+            beside the largest common divisor of `fsdp` and their number; the run accumulates more,
+            see `recipe.build_training`.
 
     Raises:
-        ValueError: an unknown placement.
+        ValueError: an unknown placement, or a number of devices below 1.
     """
 
     data: int = -1
@@ -60,8 +63,11 @@ class MeshConfig:
     tensor: int = 1
     rules: tuple[tuple[str, str], ...] = RULES
     min_size: int = 2**20
+    devices: int | None = None
 
     def __post_init__(self):
+        if self.devices is not None and self.devices < 1:
+            raise InputError(f"mesh.devices = {self.devices}: expected at least 1, or none")
         for _, placement in self.rules:
             if not re.fullmatch(r"replicate|fsdp|tensor\[-[1-9]\]", placement):
                 raise InputError(
@@ -79,6 +85,8 @@ def make_mesh(config: MeshConfig, on: Sequence[jax.Device] | None = None) -> Mes
     on = jax.devices() if on is None else on
     devices = len(on)
     shape = [config.data, config.fsdp, config.tensor]
+    if devices < (config.devices or 0) and min(shape[1:]) > 0:
+        shape = [-1, math.gcd(config.fsdp, devices // config.tensor), config.tensor]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise InputError(f"mesh {_show(shape)}: expected positive sizes and at most one -1")

@@ -24,6 +24,7 @@ from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
+    batch_parts,
     check_batch_size,
     check_tensor_axis,
     replicated,
@@ -322,7 +323,11 @@ class Training:
 def build_training(
     config: TrainConfig, mesh: Mesh, num_classes: int, num_examples: int
 ) -> Training:
-    """Builds the training of `config` on `mesh` for data of this size; ValueError if it can't."""
+    """Builds the training of `config` on `mesh` for data of this size; ValueError if it can't.
+
+    On fewer devices than `config.mesh.devices` it accumulates more.
+    """
+    config = dataclasses.replace(config, accumulation=_microbatches(config, mesh))
     check_batch_size(config.batch_size, mesh, config.accumulation)
     size = (config.image_size, config.image_size)
     if config.loss.masks_patches:
@@ -359,3 +364,15 @@ def build_training(
         shapes=shapes,
         shardings=shardings,
     )
+
+
+def _microbatches(config: TrainConfig, mesh: Mesh) -> int:
+    """The accumulation on `mesh`, with no more rows a device than on `config.mesh.devices`."""
+    devices, parts = config.mesh.devices or 0, batch_parts(mesh)
+    if mesh.size < devices:
+        most = config.batch_size * mesh.shape["tensor"] / devices / config.accumulation
+        for microbatches in range(config.accumulation, config.batch_size // parts + 1):
+            unit = math.lcm(parts * microbatches, 2 * microbatches * config.augmentation.mixes or 1)
+            if config.batch_size % unit == 0 and config.batch_size / (parts * microbatches) <= most:
+                return microbatches
+    return config.accumulation
