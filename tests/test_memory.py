@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from vit_jax.costs.compiled import memory
 from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig
 from vit_jax.parallel.mesh import MeshConfig, make_mesh
+from vit_jax.training.augmentation import AugmentationConfig
 from vit_jax.training.memory import compile_step, device_memory, fit_memory
 from vit_jax.training.optimizer import ScheduleConfig
 from vit_jax.training.recipe import TrainConfig, build_training
+
+MIXUP = AugmentationConfig(mixup=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,28 @@ def test_microbatches_make_it_fit(training, whole):
     fitted = dataclasses.replace(training.config, accumulation=accumulation)
     rebuilt = build_training(fitted, training.mesh, 10, 100)
     assert memory(compile_step(rebuilt)).peak <= capacity
+
+
+@pytest.mark.parametrize(
+    ("planned", "devices", "changes", "microbatches"),
+    [
+        ({"devices": 8}, 8, {}, 1),
+        ({"devices": 8}, 4, {}, 2),
+        ({"devices": 8, "tensor": 2}, 4, {}, 2),
+        ({"devices": 32, "fsdp": 8}, 8, {"accumulation": 2}, 8),
+        ({"devices": 8}, 6, {"batch_size": 240}, 2),  # 20 rows a device: at most 30
+        ({"devices": 8}, 5, {"batch_size": 280}, 2),
+        ({"devices": 3}, 2, {"batch_size": 300, "augmentation": MIXUP}, 2),  # 2 x 75: even
+        ({"devices": 4}, 2, {"batch_size": 300, "augmentation": MIXUP}, 2),
+        ({"devices": 4}, 8, {}, 1),
+        ({}, 2, {}, 1),
+    ],
+)
+def test_fewer_devices_take_more_microbatches(training, planned, devices, changes, microbatches):
+    """With no more rows of a microbatch on each than on as many as the recipe is made for."""
+    config = dataclasses.replace(training.config, mesh=MeshConfig(**planned), **changes)
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    assert build_training(config, mesh, 10, 100).config.accumulation == microbatches
 
 
 @pytest.mark.slow

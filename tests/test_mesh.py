@@ -41,6 +41,21 @@ def test_shapes(config, shape):
     assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
 
 
+@pytest.mark.parametrize(
+    ("config", "devices", "shape"),
+    [
+        (MeshConfig(devices=8, fsdp=4), 8, (2, 4, 1)),
+        (MeshConfig(devices=8, fsdp=4), 4, (1, 4, 1)),
+        (MeshConfig(devices=16, fsdp=4), 6, (3, 2, 1)),
+        (MeshConfig(devices=16, data=2, fsdp=8), 4, (1, 4, 1)),
+        (MeshConfig(devices=64, fsdp=16, tensor=2), 4, (1, 2, 2)),
+        (MeshConfig(devices=16, data=1, fsdp=-1), 4, (1, 4, 1)),
+    ],
+)
+def test_fewer_devices_than_the_recipe_is_made_for(config, devices, shape):
+    assert make_mesh(config, jax.devices()[:devices]).devices.shape == shape
+
+
 @pytest.mark.parametrize("devices", range(1, 9))
 def test_the_default_takes_any_number_of_devices(devices):
     assert make_mesh(MeshConfig(), jax.devices()[:devices]).devices.shape == (devices, 1, 1)
@@ -54,6 +69,8 @@ def test_the_default_takes_any_number_of_devices(devices):
         ({"data": 3, "fsdp": 2}, "data=3 x fsdp=2 x tensor=1 does not fit 8 devices"),
         ({"fsdp": 3}, "does not fit 8 devices"),
         ({"tensor": 16}, "does not fit 8 devices"),
+        ({"devices": 32, "tensor": 3}, "tensor=3 does not fit 8 devices"),
+        ({"devices": 0}, "mesh.devices = 0: expected at least 1"),
         ({"rules": ((".*", "split"),)}, "'replicate', 'fsdp' or 'tensor"),
         ({"rules": ((".*", "tensor[1]"),)}, "counted from the last"),
     ],

@@ -20,6 +20,7 @@ import pytest
 from orbax.checkpoint._src.path import atomicity
 from processes import cluster, command, equal_runs, finish, pretrain, records, start
 
+from experiments.campaigns.kills import run_digests
 from vit_jax.classifier.workflow import run_workflow
 from vit_jax.config import build
 from vit_jax.data.pipeline import open_data
@@ -427,8 +428,8 @@ SPREAD = (
 def test_two_processes_equal_one_which_goes_on_where_they_ended(tmp_path):
     """Compares one process with two devices, and two with one each, one clock a day ahead.
 
-    After preemption one process on four devices finishes the run of the two: another mesh, another
-    number of processes and hosts.
+    After preemption one process finishes the run of the two: on two devices to the bit, and on one,
+    another mesh.
     """
     process = start(*pretrain(tmp_path / "one", STEPS, *SPREAD), JAX_NUM_CPU_DEVICES="2")
     (code,), (err,) = finish([process])
@@ -455,11 +456,15 @@ def test_two_processes_equal_one_which_goes_on_where_they_ended(tmp_path):
     codes, errors = finish(processes)
     assert codes == [PREEMPTED] * 2, errors
     assert read_metrics(workdir)[-1]["step"] < STEPS
-    (code,), (err,) = finish([start(*arguments, JAX_NUM_CPU_DEVICES="4")])
-    assert code == 0, err
-    equal_runs(workdir, tmp_path / "one")
+    same = shutil.copytree(workdir, tmp_path / "same")
+    for left, devices in ((same, "2"), (workdir, "1")):  # the same mesh; two microbatches
+        arguments = pretrain(left, STEPS, *SPREAD, "--config.mesh.devices=2")
+        (code,), (err,) = finish([start(*arguments, JAX_NUM_CPU_DEVICES=devices)])
+        assert code == 0, err
+        equal_runs(left, tmp_path / "one")
+    assert run_digests(same) == run_digests(tmp_path / "one")  # to the bit
     first, second = json.loads((workdir / "starts.json").read_text())
-    assert second["began"] < first["began"] and first["chips"] == 2 and second["chips"] == 4
+    assert second["began"] < first["began"] and first["chips"] == 2 and second["chips"] == 1
     assert read_metrics(workdir)[-2]["time_down"] == 0
 
 

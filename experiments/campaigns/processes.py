@@ -57,12 +57,12 @@ def _kill_one(workdir: Path, phase: str, processes: int, killed: int) -> tuple[f
     runs.pop(killed).kill()
     began, seconds = time.monotonic(), 0.0
     for i, run in runs.items():
-        last = run.communicate()[0].strip().splitlines()[-1]
+        said = "".join(run.communicate()[0].partition("error: ")[1:])
         seconds = max(seconds, round(time.monotonic() - began, 1))
         expected = PREEMPTED if together else 1
         named = f"process {killed} on {socket.gethostname()}" if together else "process"
-        if run.returncode != expected or named not in last or not last.startswith("error: "):
-            return seconds, f"process {i} ends with {run.returncode}: {last}"
+        if run.returncode != expected or named not in said:
+            return seconds, f"process {i} ends with {run.returncode}: {said}"
     late = seconds > (NOTICED_SECONDS if together else JOIN_SECONDS + NOTICED_SECONDS)
     return seconds, "too late" * late
 
