@@ -10,11 +10,14 @@ import time
 import numpy as np
 import pytest
 from buckets import Bucket, Commands, kill
+from PIL import Image
 from processes import ROOT, checkpoint_arrays, pretrain, records
 from test_scaling import GRID, VIT
 
 from experiments.scaling.runner import Store, read_results, statuses, work
 from experiments.scaling.study import Study, expand
+from vit_jax.data.listing import find_images
+from vit_jax.data.preparation import prepare
 from vit_jax.data.sources import open_source
 from vit_jax.parallel import claims, run_files
 from vit_jax.parallel.run_files import (
@@ -240,10 +243,45 @@ def test_a_study_in_a_bucket_is_shared_by_claims(bucket):
     assert len(read_results(folder / "results.jsonl")) == len(made)
 
 
-def test_data_in_a_bucket_is_told_to_be_mounted(bucket):
-    for name, data_dir in (("cifar10", "gs://runs/data"), ("gs://runs/pictures", None)):
-        as_path("gs://runs/pictures/cat/a.jpg").write_bytes(b"")
+def test_prepared_data_are_read_from_a_bucket(bucket, tmp_path, monkeypatch):
+    """By data_dir, by path and by the environment; what isn't there is an error."""
+    for i in range(4):
+        file = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(file)
+    prepare(str(tmp_path / "photos"), str(tmp_path / "data"), "photos", shards=2)
+    as_path("gs://runs/data").upload(tmp_path / "data")
+    expected = open_source("photos", "train", str(tmp_path / "data")).records
+    for name, data_dir in (("photos", "gs://runs/data"), ("gs://runs/data/photos/1.0.0", None)):
+        source = open_source(name, "train", data_dir)
+        assert source.class_names == ("a", "b")
+        assert [source.records[i] for i in range(4)] == [expected[i] for i in range(4)]
+    as_path("gs://runs/data/photos/1.0.0/photos-train.array_record-00001-of-00002").unlink()
+    with pytest.raises(FileNotFoundError, match="00001-of-00002"):
+        open_source("photos", "train", "gs://runs/data")
+    with pytest.raises(FileNotFoundError, match="cifar10 is not prepared: gs://runs/data"):
+        open_source("cifar10", "train", "gs://runs/data")
+
+
+def test_images_in_a_bucket_are_told_to_be_mounted(bucket):
+    as_path("gs://runs/pictures/cat/a.jpg").write_bytes(b"")
+    for read in (
+        lambda: open_source("gs://runs/pictures", "train"),
+        lambda: find_images(["gs://runs/pictures"]),
+        lambda: prepare("gs://runs/pictures", "somewhere"),
+    ):
         with pytest.raises(ValueError, match="gcsfuse --implicit-dirs -o ro runs /mnt/runs"):
-            open_source(name, "train", data_dir)
+            read()
     with pytest.raises(FileNotFoundError, match="there is no gs://runs/nothing"):
         open_source("gs://runs/nothing", "train")
+
+
+def test_weights_in_a_bucket(bucket, whole):
+    """Written and read, as a file and as a folder."""
+    model = load(whole)
+    for name in ("weights.npz", "folder"):
+        model.save(f"gs://runs/weights/{name}")
+        found = load(f"gs://runs/weights/{name}").params
+        np.testing.assert_array_equal(
+            found["head"]["kernel"], model.params["head"]["kernel"], err_msg=name
+        )

@@ -14,13 +14,13 @@ measurements; they exclude input, evaluations and checkpoints. `--search` compil
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from vit_jax.command_line import define_config_flag, run
 from vit_jax.costs.report import show_ranked
+from vit_jax.parallel.run_files import as_path
 from vit_jax.training import plan
 
 CONFIG = define_config_flag()
@@ -53,7 +53,7 @@ def main(_) -> None:
         print(found)
         result = found.report
     if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        as_path(args.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from vit_jax.command_line import run
 from vit_jax.config import InputError
 from vit_jax.data.manifest import verify
 from vit_jax.data.preparation import prepare
+from vit_jax.data.walk import check_mounted
 
 flags.DEFINE_string("input", None, "A path, or the name of a TFDS dataset.")
 flags.DEFINE_string("output", None, "Folder of prepared datasets (data_dir in recipes).")
@@ -42,6 +43,7 @@ def main(_) -> None:
     """Prepares --input, or verifies --verify, and prints the result."""
     args = flags.FLAGS
     if args.verify:
+        check_mounted(args.verify)
         problems = []
         for problem in verify(Path(args.verify)):
             print(problem, flush=True)  # immediately, since terabytes take long

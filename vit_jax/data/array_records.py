@@ -17,6 +17,7 @@ from vit_jax.config import InputError, unknown
 from vit_jax.data.foreign_files import check_regular, open_files_limit, system_error
 from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
+from vit_jax.parallel.run_files import as_path
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
 MAX_LABELS = 32  # per example of a multi-label dataset
@@ -207,7 +208,7 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
     from etils import epath
 
     folder = os.path.expanduser(name)
-    is_folder = bool(folder) and os.path.exists(f"{folder}/{METADATA}")
+    is_folder = bool(folder) and (as_path(folder) / METADATA).exists()
     if is_folder:
         check_metadata(epath.Path(folder))
     else:

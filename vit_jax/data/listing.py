@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.foreign_files import read_file
-from vit_jax.data.walk import Walker
+from vit_jax.data.walk import Walker, check_mounted
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -99,9 +99,16 @@ def split_named(name: str) -> str | None:
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Returns the given files and all images in the given folders; warns of other files there."""
+    """Returns the given files and all images in the given folders; warns of other files there.
+
+    Raises FileNotFoundError for a path where nothing is, ValueError for one in a bucket.
+    """
     found = []
-    for path in map(Path, paths):
+    for name in paths:
+        check_mounted(os.fspath(name))
+        path = Path(name)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
         if path.is_dir():
             walker = Walker(path)
             found += walker.images(path)

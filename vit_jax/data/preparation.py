@@ -11,6 +11,7 @@ from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.manifest import MANIFEST, read_manifest
 from vit_jax.data.sources import is_path, open_path
 from vit_jax.data.tfds_metadata import METADATA
+from vit_jax.data.walk import check_mounted
 from vit_jax.data.writer import WriteConfig, write_dataset
 
 
@@ -49,6 +50,7 @@ def prepare(
     """
     if "://" in output:
         raise InputError(f"output {output}: expected a local folder. Write there, then copy it")
+    check_mounted(source)
     if not is_path(source):
         return PreparedDataset(Path(build_with_tfds(source, output)), source, output)
     path = Path(source).expanduser().resolve()

@@ -20,6 +20,7 @@ from vit_jax.data.tars import find_tars, read_tars
 from vit_jax.data.textures import Textures
 from vit_jax.data.tfds_metadata import METADATA
 from vit_jax.data.vtab import PREFIX, open_vtab
+from vit_jax.data.walk import check_mounted
 from vit_jax.parallel.run_files import as_path
 
 VALIDATION_FIRST = 1 << 60  # index of the first validation example, beyond any train split
@@ -121,12 +122,10 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
-    check_mounted(data_dir or "")
     if name.startswith(PREFIX):
         return open_vtab(name, data_dir)
     if is_path(name) and not (as_path(name).expanduser() / METADATA).exists():
         return open_path(name)
-    check_mounted(name)
     return open_array_records(name, data_dir, ("digits", *FORMULAS))
 
 
@@ -141,17 +140,6 @@ def is_path(name: str) -> bool:
     if name == "digits" or name.partition("/")[0] in FORMULAS or not Path(name).exists():
         return False
     return not any(Path(name).glob(f"*/{METADATA}"))
-
-
-def check_mounted(folder: str) -> None:
-    """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
-    if "://" in folder:
-        bucket, _, below = folder.partition("://")[2].partition("/")
-        raise InputError(
-            f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
-            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
-            f"name /mnt/{bucket}/{below}"
-        )
 
 
 def open_path(path: str) -> Listing:

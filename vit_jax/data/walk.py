@@ -33,6 +33,17 @@ _LITTER = {  # besides names that begin with a dot: .DS_Store, ._photo.jpg, .ipy
 }
 
 
+def check_mounted(folder: str) -> None:
+    """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
+    if "://" in folder:
+        bucket, _, below = folder.partition("://")[2].partition("/")
+        raise InputError(
+            f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
+            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
+            f"name /mnt/{bucket}/{below}; or copy it to a disk"
+        )
+
+
 class Walker:
     """Lists folders below a root. Links are followed.
 

@@ -198,6 +198,8 @@ def _storage(scheme: str) -> fsspec.AbstractFileSystem:
     # epath, through which orbax and jax see a bucket, makes its own: without a memory, too.
     for protocol in ("gs", "gcs", "s3"):
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+    if server := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs's name; that of array_record's
+        os.environ.setdefault("CLOUD_STORAGE_EMULATOR_ENDPOINT", server)
     return fsspec.filesystem(scheme)
 
 

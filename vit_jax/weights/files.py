@@ -147,6 +147,8 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     private = None
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if text.startswith("gs://") and "STORAGE_EMULATOR_HOST" in os.environ:
+                raise NotPublicError("the bucket isn't Google's")
             local = fetch(url)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}: no such file ({url})") from error
