@@ -279,8 +279,8 @@ def test_images_in_a_bucket_are_told_to_be_mounted(bucket):
 def test_weights_in_a_bucket(bucket, whole):
     """Written and read, as a file and as a folder."""
     model = load(whole)
-    for name in ("weights.npz", "folder"):
-        model.save(f"gs://runs/weights/{name}")
+    for name, format in (("weights.npz", "npz"), ("folder", "orbax")):
+        model.save(f"gs://runs/weights/{name}", format)
         found = load(f"gs://runs/weights/{name}").params
         np.testing.assert_array_equal(
             found["head"]["kernel"], model.params["head"]["kernel"], err_msg=name

@@ -29,7 +29,16 @@ from vit_jax.config import InputError, explained_errors
 from vit_jax.parallel.run_files import as_path
 
 RESULTS = Path(__file__).parent / "results"
+
 OF_THE_PAPER = Path("runs/scaling/paper")  # figures and fits of the paper's own numbers
+
+
+def _path(text: str) -> Path:
+    """A path on a disk or in a bucket, as an argument."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -43,8 +52,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     def add(name: str, **kwargs) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name)
         command.add_argument("--study", help="name in studies/ or file, then :ARG", **kwargs)
-        command.add_argument("--folder", type=as_path, help="runs; default runs/scaling/STUDY")
-        command.add_argument("--results", type=as_path, help="default results.jsonl in the folder")
+        command.add_argument("--folder", type=_path, help="runs; default runs/scaling/STUDY")
+        command.add_argument("--results", type=_path, help="default results.jsonl in the folder")
         return command
 
     add("expand", required=True)
@@ -66,17 +75,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     status.add_argument("--all", action="store_true", help="also show finished runs")
     figures = add("figures")
     figures.add_argument(
-        "--output", type=as_path, help="folder; default beside the results, or runs/scaling/paper"
+        "--output", type=_path, help="folder; default beside the results, or runs/scaling/paper"
     )
     fit = add("fit")
-    fit.add_argument("--output", type=as_path, help="folder; by default of the results")
+    fit.add_argument("--output", type=_path, help="folder; by default of the results")
     tune = subparsers.add_parser("tune")
     tune.add_argument("--recipe", required=True, help="pretrain/paper:ViT-B/16, or a file")
     tune.add_argument("--width", type=int, help="of the proxy; default a quarter, in whole heads")
     tune.add_argument("--steps", type=int, help="of the proxy; default the recipe's")
     tune.add_argument("--rates", type=float, nargs="+", help="default 7 around the recipe's")
     tune.add_argument("--seeds", type=int, default=1, help="runs per rate")
-    tune.add_argument("--folder", type=as_path, help="default runs/scaling/tune/RECIPE")
+    tune.add_argument("--folder", type=_path, help="default runs/scaling/tune/RECIPE")
     tune.add_argument("--topology", default="v5e:4x4", help="of the costs")
     tune.add_argument("--mfu", type=float, default=0.4)
     tune.add_argument("--print", action="store_true", help="only print the proxy and the costs")

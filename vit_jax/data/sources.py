@@ -122,6 +122,10 @@ def open_listing(name: str, data_dir: str | None = None) -> Listing:
     """Opens all splits of a dataset that isn't formula-driven; raises as `open_source`."""
     if name == "digits":
         return _digits()
+    if (data_dir or "").startswith("gs://"):
+        as_path(data_dir)  # its package is installed
+    else:
+        check_mounted(data_dir or "")
     if name.startswith(PREFIX):
         return open_vtab(name, data_dir)
     if is_path(name) and not (as_path(name).expanduser() / METADATA).exists():

@@ -36,10 +36,12 @@ _LITTER = {  # besides names that begin with a dot: .DS_Store, ._photo.jpg, .ipy
 def check_mounted(folder: str) -> None:
     """ValueError for a folder in a bucket, whose files a disk's readers can't read."""
     if "://" in folder:
-        bucket, _, below = folder.partition("://")[2].partition("/")
+        scheme, _, rest = folder.partition("://")
+        bucket, _, below = rest.partition("/")
+        tool = "mount-s3 --read-only" if scheme == "s3" else "gcsfuse --implicit-dirs -o ro"
         raise InputError(
             f"{folder}: images and prepared datasets are read from a folder: mount the bucket, "
-            f"mkdir /mnt/{bucket} && gcsfuse --implicit-dirs -o ro {bucket} /mnt/{bucket}, and "
+            f"mkdir /mnt/{bucket} && {tool} {bucket} /mnt/{bucket}, and "
             f"name /mnt/{bucket}/{below}; or copy it to a disk"
         )
 
