@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from processes import ROOT, commands
 
+from experiments.scaling.study import load_study
 from vit_jax import command_line
 from vit_jax.__main__ import VERBS, usage
 from vit_jax.classifier.workflow import default_workdir
 from vit_jax.command_line import stoppable
+from vit_jax.config import InputError
 from vit_jax.data.sources import is_path
 from vit_jax.list_recipes import documented, meanings
 from vit_jax.parallel.multihost import Preemption
-from vit_jax.recipes import find_recipe, list_recipes
+from vit_jax.recipes import find_recipe, list_recipes, recipe
 from vit_jax.training.recipe import TrainConfig
 
 CASES = {  # arguments -> exit code, what is printed
@@ -33,6 +35,10 @@ CASES = {  # arguments -> exit code, what is printed
     ("models", "C/16"): (1, "no model matches *C/16*"),
     ("doctor",): (0, "devices   cpu"),
     ("transfer",): (2, "usage: vit_jax transfer [DATA]"),
+    ("transfer", "./nope"): (1, "error: there is no ./nope"),
+    ("embed", "./nope", "--output=x.csv"): (1, "error: there is no ./nope"),
+    ("predict", "augreg:S/16", "./nope", "gs"): (1, "error: there is no ./nope and no gs"),
+    ("transfer", "kaggle:a/b"): (1, "community, kaggle:, runs code of its own"),
     ("transfer", "a", "b"): (1, "2 datasets, a, b: expected one"),
     ("pretrain", "--confg=x"): (1, "Did you mean: config"),
     ("pretrain", "--config.steps=3"): (1, "--config is missing"),
@@ -210,11 +216,45 @@ def test_an_error_is_the_last_thing_said(fault, last):
     assert ("Traceback" in done.stderr) == (last[:5] != "error")
 
 
+RECIPES = {  # a recipe's file -> what is said of it
+    "def get_config(arg=None):\n    return {}['seed']": "line 2: KeyError: 'seed'",
+    "def get_config(arg=None):\n\n    return 1 / 0": "line 3: ZeroDivisionError: division by zero",
+    "def get_config(arg=None):\n    int('x')": "line 2: ValueError: invalid literal",
+    "import no_such_module": "line 1: ModuleNotFoundError: No module named 'no_such_module'",
+    "\ndef get_config(": "line 2: SyntaxError: '(' was never closed",
+    "x = 1": "expected get_config(arg=None)",
+    "def get_config(): pass": "expected get_config(arg=None)",
+    "def get_config(arg=None): pass": "the recipe's get_config returns None",
+}
+
+
+def test_an_error_in_a_recipe_has_its_line(tmp_path):
+    """Also in a study's file, by the command of recipes, and in Python."""
+    files = [tmp_path / f"{i}.py" for i in range(len(RECIPES))]
+    for file, text in zip(files, RECIPES, strict=True):
+        file.write_text(text)
+    rows = [("pretrain", f"--config={file}:1", f"--workdir={tmp_path / 'run'}") for file in files]
+    done = commands(tmp_path, rows)
+    for file, said, (code, _, err) in zip(files, RECIPES.values(), done, strict=True):
+        last = err.strip().splitlines()[-1]
+        assert code == 1 and last.startswith("error: ") and said in last and "Traceback" not in err
+        assert str(file) in last or "returns None" in said
+    with pytest.raises(InputError, match=r"0.py, line 2: KeyError: 'seed'"):
+        recipe(str(files[0]))
+    files[0].write_text("def get_study(arg):\n    return arg.grids")
+    with pytest.raises(InputError, match=r"0.py, line 2: AttributeError: 'NoneType'"):
+        load_study(str(files[0]))
+    files[0].write_text("def get_study(arg):\n    return 3")
+    with pytest.raises(InputError, match="returned 3: expected a Study"):
+        load_study(str(files[0]))
+
+
 def test_the_loss_of_another_process_is_one_line(monkeypatch):
     distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(client=object()))
     lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer\nmore")
     assert "ValueError: UNKNOWN: Gloo" in command_line._explained(lost)  # the traceback
     monkeypatch.setitem(sys.modules, "jax._src.distributed", distributed)
+    monkeypatch.setattr(command_line, "_LINGER_SECONDS", -1)
     said = command_line._explained(lost)
     assert said.startswith("error: another process of this run has ended") and "\n" not in said
     assert command_line._explained(ValueError("a fault")).startswith("ValueError: a fault")

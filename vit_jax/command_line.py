@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vit_jax.config import WORKFLOW, InputError, explained_errors, printable
-from vit_jax.recipes import find_recipe, list_recipes
+from vit_jax.recipes import fault_in, find_recipe, list_recipes
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as a shell reports it
 _NO_RECIPE = "--config is missing: name a recipe (vit_jax recipes lists them) or a file"
@@ -85,7 +85,8 @@ def run(
             _settle_config(argv, recipe)
         arguments = _fill(positional, parse_flags(argv)[1:])
         if has_config and flags.FLAGS["config"].value is None:
-            raise InputError(_NO_RECIPE)
+            given = flags.FLAGS["config"].present
+            raise InputError("the recipe's get_config returns None" if given else _NO_RECIPE)
         if missing := [name for name in needs if flags.FLAGS[name].value is None]:
             raise InputError(f"--{missing[0]} is missing\n{usage}")
         if arguments and not rest:
@@ -226,12 +227,15 @@ def parse_flags(argv: list[str]) -> list[str]:
         arguments = flags.FLAGS(argv)
         for name in unset:
             _unset(flags.FLAGS["config"].value, name)
-    except flags.Error as error:
-        if told := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
-            raise told[-1] from None  # raised by the recipe; absl would show a traceback
-        raise InputError(f"{error}; {_program()} --help lists the flags") from error
-    except KeyError as error:  # from ConfigDict: --config.group.field=value without that group
-        raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
+    except Exception as error:
+        given = [match[1] for text in argv if (match := re.match("--?config=([^:]*)", text))]
+        if told := fault_in(given[-1] if given else "", error):
+            raise told from error  # by the recipe; absl would show a traceback
+        if isinstance(error, flags.Error):
+            raise InputError(f"{error}; {_program()} --help lists the flags") from error
+        if isinstance(error, KeyError):  # from ConfigDict: --config.group.field without that group
+            raise InputError(f"unknown group in --config.group.field: {error.args[0]}") from error
+        raise
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         handler = logging.get_absl_handler()
@@ -243,13 +247,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         os.environ["VIT_JAX_OFFLINE"] = "1"
     skip_absent_tpu()
     return arguments
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields the error, then its contexts, the original error last."""
-    while error:
-        yield error
-        error = error.__context__
 
 
 def _unset(config: ml_collections.ConfigDict, name: str) -> None:

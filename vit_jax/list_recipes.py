@@ -85,8 +85,8 @@ def explain(name: str) -> Iterator[str]:
     from vit_jax.classifier.recipe import TransferConfig  # takes seconds; listing doesn't need it
     from vit_jax.training.recipe import TrainConfig
 
-    about, argument = documented(find_recipe(name.partition(":")[0]))
     values = recipe(name).to_dict()
+    about, argument = documented(find_recipe(name.partition(":")[0]))
     cls, missing = TrainConfig, "?  # must be set"
     if "init" in values:
         cls, missing = TransferConfig, "the checkpoint's"

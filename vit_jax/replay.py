@@ -235,6 +235,8 @@ def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tu
     Raises ValueError for a step that the run doesn't have, and as `open_run`.
     """
     training, source = open_run(workdir, microbatch)
+    if not training.steps:
+        raise InputError(f"{workdir} is a run without steps: there is none to repeat")
     if not 1 <= last <= training.steps:
         raise InputError(f"--step={last}: expected 1 to {training.steps}, the run's steps")
     with use_mesh(training.mesh):

@@ -14,6 +14,7 @@ from vit_jax.parallel.preemption import PREEMPTED
 
 JOIN_SECONDS = 20  # in which all processes must come
 NOTICED_SECONDS = 5  # in which those that have come notice that another one is killed
+STARTED_SECONDS = 20  # in which Python and jax are imported
 PHASES = ("before the roll call", "in the roll call", "before step 1", "in a step")
 
 
@@ -63,7 +64,7 @@ def _kill_one(workdir: Path, phase: str, processes: int, killed: int) -> tuple[f
         named = f"process {killed} on {socket.gethostname()}" if together else "process"
         if run.returncode != expected or named not in said:
             return seconds, f"process {i} ends with {run.returncode}: {said}"
-    late = seconds > (NOTICED_SECONDS if together else JOIN_SECONDS + NOTICED_SECONDS)
+    late = seconds > (NOTICED_SECONDS if together else JOIN_SECONDS + STARTED_SECONDS)
     return seconds, "too late" * late
 
 

@@ -11,13 +11,12 @@ import functools
 import hashlib
 import itertools
 import json
-import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_jax.config import InputError, covered, fields_where, unknown
-from vit_jax.recipes import merge
+from vit_jax.recipes import call_in, merge
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ("ViT", "ResNet", "hybrid")
@@ -304,7 +303,7 @@ def load_study(name: str) -> Study:
         if name.endswith(".py"):
             raise FileNotFoundError(f"no study file {name}")
         raise unknown("study", name, [p.stem for p in folder.glob("*.py")])
-    found = runpy.run_path(str(path))
-    if "get_study" not in found:
-        raise InputError(f"{path} has no get_study(arg)")
-    return found["get_study"](arg or None)
+    study = call_in(path, "get_study", arg or None)
+    if not isinstance(study, Study):
+        raise InputError(f"{path}: get_study returned {study!r}: expected a Study")
+    return study

@@ -86,9 +86,7 @@ def transfer(
         values = values.to_dict()
     values = merge(values, {"data.dataset": data} if data else {})
     dataset = values["data"].get("dataset", "")
-    # Before a download of `init`.
-    if is_path(dataset) and not as_path(dataset).expanduser().exists():
-        raise FileNotFoundError(f"there is no {dataset}")
+    _check_exists(dataset)  # before a download of `init`
     if init is None:
         init = _first_init(workdir, values)
     values = merge(values, {"init": init})
@@ -102,8 +100,17 @@ def transfer(
     return run_workflow(config, as_path(workdir), command)
 
 
+def _check_exists(dataset: str) -> None:
+    if is_path(dataset) and not as_path(dataset).expanduser().exists():
+        raise FileNotFoundError(f"there is no {dataset}")
+
+
 def default_workdir(dataset: str) -> Path:
-    """Returns the folder of a run on a dataset where none is named: runs/NAME, in this folder."""
+    """Returns the folder of a run on a dataset where none is named: runs/NAME, in this folder.
+
+    Raises FileNotFoundError for a path where nothing is.
+    """
+    _check_exists(dataset)
     name = Path(dataset).expanduser().resolve().stem if is_path(dataset) else dataset
     return Path("runs") / (re.sub(r"[^\w.+-]+", "_", name) or "transfer")
 

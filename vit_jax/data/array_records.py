@@ -137,6 +137,9 @@ def _open_reader(path: str) -> Any:
     return ArrayRecordReader(path, options=options, file_reader_buffer_size=1 << 15)
 
 
+_VERSION = r"(\d+|\*)(\.(\d+|\*)){0,2}(/.*)?|experimental_latest"
+
+
 def open_array_records(
     name: str,
     data_dir: str | None,
@@ -255,10 +258,20 @@ def _builder(name: str, data_dir: str | None, known: Sequence[str]):
 
 
 def _check_prepared(name: str, data_dir: str | None) -> None:
-    """Checks the metadata of all prepared versions and configs of a dataset."""
+    """Checks the metadata of all prepared versions and configs of a dataset.
+
+    Raises ValueError for "huggingface:mnist" and others whose code TFDS would fetch and run.
+    """
     from etils import epath
     from tensorflow_datasets.core.utils import file_utils
 
+    namespace, colon, rest = name.partition(":")
+    if colon and not re.fullmatch(_VERSION, rest):
+        raise InputError(
+            f"{name}: expected a dataset of TFDS itself, perhaps with a version, name:1.0.0. "
+            f"A dataset of a community, {namespace}:, runs code of its own: store its images in "
+            "folders, one a class, and name that folder"
+        )
     dataset = re.split("[:/]", name)[0]
     for root in file_utils.list_data_dirs(data_dir):
         folder = epath.Path(root).expanduser() / dataset

@@ -101,18 +101,18 @@ def split_named(name: str) -> str | None:
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """Returns the given files and all images in the given folders; warns of other files there.
 
-    Raises FileNotFoundError for a path where nothing is, ValueError for one in a bucket.
+    Raises FileNotFoundError if none of the paths exists, ValueError for one in a bucket.
     """
     found = []
-    for name in paths:
+    for name in (names := list(paths)):
         check_mounted(os.fspath(name))
         path = Path(name)
-        if not path.exists():
-            raise FileNotFoundError(f"there is no {path}")
         if path.is_dir():
             walker = Walker(path)
             found += walker.images(path)
             walker.warn()
         else:
             found.append(path)
+    if names and not any(map(os.path.exists, names)):
+        raise FileNotFoundError(f"there is no {' and no '.join(map(os.fspath, names))}")
     return found
