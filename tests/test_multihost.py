@@ -254,6 +254,23 @@ def test_variables_that_do_not_say_it(monkeypatch, variables):
         multihost.initialize(True)
 
 
+@pytest.mark.parametrize(
+    ("count", "process"),
+    [
+        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_one_of_several_without_the_flag(monkeypatch, count, process):
+    monkeypatch.setenv(process, "1")
+    multihost.initialize(False)
+    monkeypatch.setenv(count, "1")
+    multihost.initialize(False)
+    monkeypatch.setenv(count, "2")
+    with pytest.raises(ValueError, match=f"{count}=2: this is process 1 of several, and each"):
+        multihost.initialize(False)
+
+
 @pytest.mark.parametrize("wrong", [-1, 0, 2.9, float("nan"), float("inf")])
 def test_seconds_that_are_none(wrong):
     with pytest.raises(ValueError, match=r"silent host counts as gone: expected 3 or more"):

@@ -139,10 +139,16 @@ def _checked(found: dict[str, str]) -> tuple[str, int, int]:
 
 
 def _check_not_one_of_several() -> None:
-    """ValueError in a task of `srun` that has others beside it: they would all train alone.
+    """ValueError in a task of `srun` or `mpirun` with others beside it: each would train alone.
 
     The script of a batch job and a shell of `salloc` have the job's variables, and are one process.
     """
+    for count, one in (_VARIABLES[1:], ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        if os.environ.get(count, "1") != "1" and one in os.environ:
+            raise InputError(
+                f"{count}={os.environ[count]}: this is process {os.environ[one]} of several, and "
+                f"each would train for itself: add --distributed for one run of all, or unset {one}"
+            )
     process = os.environ.get("SLURM_PROCID")
     step = {"SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
     several = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
