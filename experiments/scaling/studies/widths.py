@@ -3,10 +3,10 @@ r"""The best learning rate of a ViT 48 to 768 wide, with the width rule and with
 python -m experiments.scaling run --study=widths
 
 Trains ViTs of two blocks on `strokes/20` at 16 px, always on the same 3,840 images of a seed. Each
-width is trained with seven learning rates a factor of two apart, in today's parametrisation and with
-`optimizer.width_rule="mup"` from width 48; three heads grow with the width. Prediction, before the
-runs: the best rate falls in proportion to the width without the rule, by up to 16 times, and stays
-within a factor of two with it.
+width is trained with seven learning rates a factor of two apart, without a rule ("standard") and
+with `optimizer.width_rule="mup"` from width 48. Three heads grow with the width. Prediction, before
+the runs: without the rule the best rate falls in proportion to the width, by up to 16 times; with
+it, it stays within a factor of two.
 """
 
 import dataclasses
