@@ -469,7 +469,7 @@ def test_features_of_all_stages():
     images = jax.random.uniform(jax.random.key(1), (2, 16, 24, 3))
     features = run(model, params, images).features
     plain = build_model(ModelConfig("R26x1", **options), 0, (16, 24))
-    _, state = plain.module.apply({"params": params}, 2 * images - 1, capture_intermediates=True)
+    _, state = plain.module.apply({"params": params}, images, capture_intermediates=True)
     first, last = (
         nn.relu(state["intermediates"][name]["__call__"][0]) for name in ("block1", "gn_head")
     )
