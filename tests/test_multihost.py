@@ -11,6 +11,7 @@ import pytest
 from processes import free_port
 
 from vit_jax.parallel import multihost, peers
+from vit_jax.parallel.cluster import find_cluster
 
 
 def roll_call(monkeypatch, *told, patience=20):
@@ -211,7 +212,7 @@ def test_tasks_of_slurm(monkeypatch):
     """They have a roll call, too; each alone is refused. A shell of salloc is one process."""
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert multihost._cluster(1) == ("node03:61517", 2, 1)
+    assert find_cluster(1) == ("node03:61517", 2, 1)
     with pytest.raises(ValueError, match="task 1 of 2 of srun, and each would train for itself"):
         multihost.initialize(False)
     with monkeypatch.context() as patch:

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from vit_jax.config import InputError
+from vit_jax.parallel.cluster import VARIABLES, check_not_one_of_several, find_cluster
 from vit_jax.parallel.peers import watch
 from vit_jax.parallel.preemption import PREEMPTED, Preemption, Sigterm  # noqa: F401 (for others)
 
@@ -38,7 +38,6 @@ _PAUSE_SECONDS = 600
 _END_SECONDS = 3600
 
 _FACTS_BYTES = 4096
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LINGER_SECONDS = 10  # after an error, so that late processes are told about it
 _NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError)  # of a server of something else
 _QUIET_SECONDS = 10  # until a process says for which others it waits
@@ -70,7 +69,7 @@ def initialize(
         OSError: process 0 can't listen at its port.
     """
     if not distributed:
-        _check_not_one_of_several()
+        check_not_one_of_several()
         return
     if not 0 < seconds < 1e6:
         raise InputError(f"{seconds} seconds to join the other processes: expected 1 or more")
@@ -79,7 +78,7 @@ def initialize(
             f"{heartbeat} seconds until a silent host counts as gone: expected 3 or more"
         )
     known = {}
-    if found := _cluster(seconds):
+    if found := find_cluster(seconds):
         with Sigterm(PREEMPTED, "told to end (SIGTERM) before all processes had come"):
             connections = _roll_call(*found, seconds)
         watch(connections, _name(found[2], socket.gethostname()), heartbeat)
@@ -95,73 +94,12 @@ def initialize(
     except ValueError as error:
         raise InputError(
             f"--distributed: jax finds no cluster ({error}): run under SLURM or on a TPU pod, or "
-            f"set {', '.join(_VARIABLES)}"
+            f"set {', '.join(VARIABLES)}"
         ) from error
     # jax's end of a process that has lost another is SIGABRT with a message. The stacks of all
     # threads, which absl adds, tell nothing of it.
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
     Sigterm(PREEMPTED).__enter__()  # as long as the process lives
-
-
-def _cluster(seconds: float) -> tuple[str, int, int] | tuple[()]:
-    """Process 0's address, the number of processes and this one's, of the variables or from jax.
-
-    () where jax knows no cluster. Raises ValueError for what can't be.
-    """
-    if found := {name: os.environ[name] for name in _VARIABLES if name in os.environ}:
-        return _checked(found)
-    try:
-        address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-            *(None, None, None, None, None), math.ceil(seconds)
-        )
-    except ValueError as error:  # a variable that is no number
-        raise InputError(f"--distributed: the cluster's variables are wrong: {error}") from error
-    if address is None:
-        return ()
-    if not 0 <= process < processes:
-        raise InputError(
-            f"--distributed: found process {process} of {processes}, with process 0 at {address}: "
-            "expected process 0 to N-1 of N. Look at the cluster's variables (SLURM_NTASKS)"
-        )
-    return address, processes, process
-
-
-def _checked(found: dict[str, str]) -> tuple[str, int, int]:
-    """Returns process 0's address, the number of processes and this one's; ValueError if wrong."""
-    address, *numbers = (found.get(name, "") for name in _VARIABLES)
-    host, _, port = address.rpartition(":")
-    if host and all(n.isdecimal() for n in (port, *numbers)):
-        processes, process = map(int, numbers)
-        if 0 < int(port) < 1 << 16 and process < processes:
-            return address, processes, process
-    shown = ", ".join(f"{name}={value}" for name, value in found.items())
-    raise InputError(
-        f"found {shown}: expected all of JAX_COORDINATOR_ADDRESS=host:port, "
-        "JAX_NUM_PROCESSES=N and JAX_PROCESS_ID=0 to N-1"
-    )
-
-
-def _check_not_one_of_several() -> None:
-    """ValueError in a task of `srun` or `mpirun` with others beside it: each would train alone.
-
-    The script of a batch job and a shell of `salloc` have the job's variables, and are one process.
-    """
-    for count, one in (_VARIABLES[1:], ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-        if os.environ.get(count, "1") != "1" and one in os.environ:
-            raise InputError(
-                f"{count}={os.environ[count]}: this is process {os.environ[one]} of several, and "
-                f"each would train for itself: add --distributed for one run of all, or unset {one}"
-            )
-    process = os.environ.get("SLURM_PROCID")
-    step = {"SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
-    several = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
-    if process is None or not (step or process != "0") or jax.distributed.is_initialized():
-        return
-    if several != "1":
-        raise InputError(
-            f"this is task {process} of {several} of srun, and each would train for itself: add "
-            "--distributed for one run of all, or start one with srun --ntasks=1"
-        )
 
 
 def _name(process: int, host: str) -> str:
