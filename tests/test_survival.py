@@ -264,6 +264,17 @@ def test_a_flipped_bit_is_no_model(whole, tmp_path):
         load(tmp_path / "exported")
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_no_state(whole, tmp_path, capsys):
+    """It is set aside as a damaged one is."""
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "8")
+    shutil.copytree(checkpoints / "6", checkpoints / "8")
+    run(tmp_path / "run")
+    assert "damaged: using step 6 (it holds the state of step 6)" in capsys.readouterr().err
+    assert records(tmp_path / "run") == records(whole)
+
+
 def test_two_processes_do_not_share_a_workdir(tmp_path):
     """The second process, of any command, names the first; a kill frees the folder."""
     holder = subprocess.Popen(

@@ -157,14 +157,16 @@ def check_newest(workdir: Path, state: TrainState) -> list[str]:
 def restore_newest(workdir: Path, state: TrainState) -> tuple[TrainState, list[str]]:
     """Restores the newest checkpoint that `check_newest` left: (state, notes about the others).
 
-    Values that aren't finite count as damage. Without checksums, so do files that orbax can't
-    decode. Raises as `check_newest`.
+    Values that aren't finite and another step's state count as damage. Without checksums, so do
+    files that orbax can't decode. Raises as `check_newest`.
     """
     damaged = {}
     for step in sorted(saved_steps(workdir), reverse=True):
         folder = workdir / "checkpoints" / str(step)
         try:
-            restored, damage = restore(folder, state), ""
+            restored = restore(folder, state)
+            copied = int(restored.step) != step
+            damage = f"it holds the state of step {int(restored.step)}" * copied
         except DamagedError as error:
             damage = str(error)
         if not (damage := first_of_all(damage)):
