@@ -22,13 +22,7 @@ SHORT = (
 
 def commands(folder, upstream):
     """Returns commands by name: pretraining, two evaluations of the result, and its transfer."""
-    evaluate = (
-        "evaluate",
-        f"--checkpoint={upstream}",
-        "--batch_size=32",
-        "--shots=1,5",
-        "--seeds=2",
-    )
+    evaluate = ("evaluate", f"--checkpoint={upstream}", "--batch_size=32")
     return {
         "pretrain": pretrain(folder / "pretrain", STEPS, *SPREAD, *SHORT),
         "classification": (
@@ -41,6 +35,8 @@ def commands(folder, upstream):
             *evaluate,
             "--dataset=digits",
             "--protocol=fewshot",
+            "--shots=1,5",
+            "--seeds=2",
             f"--output={folder / 'fewshot.json'}",
         ),
         "transfer": (
