@@ -455,6 +455,10 @@ MISTAKES = {
         ["--workdir=az://b/runs", *RECIPE],
         "expected gs://BUCKET/PATH, or an absolute",
     ),
+    "data in a bucket": (
+        ["--data-dir=gs://b/data", *RECIPE],
+        "--data-dir=gs://b/data: expected a folder that every machine mounts",
+    ),
     "workdir twice": ([*RECIPE, "--workdir=/x"], "--workdir=/x after --"),
     "not a number": (["--max-restarts=many", *RECIPE], "--max-restarts=many: expected a number"),
 }

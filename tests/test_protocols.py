@@ -168,6 +168,10 @@ def test_linear_probe_chooses_on_dev(blobs):
     assert {*predicted} <= {1, 4, 6}
     with pytest.raises(ValueError, match="greater than 0"):
         linear_probe(train, dev, test, (0.0,))
+    nothing = tuple(part[:0] for part in dev)
+    for pair in ((train, nothing), (nothing, dev)):
+        with pytest.raises(ValueError, match="to choose its l2 on: expected some of both"):
+            linear_probe(*pair, test, (0.1,))
 
 
 def test_fewshot_chooses_l2_on_dev(model, params, monkeypatch, blobs):

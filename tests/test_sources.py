@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vit_jax.data.array_records import build_with_tfds
 from vit_jax.data.decode import decode_image
 from vit_jax.data.sources import Source, open_path, open_source, parse_split
 from vit_jax.data.writer import WriteConfig, write_dataset
@@ -419,3 +420,21 @@ def test_index_out_of_range(split):
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
             source[index]
+
+
+@pytest.mark.parametrize("name", ["huggingface:mnist", "kaggle:a/b", "ns:name", "a:b:1.0.0"])
+def test_datasets_of_communities_are_refused(name, tmp_path):
+    """TFDS would fetch and run their code. A version isn't one."""
+    with pytest.raises(ValueError, match=f"^{name}: expected a dataset of TFDS itself"):
+        open_source(name, "train")
+    with pytest.raises(ValueError, match="runs code of its own"):
+        build_with_tfds(name, str(tmp_path))
+    for version in ("3.0.2", "3.*.*", "*.*.*"):
+        with pytest.raises(FileNotFoundError, match="is not prepared"):
+            open_source(f"cifar10:{version}", "train", str(tmp_path))
+
+
+def test_the_environments_folder_is_no_bucket(monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://b/data")
+    with pytest.raises(ValueError, match="gcsfuse --implicit-dirs -o ro b /mnt/b, and name /mnt/b"):
+        open_source("cifar10", "train")

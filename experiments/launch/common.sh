@@ -117,6 +117,7 @@ check_recipe() {
   [[ -f $config ]] || die "no recipe $config in $PWD"
   [[ $workdir == /* || $workdir == gs://?* ]] ||
     die "--workdir=$workdir: expected gs://BUCKET/PATH, or an absolute path that every machine mounts"
+  [[ $data_dir != *://* ]] || die "--data-dir=$data_dir: expected a folder that every machine mounts"
   if [[ $workdir == gs://* ]]; then extras=,gcs; else extras=''; fi
   [[ -n ${SLURM_JOB_ID:-} ]] || build_recipe "$1"
   pretrain=("${python:-python}" -m vit_jax.pretrain "${recipe[@]}")

@@ -17,6 +17,7 @@ from vit_jax.config import InputError, unknown
 from vit_jax.data.foreign_files import check_regular, open_files_limit, system_error
 from vit_jax.data.listing import Listing
 from vit_jax.data.tfds_metadata import METADATA, check_metadata
+from vit_jax.data.walk import check_mounted
 from vit_jax.parallel.run_files import as_path
 
 LABEL_FEATURES = ("label", "labels", "real_label")  # the last is imagenet2012_real's
@@ -160,6 +161,7 @@ def open_array_records(
       ValueError: an unknown dataset, or features other than those of image classification.
       FileNotFoundError: the dataset is not prepared, or not as ArrayRecord.
     """
+    check_mounted(os.environ.get("TFDS_DATA_DIR", ""))  # whose import would wait for minutes
     import tensorflow_datasets as tfds  # takes half a second; embedded datasets don't need it
 
     builder = _builder(name, data_dir, known)

@@ -243,7 +243,8 @@ def written_locally(path: Path) -> Iterator[Path]:
     What lies beside it is copied too, before it.
     """
     if isinstance(path, Path):
-        yield path
+        with named_if_full(path):
+            yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
@@ -275,7 +276,8 @@ def locked_output(file: Path) -> Iterator[Callable[[str], None]]:
     if file.is_dir():
         raise IsADirectoryError(f"output {file} is a folder: expected a file")
     if file.exists() and not file.is_file():  # /dev/stdout
-        yield file.write_text
+        with named_if_full(file):
+            yield file.write_text
         return
     file = Path(os.path.realpath(file))
     partial = file.with_name(f"{file.name}.partial")
@@ -291,11 +293,23 @@ def locked_output(file: Path) -> Iterator[Callable[[str], None]]:
             fill(text)
             partial.replace(file)
 
-        fill(f"process {os.getpid()} on {socket.gethostname()}")
         try:
-            yield write
+            with named_if_full(partial):
+                fill(f"process {os.getpid()} on {socket.gethostname()}")
+                yield write
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_if_full(file: Path) -> Iterator[None]:
+    """Inside the block, an error of a full disk that names no file names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not error.filename:
+            error.filename = str(file)
+        raise
 
 
 def read_json(file: Path, remedy: str, kind: type = dict, keys: tuple[str, ...] = ()) -> Any:

@@ -118,10 +118,16 @@ def choose_l2(
 ) -> tuple[float, float, np.ndarray]:
     """Returns the best penalty on dev, its `metric`(labels, predicted) there, and W [D + 1, C].
 
-    Tries and ties are those of `linear_probe`. ValueError for a penalty that isn't positive.
+    Tries and ties are those of `linear_probe`. ValueError for a penalty that isn't
+    positive, and for no images.
     """
     if not l2 or min(l2) <= 0:
         raise InputError(f"l2 = {l2}: expected numbers greater than 0")
+    if not len(train[1]) or not len(dev[1]):
+        raise InputError(
+            f"{len(train[1])} images to fit a probe and {len(dev[1])} to choose its l2 on: "
+            "expected some of both. Take more images a class, or name a dev_split"
+        )
     classes = np.unique(np.concatenate([train[1], dev[1]]))
     best, chosen, kept = -1.0, 0.0, None
     w = np.zeros((train[0].shape[1] + 1, len(classes)))
