@@ -44,6 +44,10 @@ CASES = {  # arguments -> exit code, what is printed
     ("pretrain", "--config.steps=3"): (1, "--config is missing"),
     ("pretrain", "--config=pretrain/papr"): (1, "did you mean 'pretrain/paper'"),
     ("pretrain", "--config=pretrain/formula", "--workdir="): (1, "say where to keep this run"),
+    ("pretrain", "--config=pretrain/formula", "--config.evaluators=none", "--check=1"): (
+        1,
+        "config.evaluators = 'none': expected a group of fields",
+    ),
     ("evaluate", "model"): (1, "--dataset is missing"),
     ("evaluate", "model", "digits"): (1, "no checkpoint at model"),
     ("evaluate", "model", "digits", "more"): (1, "unexpected more"),

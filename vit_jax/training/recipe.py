@@ -124,6 +124,9 @@ class TrainConfig:
         Early stopping watched the first evaluator of `classification`. A run on the dataset
         `synthetic` is also evaluated on it, so that it needs no data on disk.
         """
+        for name in ("evaluators", "classification", "fewshot", "data"):
+            if not isinstance(values.get(name, {}), Mapping):
+                raise InputError(f"config.{name} = {values[name]!r}: expected a group of fields")
         evaluators = dict(values.get("evaluators", {}))
         for protocol in ("classification", "fewshot"):
             for name, fields in values.get(protocol, {}).items():
@@ -131,7 +134,7 @@ class TrainConfig:
         dataset = str(values.get("data", {}).get("dataset", ""))
         if dataset.partition("/")[0] == "synthetic":
             for name, fields in evaluators.items():
-                if fields.get("data", {}).get("dataset"):
+                if isinstance(fields, Mapping) and fields.get("data", {}).get("dataset"):
                     data = {**fields["data"], "dataset": dataset}
                     evaluators[name] = {**fields, "data": data}
         kept = {k: v for k, v in values.items() if k not in ("classification", "fewshot")}
