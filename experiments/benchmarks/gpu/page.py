@@ -1,0 +1,5 @@
+"""Formats gpu.json as Markdown."""
+
+
+def page(results: dict) -> str:
+    return ""

@@ -1,0 +1,249 @@
+"""Training steps to be timed: ours, and timm's under torch.compile.
+
+Both train on one random uint8 batch that lies on the device, normalise it in the step, compute in
+bfloat16 with float32 parameters and moments, and use softmax cross-entropy, gradient clipping to
+norm 1 and fused AdamW. Each class is used through `worker.Worker`: its methods take and return what
+JSON can hold.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from vit_jax.costs.chips import GIB
+
+CLASSES = 1000
+TIMM = {
+    "ViT-Ti/16": "vit_tiny_patch16_224",
+    "ViT-S/16": "vit_small_patch16_224",
+    "ViT-B/16": "vit_base_patch16_224",
+    "ViT-L/16": "vit_large_patch16_224",
+    "ViT-H/14": "vit_huge_patch14_224",
+    "ViT-g/14": "vit_giant_patch14_224",
+}
+
+
+def random_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
+    """Returns uint8 images [size, image_size, image_size, 3] and int32 labels [size]."""
+    rng = np.random.default_rng(0)
+    shape = (size, image_size, image_size, 3)
+    return {
+        "image": rng.integers(0, 256, shape, np.uint8),
+        "label": rng.integers(0, CLASSES, size, np.int32),
+    }
+
+
+class Ours:
+    """Our training step at several batch sizes; one state at a time is on the device.
+
+    Args:
+      variant: such as ViT-B/16.
+      image_size: pixels.
+      options: other fields of `ModelConfig`.
+      fields: fields of `TrainConfig`, such as accumulation.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        image_size: int = 224,
+        options: dict[str, Any] | None = None,
+        fields: dict[str, Any] | None = None,
+    ):
+        import jax
+
+        from vit_jax.parallel.mesh import MeshConfig, make_mesh
+
+        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        self._variant, self._image_size = variant, image_size
+        self._options, self._fields = options or {}, fields or {}
+        self._programs: dict[int, Any] = {}
+        self._batch_size, self._state, self._batch = None, None, None
+
+    def compile(self, batch: int, fit: bool = False) -> dict[str, Any]:
+        """Compiles for a batch size; `fit` chooses microbatches and remat that fit the device.
+
+        Returns the seconds, the compiler's peak memory in GiB, the model FLOPs of a step, and what
+        was chosen.
+        """
+        import jax
+
+        from vit_jax.costs.compiled import memory
+        from vit_jax.models.hardware import choose_attention
+        from vit_jax.training.memory import compile_step, device_memory, fit_memory
+
+        began, said = time.perf_counter(), ""
+        training = self._training(batch)
+        if fit:
+            accumulation, remat, said = fit_memory(training, device_memory())
+            training = self._training(batch, {"accumulation": accumulation}, {"remat": remat})
+        compiled = compile_step(training)
+        self._programs[batch] = training, compiled
+        module, size = training.model.module.config, training.model.image_size
+        tokens = training.model.grid[0] * training.model.grid[1] + training.model.module.class_token
+        return {
+            "compile_seconds": time.perf_counter() - began,
+            "predicted_gib": memory(compiled).peak / GIB,
+            "model_flops": training.flops(0, 1),
+            "accumulation": training.config.accumulation,
+            "remat": training.config.model.remat,
+            "attention": choose_attention(
+                training.config.model.attention,
+                tokens,
+                module.width // module.num_heads,
+                module.dtype,
+                plain=False,
+            ),
+            "image_size": size[0],
+            "device": jax.devices()[0].device_kind,
+            **({"fitted": said} if said else {}),
+        }
+
+    def run(self, batch: int, steps: int) -> float:
+        """Runs steps one after the other; returns seconds per step."""
+        import jax
+        import jax.numpy as jnp
+
+        _, step = self._programs[batch]
+        if self._batch_size != batch:
+            self._start(batch)
+        peak = jnp.float32(1e-3)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._state, metrics = step(self._state, self._batch, peak)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - began) / steps
+
+    def losses(self, batch: int, steps: int) -> list[float]:
+        """Returns the losses of the first steps from the initial state, all on one batch."""
+        import jax
+        import jax.numpy as jnp
+
+        _, step = self._programs[batch]
+        self._start(batch)
+        found = []
+        for _ in range(steps):
+            self._state, metrics = step(self._state, self._batch, jnp.float32(1e-3))
+            found.append(metrics["loss"])
+        return [float(loss) for loss in jax.device_get(found)]
+
+    def trace(self, batch: int, steps: int, folder: str) -> None:
+        """Writes an XProf trace of steps after warm-up."""
+        import jax
+
+        with jax.profiler.trace(folder):
+            self.run(batch, steps)
+
+    def predict(self, batch: int, chip: str) -> dict[str, Any]:
+        """Returns `vit_jax.costs.kernels.work` of the compiled step."""
+        from vit_jax.costs.kernels import work
+
+        from vit_jax.costs.compiled import Program
+
+        return work(Program(self._programs[batch][1].as_text())).as_json()
+
+    def memory(self) -> dict[str, float]:
+        """Returns the device's peak and present memory of arrays, in GiB; empty if unknown."""
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        keys = {"peak_gib": "peak_bytes_in_use", "in_use_gib": "bytes_in_use"}
+        return {name: stats[key] / GIB for name, key in keys.items() if key in stats}
+
+    def _training(self, batch: int, fields: dict | None = None, options: dict | None = None):
+        from experiments.benchmarks.yardstick import recipe
+        from vit_jax.models.variants import ModelConfig
+        from vit_jax.training.recipe import build_training
+
+        model = ModelConfig(self._variant, **{**self._options, **(options or {})})
+        fields = {**self._fields, **(fields or {})}
+        config = recipe(model, batch, self._image_size, "float32", **fields)
+        return build_training(config, self._mesh, CLASSES, 1_281_167)
+
+    def _start(self, batch: int) -> None:
+        """Replaces the state on the device by the initial one, and the batch."""
+        import jax
+
+        from vit_jax.parallel.mesh import put_batch, use_mesh
+        from vit_jax.training.initial import fresh_state
+
+        self._state = self._batch = None  # frees their memory first
+        training, _ = self._programs[batch]
+        with use_mesh(self._mesh):
+            self._batch = put_batch(self._mesh, random_batch(batch, self._image_size))
+            self._state = jax.block_until_ready(fresh_state(training)(jax.random.key(0)))
+        self._batch_size = batch
+
+
+class Timm:
+    """timm's model under torch.compile, bfloat16 autocast and fused AdamW."""
+
+    def __init__(self, variant: str, image_size: int = 224, device: str = "cuda"):
+        import timm
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        self._device = device
+        self._model = timm.create_model(TIMM[variant], img_size=image_size, num_classes=CLASSES)
+        self._model = self._model.to(device)
+        self._compiled = torch.compile(self._model)
+        self._image_size = image_size
+        self._optimizer, self._batch = None, None
+
+    def compile(self, batch: int) -> dict[str, float]:
+        """Compiles in a first step, then frees all but the parameters; returns the seconds."""
+        import torch
+
+        began = time.perf_counter()
+        self.run(batch, 1)
+        self._optimizer = self._batch = None
+        self._model.zero_grad(set_to_none=True)
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        return {"compile_seconds": time.perf_counter() - began}
+
+    def run(self, batch: int, steps: int) -> float:
+        """Runs steps one after the other; returns seconds per step."""
+        import torch
+
+        if self._optimizer is None:
+            host = random_batch(batch, self._image_size)
+            images, labels = (torch.from_numpy(host[k]).to(self._device) for k in host)
+            self._batch = images.permute(0, 3, 1, 2), labels.long()
+            self._optimizer = torch.optim.AdamW(
+                self._model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True
+            )
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        self._wait()
+        return (time.perf_counter() - began) / steps
+
+    def memory(self) -> dict[str, float]:
+        """Returns the device's peak memory of tensors in GiB; empty if unknown."""
+        import torch
+
+        if self._device != "cuda":
+            return {}
+        return {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
+
+    def _step(self) -> None:
+        import torch
+
+        images, labels = self._batch
+        with torch.autocast(self._device, torch.bfloat16):
+            logits = self._compiled(images.float() / 127.5 - 1.0)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _wait(self) -> None:
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.synchronize()
