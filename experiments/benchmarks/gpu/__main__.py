@@ -12,7 +12,8 @@ time. Started again, it measures what is missing. Parts, in the order of their w
 - trace: kernels by kind, with sets of XLA's flags;
 - input: training from JPEGs, transfer, time to the first step;
 - correct: losses against a CPU's, a killed run, int8 and fp8 products;
-- batches: other batch sizes.
+- batches: other batch sizes;
+- predict: the predictions for `plan`, which need no GPU and may be made elsewhere.
 
 --part=choose only prints what the results say about the defaults of the package. Without torch,
 timm or other packages, what needs them fails, and the rest is measured.
@@ -21,7 +22,7 @@ timm or other packages, what needs them fails, and the rest is measured.
 import argparse
 from pathlib import Path
 
-from experiments.benchmarks.gpu import attention, train
+from experiments.benchmarks.gpu import attention, plan, train
 from experiments.benchmarks.gpu.bench import Bench, read_results
 from experiments.benchmarks.gpu.choose import choices
 from experiments.benchmarks.gpu.page import page
@@ -33,8 +34,11 @@ from vit_jax.parallel.run_files import Lock
 PARTS = {
     "train": (train.measure, 0.5),
     "attention": (attention.measure, 0.25),
+    "plan": (plan.measure, 0.4),
     "batches": (train.measure_batches, 1.0),
+    "predict": (plan.predict, 1.0),
 }
+WITHOUT_GPU = ("predict",)
 NEEDED = ("jax", "torch", "timm", "grain", "simplejpeg", "tensorflow-datasets")
 PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "qwix", "triton")
 GIB = 100  # of GPU memory, which the sizes are chosen for
@@ -61,8 +65,9 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures the parts."""
-    machine = describe((*NEEDED, *PACKAGES), with_gpu=not options.rehearsal)
-    if not options.rehearsal:
+    with_gpu = not options.rehearsal and not set(options.part or PARTS) <= set(WITHOUT_GPU)
+    machine = describe((*NEEDED, *PACKAGES), with_gpu)
+    if with_gpu:
         for line in shortcomings(machine, NEEDED, GIB):
             print(f"warning: {line}", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -98,8 +98,8 @@ class Attention:
         dtype = jnp.float16 if implementation == "mosaic" else jnp.bfloat16
         arrays = [jax.random.normal(key, shape, dtype) for key in keys]
         forward, both = jax.jit(function), jax.jit(_with_gradients(function))
-        found = {"forward_seconds": _time(forward, arrays[:3], seconds)}
-        found["both_seconds"] = _time(both, arrays, seconds)
+        found = {"forward_seconds": time_calls(forward, arrays[:3], seconds)}
+        found["both_seconds"] = time_calls(both, arrays, seconds)
         batch, tokens, heads, features = shape
         product = 2 * batch * heads * tokens**2 * features
         found["forward_tflops"] = 2 * product / found["forward_seconds"] / 1e12
@@ -123,7 +123,7 @@ def _with_gradients(function: Callable) -> Callable:
     return both
 
 
-def _time(function: Callable, arrays: list[jax.Array], seconds: float) -> float:
+def time_calls(function: Callable, arrays: list[jax.Array], seconds: float) -> float:
     """Returns the median of windows of calls, in seconds a call."""
     jax.block_until_ready(function(*arrays))
     began = time.perf_counter()

@@ -42,6 +42,7 @@ class Ours:
       image_size: pixels.
       options: other fields of `ModelConfig`.
       fields: fields of `TrainConfig`, such as accumulation.
+      devices: by default the first one here.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class Ours:
         image_size: int = 224,
         options: dict[str, Any] | None = None,
         fields: dict[str, Any] | None = None,
+        devices: list | None = None,
     ):
         import jax
 
         from vit_jax.parallel.mesh import MeshConfig, make_mesh
 
-        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        self._mesh = make_mesh(MeshConfig(), devices or jax.devices()[:1])
         self._variant, self._image_size = variant, image_size
         self._options, self._fields = options or {}, fields or {}
         self._programs: dict[int, Any] = {}
@@ -67,10 +69,7 @@ class Ours:
         Returns the seconds, the compiler's peak memory in GiB, the model FLOPs of a step, and what
         was chosen.
         """
-        import jax
-
         from vit_jax.costs.compiled import memory
-        from vit_jax.models.hardware import choose_attention
         from vit_jax.training.memory import compile_step, device_memory, fit_memory
 
         began, said = time.perf_counter(), ""
@@ -80,23 +79,15 @@ class Ours:
             training = self._training(batch, {"accumulation": accumulation}, {"remat": remat})
         compiled = compile_step(training)
         self._programs[batch] = training, compiled
-        module, size = training.model.module.config, training.model.image_size
-        tokens = training.model.grid[0] * training.model.grid[1] + training.model.module.class_token
         return {
             "compile_seconds": time.perf_counter() - began,
             "predicted_gib": memory(compiled).peak / GIB,
             "model_flops": training.flops(0, 1),
             "accumulation": training.config.accumulation,
             "remat": training.config.model.remat,
-            "attention": choose_attention(
-                training.config.model.attention,
-                tokens,
-                module.width // module.num_heads,
-                module.dtype,
-                plain=False,
-            ),
-            "image_size": size[0],
-            "device": jax.devices()[0].device_kind,
+            "attention": self._attention(training.model),
+            "image_size": self._image_size,
+            "device": self._mesh.devices.flat[0].device_kind,
             **({"fitted": said} if said else {}),
         }
 
@@ -135,13 +126,11 @@ class Ours:
         with jax.profiler.trace(folder):
             self.run(batch, steps)
 
-    def predict(self, batch: int, chip: str) -> dict[str, Any]:
-        """Returns `vit_jax.costs.kernels.work` of the compiled step."""
-        from vit_jax.costs.kernels import work
-
+    def program(self, batch: int) -> Any:
+        """Returns the compiled step as a `vit_jax.costs.compiled.Program`."""
         from vit_jax.costs.compiled import Program
 
-        return work(Program(self._programs[batch][1].as_text())).as_json()
+        return Program(self._programs[batch][1].as_text())
 
     def memory(self) -> dict[str, float]:
         """Returns the device's peak and present memory of arrays, in GiB; empty if unknown."""
@@ -160,6 +149,16 @@ class Ours:
         fields = {**self._fields, **(fields or {})}
         config = recipe(model, batch, self._image_size, "float32", **fields)
         return build_training(config, self._mesh, CLASSES, 1_281_167)
+
+    def _attention(self, model: Any) -> str:
+        from vit_jax.models.hardware import choose_attention
+        from vit_jax.parallel.mesh import use_mesh
+
+        module = model.module.config
+        tokens = model.grid[0] * model.grid[1] + model.module.class_token
+        head = module.width // module.num_heads
+        with use_mesh(self._mesh):
+            return choose_attention(model.config.attention, tokens, head, module.dtype, plain=False)
 
     def _start(self, batch: int) -> None:
         """Replaces the state on the device by the initial one, and the batch."""
