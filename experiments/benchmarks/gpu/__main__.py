@@ -20,9 +20,12 @@ timm or other packages, what needs them fails, and the rest is measured.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
-from experiments.benchmarks.gpu import attention, plan, train
+import jax
+
+from experiments.benchmarks.gpu import attention, correct, input, plan, trace, train
 from experiments.benchmarks.gpu.bench import Bench, read_results
 from experiments.benchmarks.gpu.choose import choices
 from experiments.benchmarks.gpu.page import page
@@ -35,6 +38,9 @@ PARTS = {
     "train": (train.measure, 0.5),
     "attention": (attention.measure, 0.25),
     "plan": (plan.measure, 0.4),
+    "trace": (trace.measure, 0.3),
+    "input": (input.measure, 0.6),
+    "correct": (correct.measure, 0.7),
     "batches": (train.measure_batches, 1.0),
     "predict": (plan.predict, 1.0),
 }
@@ -70,13 +76,19 @@ def measure(options: argparse.Namespace) -> None:
     if with_gpu:
         for line in shortcomings(machine, NEEDED, GIB):
             print(f"warning: {line}", flush=True)
+    jax.config.update("jax_platforms", "cpu")  # only the workers use the GPU
     options.output.mkdir(parents=True, exist_ok=True)
     lock = Lock(options.output)
-    bench = Bench(options.output, machine, options.rehearsal, 60 * options.minutes)
-    for part in options.part or PARTS:
-        function, share = PARTS[part]
-        bench.until(1.0 if options.part else share)
-        function(bench)
+    with tempfile.TemporaryDirectory(prefix="vit_jax_gpu_") as scratch:
+        seconds = 60 * options.minutes
+        bench = Bench(options.output, Path(scratch), machine, options.rehearsal, seconds)
+        for part in options.part or PARTS:
+            function, share = PARTS[part]
+            bench.until(1.0 if options.part else share)
+            try:
+                function(bench)
+            except Exception as error:  # the other parts may still work
+                bench.record(part, bench.explain(error), 0)
     del lock
 
 

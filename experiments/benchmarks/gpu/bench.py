@@ -9,8 +9,8 @@ keeps values and out of memory, and measures the rest.
 import contextlib
 import datetime
 import json
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,15 @@ class Bench:
       scratch: a folder for data and compiled programs that the next start does without.
     """
 
-    def __init__(self, folder: Path, machine: dict[str, Any], rehearsal: bool, seconds: float):
-        self.folder, self.rehearsal = folder, rehearsal
-        self.scratch = Path(tempfile.mkdtemp(prefix="vit_jax_gpu_"))
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        machine: dict[str, Any],
+        rehearsal: bool,
+        seconds: float,
+    ):
+        self.folder, self.scratch, self.rehearsal = folder, scratch, rehearsal
         self._file = folder / "gpu.json"
         self.results = read_results(self._file)
         here = {"rehearsal": rehearsal, "gpu": machine["gpu"]}
@@ -86,7 +92,7 @@ class Bench:
 
         Args:
           name: the key in the results; its first word is the part.
-          function: measures. `Failed` becomes the result.
+          function: measures. An error becomes the result; its traceback goes to log.txt.
           seconds: what it takes, about; it is skipped if less is left.
         """
         if self.has(name):
@@ -98,8 +104,16 @@ class Bench:
             found: dict[str, Any] | Failed = function()
         except Failed as error:
             found = error
+        except Exception as error:  # a mistake in one must not cost the other measurements
+            found = self.explain(error)
         self.record(name, found, time.monotonic() - began)
         return self.values(name)
+
+    def explain(self, error: Exception) -> Failed:
+        """Writes the traceback to log.txt; returns the failure to record."""
+        with (self.folder / "log.txt").open("a") as log:
+            traceback.print_exception(error, file=log)
+        return Failed(f"{type(error).__name__}: {error}")
 
     def record(self, name: str, found: dict[str, Any] | Failed, seconds: float) -> None:
         """Keeps the values of a measurement, or why it has none, and the seconds it took."""

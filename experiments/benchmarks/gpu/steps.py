@@ -6,14 +6,17 @@ norm 1 and fused AdamW. Each class is used through `worker.Worker`: its methods 
 JSON can hold.
 """
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.gpu.drawing import CLASSES, draw
 from vit_jax.costs.chips import GIB
 
-CLASSES = 1000
+OUTPUTS = 1000
 TIMM = {
     "ViT-Ti/16": "vit_tiny_patch16_224",
     "ViT-S/16": "vit_small_patch16_224",
@@ -30,8 +33,16 @@ def random_batch(size: int, image_size: int) -> dict[str, np.ndarray]:
     shape = (size, image_size, image_size, 3)
     return {
         "image": rng.integers(0, 256, shape, np.uint8),
-        "label": rng.integers(0, CLASSES, size, np.int32),
+        "label": rng.integers(0, OUTPUTS, size, np.int32),
     }
+
+
+def drawn_batch(first: int, size: int, image_size: int) -> dict[str, np.ndarray]:
+    """Returns the images of `drawing.draw` and their labels, as `random_batch` does."""
+    indices = range(first, first + size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(pool.map(lambda i: draw(i, (image_size, image_size)), indices))
+    return {"image": np.stack(images), "label": np.array([i % CLASSES for i in indices], np.int32)}
 
 
 class Ours:
@@ -77,7 +88,7 @@ class Ours:
         if fit:
             accumulation, remat, said = fit_memory(training, device_memory())
             training = self._training(batch, {"accumulation": accumulation}, {"remat": remat})
-        compiled = compile_step(training)
+        compiled = compile_step(self._changed(training))
         self._programs[batch] = training, compiled
         return {
             "compile_seconds": time.perf_counter() - began,
@@ -106,16 +117,22 @@ class Ours:
         jax.block_until_ready(metrics)
         return (time.perf_counter() - began) / steps
 
-    def losses(self, batch: int, steps: int) -> list[float]:
-        """Returns the losses of the first steps from the initial state, all on one batch."""
+    def losses(self, batch: int, steps: int, batches: int = 1) -> list[float]:
+        """Returns the losses of the first steps from the initial state, on drawn images in turn.
+
+        The peak learning rate is 3e-4.
+        """
         import jax
         import jax.numpy as jnp
 
+        from vit_jax.parallel.mesh import put_batch
+
         _, step = self._programs[batch]
         self._start(batch)
-        found = []
-        for _ in range(steps):
-            self._state, metrics = step(self._state, self._batch, jnp.float32(1e-3))
+        host = (drawn_batch(i * batch, batch, self._image_size) for i in range(batches))
+        data, found = [put_batch(self._mesh, images) for images in host], []
+        for i in range(steps):
+            self._state, metrics = step(self._state, data[i % batches], jnp.float32(3e-4))
             found.append(metrics["loss"])
         return [float(loss) for loss in jax.device_get(found)]
 
@@ -148,7 +165,11 @@ class Ours:
         model = ModelConfig(self._variant, **{**self._options, **(options or {})})
         fields = {**self._fields, **(fields or {})}
         config = recipe(model, batch, self._image_size, "float32", **fields)
-        return build_training(config, self._mesh, CLASSES, 1_281_167)
+        return build_training(config, self._mesh, OUTPUTS, 1_281_167)
+
+    def _changed(self, training: Any) -> Any:
+        """The training whose step is compiled; its state is that of `training`."""
+        return training
 
     def _attention(self, model: Any) -> str:
         from vit_jax.models.hardware import choose_attention
@@ -175,6 +196,38 @@ class Ours:
         self._batch_size = batch
 
 
+class Quantized(Ours):
+    """Our step with the MLP's products in 8 bits, forward and backward, by qwix.
+
+    Args:
+      dtype: "int8" or "float8_e4m3fn", whose gradients are float8_e5m2.
+      **start: of `Ours`.
+    """
+
+    def __init__(self, dtype: str, **start: Any):
+        super().__init__(**start)
+        self._dtype = dtype
+
+    def _changed(self, training: Any) -> Any:
+        import dataclasses
+
+        import jax
+        import qwix
+
+        from vit_jax.models import dense
+
+        def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+        dense.multiply = multiply  # qwix finds this product, but not that of x @ kernel
+        backward = "float8_e5m2" if self._dtype.startswith("float8") else self._dtype
+        types = {"weight_qtype": self._dtype, "act_qtype": self._dtype, "bwd_qtype": backward}
+        provider = qwix.QtProvider([qwix.QtRule(module_path=".*Mlp.*", **types)])
+        module = qwix.quantize_model(training.model.module, provider)
+        model = dataclasses.replace(training.model, module=module)
+        return dataclasses.replace(training, model=model)
+
+
 class Timm:
     """timm's model under torch.compile, bfloat16 autocast and fused AdamW."""
 
@@ -185,7 +238,7 @@ class Timm:
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self._device = device
-        self._model = timm.create_model(TIMM[variant], img_size=image_size, num_classes=CLASSES)
+        self._model = timm.create_model(TIMM[variant], img_size=image_size, num_classes=OUTPUTS)
         self._model = self._model.to(device)
         self._compiled = torch.compile(self._model)
         self._image_size = image_size
@@ -220,6 +273,19 @@ class Timm:
             self._step()
         self._wait()
         return (time.perf_counter() - began) / steps
+
+    def kernels(self, batch: int, steps: int) -> list[tuple[str, float, float]]:
+        """Profiles steps; returns (name, start, duration in ms) of the device's kernels."""
+        from torch.profiler import ProfilerActivity, profile
+
+        activity = ProfilerActivity.CUDA if self._device == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[activity]) as profiled:
+            self.run(batch, steps)
+        return [
+            (event.name, event.time_range.start / 1e3, event.time_range.elapsed_us() / 1e3)
+            for event in profiled.events()
+            if not event.cpu_children
+        ]
 
     def memory(self) -> dict[str, float]:
         """Returns the device's peak memory of tensors in GiB; empty if unknown."""

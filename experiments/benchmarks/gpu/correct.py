@@ -1,0 +1,149 @@
+"""Measures whether a GPU computes the same as a CPU, resumes exactly, and gains from 8 bits."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.gpu.bench import Bench
+from experiments.benchmarks.gpu.train import OURS, in_turns
+from experiments.benchmarks.gpu.worker import ROOT, Failed
+
+QUANTIZED = "experiments.benchmarks.gpu.steps:Quantized"
+SECONDS = {"losses": 40, "resume": 60, "eight bits": 60}
+# Title: options of the model, environment. The first is what the others are compared with.
+EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+LOSSES = {
+    "float32 on the CPU": ({"dtype": "float32"}, {**EXACT, "JAX_PLATFORMS": "cpu"}),
+    "float32": ({"dtype": "float32"}, EXACT),
+    "bfloat16": ({"attention": "auto"}, {}),
+    "bfloat16, plain attention": ({"attention": "xla"}, {}),
+}
+RESUMED = {"default flags": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
+STEPS = 20
+EIGHT_BITS = {"bfloat16": (OURS, {})} | {
+    dtype: (QUANTIZED, {"dtype": dtype}) for dtype in ("int8", "float8_e4m3fn")
+}
+PRETRAIN = (
+    "vit_jax.pretrain",
+    "--config=pretrain/formula:classes=10,steps=40",
+    "--config.model.variant=ViT-Ti/8",
+    "--config.model.dtype=bfloat16",
+    "--config.image_size=64",
+    "--config.batch_size=64",
+    "--config.checkpoint.every=10",
+    "--config.log_every=1",
+    "--config.eval_every=40",
+)
+TINY = ("--config.model.variant=ViT-nano/8", "--config.image_size=16", "--config.batch_size=8")
+
+
+def measure(bench: Bench) -> None:
+    """Compares losses, kills and resumes a run, and tries products of 8 bits."""
+    variant, batch, size = ("ViT-Ti/16", 4, 32) if bench.rehearsal else ("ViT-Ti/16", 32, 224)
+    for title, (options, environment) in LOSSES.items():
+        case = {"variant": variant, "image_size": size, "options": {"scan": True, **options}}
+        bench.measure(
+            f"correct losses {title}",
+            lambda c=case, e=environment: _losses(bench, c, e, batch),
+            SECONDS["losses"],
+        )
+    for title, flags in RESUMED.items():
+        name = f"correct resume {title}"
+        folder = bench.scratch / title
+        bench.measure(name, lambda f=flags, g=folder: _resume(bench, g, f), SECONDS["resume"])
+    for title, (what, arguments) in EIGHT_BITS.items():
+        name = f"correct eight bits {title}"
+        bench.measure(
+            name, lambda w=what, a=arguments: _eight_bits(bench, w, a), SECONDS["eight bits"]
+        )
+
+
+def _losses(bench: Bench, case: dict, environment: dict, batch: int) -> dict[str, Any]:
+    with bench.worker(OURS, environment) as worker:
+        worker.start(bench.patience(30), **case)
+        ready = worker.call(bench.patience(SECONDS["losses"]), "compile", batch=batch)
+        patience = bench.patience(2 * SECONDS["losses"])
+        losses = worker.call(patience, "losses", batch=batch, steps=STEPS)
+    return {"losses": losses, "attention": ready["attention"], "batch": batch}
+
+
+def _eight_bits(bench: Bench, what: str, arguments: dict) -> dict[str, Any]:
+    """Times H/14's step with a quarter of its layers, and trains it on drawn images."""
+    variant, batch, size, steps = ("ViT-H/14", 64, 224, 300)
+    options = {"scan": True, "depth": 8}
+    if bench.rehearsal:
+        variant, batch, size, steps, options = "ViT-Ti/16", 4, 32, 6, {"scan": True, "depth": 1}
+    patience = bench.patience(SECONDS["eight bits"])
+    with bench.worker(what) as worker:
+        start = {"variant": variant, "image_size": size, "options": options}
+        worker.start(bench.patience(30), **start, **arguments)
+        ready = worker.call(patience, "compile", batch=batch)
+        found = in_turns(bench, {"ours": worker}, batch)["ours"]
+        if isinstance(found, Failed):
+            raise found
+        losses = worker.call(patience, "losses", batch=batch, steps=steps, batches=16)
+    return {**found, **ready, "losses": losses}
+
+
+def _resume(bench: Bench, folder: Path, flags: str) -> dict[str, Any]:
+    """Runs a recipe twice, once killed after its first checkpoint; compares all arrays and records.
+
+    Raises Failed if a run doesn't end well.
+    """
+    from experiments.campaigns.kills import run_digests
+    from vit_jax.training.metrics import read_metrics
+
+    patience = bench.patience(SECONDS["resume"])
+    whole, killed = folder / "whole", folder / "killed"
+    began = time.monotonic()
+    _finish(_start(bench, whole, flags), bench, patience)
+    seconds = time.monotonic() - began
+    process = _start(bench, killed, flags)
+    deadline = time.monotonic() + patience
+    while process.poll() is None and time.monotonic() < deadline:
+        if (killed / "checkpoints" / "10").exists() and read_metrics(killed)[-1]["step"] > 10:
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    at = read_metrics(killed)[-1]["step"] if (killed / "metrics.jsonl").exists() else 0
+    _finish(_start(bench, killed, flags), bench, patience)
+    expected, found = run_digests(whole), run_digests(killed)
+    differing = [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]
+    return {
+        "flags": flags,
+        "killed_after_step": at,
+        "equal": not differing,
+        "differing": differing[:5],
+        "arrays": len(expected),
+        "seconds": seconds,
+    }
+
+
+def _start(bench: Bench, workdir: Path, flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", *PRETRAIN, *(TINY if bench.rehearsal else ())]
+    platforms = "cpu" if bench.rehearsal else "cuda,cpu"
+    with (bench.folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": flags},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _finish(process: subprocess.Popen, bench: Bench, patience: float) -> None:
+    """Waits for a run. Raises Failed if it fails or takes longer than `patience` seconds."""
+    try:
+        code = process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise Failed(f"a run did not end within {patience:.0f} s") from None
+    if code:
+        last = (bench.folder / "log.txt").read_text().strip().splitlines()[-1]
+        raise Failed(f"a run ended with code {code}: {last}")
