@@ -45,8 +45,10 @@ class Bench:
         self._file = folder / "gpu.json"
         self.results = read_results(self._file)
         here = {"rehearsal": rehearsal, "gpu": machine["gpu"]}
-        if machine["gpu"] == "none" and self.results["starts"]:
-            here.pop("gpu")  # what needs no GPU is measured elsewhere
+        if machine["gpu"] == "none" and not rehearsal:  # what needs no GPU is added elsewhere
+            if not self.results["starts"]:
+                raise InputError(f"no results of a GPU in {self._file}: measure other parts first")
+            here.pop("gpu")
         for key, value in here.items():
             if self.results.setdefault(key, value) != value:
                 raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.gpu.bench import Bench
-from experiments.benchmarks.gpu.train import OURS, in_turns
+from experiments.benchmarks.gpu.train import OURS, in_turns, rates
 from experiments.benchmarks.gpu.worker import ROOT, Failed
 
 QUANTIZED = "experiments.benchmarks.gpu.steps:Quantized"
@@ -85,7 +85,7 @@ def _eight_bits(bench: Bench, what: str, arguments: dict) -> dict[str, Any]:
         if isinstance(found, Failed):
             raise found
         losses = worker.call(patience, "losses", batch=batch, steps=steps, batches=16)
-    return {**found, **ready, "losses": losses}
+    return {**found, **rates(found, ready), **ready, "losses": losses}
 
 
 def _resume(bench: Bench, folder: Path, flags: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def draw(index: int, size: tuple[int, int]) -> np.ndarray:
     while cells < rows:
         grid = rng.standard_normal((cells, cells * 4 // 3, 3), np.float32)
         grid[..., label % 3] *= 1.5
-        power = 0.6 + 0.2 * (label // 3) / CLASSES
+        power = 0.42 + 0.2 * (label // 3) / CLASSES
         picture += cv2.resize(grid, (columns, rows), interpolation=cv2.INTER_CUBIC) / cells**power
         cells *= 2
     return np.clip(128 + 45 * picture, 0, 255).astype(np.uint8)

@@ -130,7 +130,7 @@ class Planner:
 
 
 def chip_of(gpu: str) -> Chip:
-    """Returns the chip of a GPU's name. ValueError for one that isn't known."""
+    """Returns the chip of a GPU's name. ValueError for one that isn't known, and for "none"."""
     for chip in CHIPS.values():
         if gpu in chip.device_kinds:
             return chip
