@@ -1,5 +1,6 @@
 """Draws images by formula and encodes them as JPEGs, for benchmarks."""
 
+import functools
 import io
 
 import cv2
@@ -9,22 +10,34 @@ from PIL import Image
 from vit_jax.data import jpeg_markers
 
 CLASSES = 20
+TEXTURE = (750, 1000)  # height and width in pixels
 QUALITY = 88  # gives about 60 KB at 500 x 375 pixels
 
 
-def draw(index: int, size: tuple[int, int]) -> np.ndarray:
-    """Draws an image: noise at all scales, with a hue and a grain of its class. uint8 [H, W, 3]."""
-    rng = np.random.Generator(np.random.Philox(key=np.array([0, index], np.uint64)))
-    rows, columns = size
-    label, picture = index % CLASSES, np.zeros((rows, columns, 3), np.float32)
-    cells = 2
-    while cells < rows:
+@functools.cache
+def _texture(number: int) -> np.ndarray:
+    """Draws noise of all scales, with a hue and a grain of its own. float32 [H, W, 3]."""
+    rng = np.random.Generator(np.random.Philox(key=np.array([1, number], np.uint64)))
+    picture, cells, power = np.zeros((*TEXTURE, 3), np.float32), 4, rng.uniform(0.2, 0.4)
+    while cells < TEXTURE[0]:
         grid = rng.standard_normal((cells, cells * 4 // 3, 3), np.float32)
-        grid[..., label % 3] *= 1.5
-        power = 0.42 + 0.2 * (label // 3) / CLASSES
-        picture += cv2.resize(grid, (columns, rows), interpolation=cv2.INTER_CUBIC) / cells**power
+        grid *= rng.uniform(0.5, 1.5, 3).astype(np.float32) / cells**power
+        picture += cv2.resize(grid, TEXTURE[::-1], interpolation=cv2.INTER_CUBIC)
         cells *= 2
-    return np.clip(128 + 45 * picture, 0, 255).astype(np.uint8)
+    return picture
+
+
+def draw(index: int, size: tuple[int, int]) -> np.ndarray:
+    """Draws a part of its class's texture over a part of another. uint8 [H, W, 3].
+
+    `size` is (height, width), at most `TEXTURE`. Image i has the label i % `CLASSES`.
+    """
+    rng = np.random.Generator(np.random.Philox(key=np.array([0, index], np.uint64)))
+    (rows, columns), parts = size, []
+    for number in (index % CLASSES, CLASSES + int(rng.integers(CLASSES))):
+        top, left = (int(rng.integers(a - b + 1)) for a, b in zip(TEXTURE, size, strict=True))
+        parts.append(_texture(number)[top : top + rows, left : left + columns])
+    return np.clip(128 + 40 * (parts[0] + parts[1]), 0, 255).astype(np.uint8)
 
 
 def encode(pixels: np.ndarray, markers: bool) -> bytes:
