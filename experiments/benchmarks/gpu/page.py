@@ -22,8 +22,8 @@ a network takes wheels along:
         --platform=manylinux_2_24_x86_64 --platform=manylinux2014_x86_64 \\
         --only-binary=:all: -d wheels \\
         ml_collections grain array_record simplejpeg portpicker qwix tensorflow-datasets \\
-        dm-tree immutabledict simple_parsing tensorflow-metadata toml docstring-parser \\
-        importlib_resources googleapis-common-protos
+        dm-tree immutabledict simple_parsing tensorflow-metadata termcolor toml \\
+        docstring-parser importlib_resources googleapis-common-protos
     pip wheel --no-deps -w wheels promise    # 11 MB in all; there: pip install --no-deps wheels/*
 
 On a machine without a GPU, `--part=predict` adds the predictions of `vit_jax plan`. Rates are

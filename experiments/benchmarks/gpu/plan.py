@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.gpu.attention import time_calls
 from experiments.benchmarks.gpu.bench import Bench
-from experiments.benchmarks.gpu.train import OURS, in_turns
+from experiments.benchmarks.gpu.train import OURS, in_turns, rates
 from experiments.benchmarks.gpu.worker import Failed
 from vit_jax.config import InputError
 from vit_jax.costs.chips import CHIPS, Chip
@@ -165,7 +165,7 @@ def _measure_case(bench: Bench, case: Case) -> dict[str, Any]:
         found = in_turns(bench, {"ours": worker}, case.batch)["ours"]
     if isinstance(found, Failed):
         raise found
-    return {**found, **ready}
+    return {**found, **rates(found, ready), **ready}
 
 
 def predict(bench: Bench) -> None:
