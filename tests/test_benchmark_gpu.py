@@ -428,10 +428,10 @@ PARTS = {
     "train": (train.measure, "train ViT-Ti/16 ours 2"),
     "attention": (attention.measure, "attention triton 64 tokens 8 features"),
     "plan": (plan.measure, "plan ViT-Ti/16 4 32 px scan=True accumulation=2"),
-    "trace": (trace.measure, "trace ViT-Ti/16 default kernels"),
+    "trace": (trace.measure, "trace ViT-Ti/16 kernels"),
     "input": (input.measure, "input train ViT-Ti/16 with markers"),
     "correct": (correct.measure, "correct losses float32"),
-    "batches": (train.measure_batches, "batches ViT-Ti/16 ours scan 4"),
+    "batches": (train.measure_batches, "batches ViT-Ti/16 scan 2"),
 }
 
 

@@ -35,8 +35,8 @@ from vit_jax.parallel.run_files import Lock
 
 # Function, and the share that it may use of what is left of the time when it begins.
 PARTS = {
-    "train": (train.measure, 0.5),
-    "attention": (attention.measure, 0.25),
+    "train": (train.measure, 0.55),
+    "attention": (attention.measure, 0.35),
     "plan": (plan.measure, 0.4),
     "trace": (trace.measure, 0.3),
     "input": (input.measure, 0.6),

@@ -124,10 +124,10 @@ class Bench:
             kind, found = "out_of_memory" if found.out_of_memory else "failed", str(found)
         self._keep(name, {kind: found, "seconds": round(seconds, 1)})
 
-    @contextlib.contextmanager
-    def worker(self, what: str, environment: dict[str, str] | None = None) -> Iterator[Worker]:
-        """A process for measurements: see `Worker`. Its errors go to log.txt."""
-        base = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the processes that measure."""
+        return {
             "JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # Two frameworks share the memory, and the pool grows to what a step needs.
@@ -135,7 +135,12 @@ class Bench:
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
             "JAX_PLATFORMS": "cpu" if self.rehearsal else "cuda,cpu",
         }
-        worker = Worker(what, self.folder / "log.txt", {**base, **(environment or {})})
+
+    @contextlib.contextmanager
+    def worker(self, what: str, environment: dict[str, str] | None = None) -> Iterator[Worker]:
+        """A process for measurements: see `Worker`. Its errors go to log.txt."""
+        environment = {**self.environment, **(environment or {})}
+        worker = Worker(what, self.folder / "log.txt", environment)
         try:
             yield worker
         finally:

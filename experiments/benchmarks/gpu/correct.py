@@ -1,18 +1,18 @@
 """Measures whether a GPU computes the same as a CPU, resumes exactly, and gains from 8 bits."""
 
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.gpu.bench import Bench
 from experiments.benchmarks.gpu.train import OURS, in_turns, rates
-from experiments.benchmarks.gpu.worker import ROOT, Failed
+from experiments.benchmarks.gpu.worker import Failed, run_module
 
 QUANTIZED = "experiments.benchmarks.gpu.steps:Quantized"
-SECONDS = {"losses": 40, "resume": 60, "eight bits": 60}
+SECONDS = {"checks": 90, "eight bits": 45}
 # Title: options of the model, environment. The first is what the others are compared with.
 EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 LOSSES = {
@@ -41,19 +41,20 @@ TINY = ("--config.model.variant=ViT-nano/8", "--config.image_size=16", "--config
 
 
 def measure(bench: Bench) -> None:
-    """Compares losses, kills and resumes a run, and tries products of 8 bits."""
+    """Compares losses, kills and resumes runs, all side by side; then times products of 8 bits."""
     variant, batch, size = ("ViT-Ti/16", 4, 32) if bench.rehearsal else ("ViT-Ti/16", 32, 224)
+    checks = {}
     for title, (options, environment) in LOSSES.items():
         case = {"variant": variant, "image_size": size, "options": {"scan": True, **options}}
-        bench.measure(
-            f"correct losses {title}",
-            lambda c=case, e=environment: _losses(bench, c, e, batch),
-            SECONDS["losses"],
-        )
+        checks[f"correct losses {title}"] = partial(_losses, bench, case, environment, batch)
     for title, flags in RESUMED.items():
-        name = f"correct resume {title}"
-        folder = bench.scratch / title
-        bench.measure(name, lambda f=flags, g=folder: _resume(bench, g, f), SECONDS["resume"])
+        checks[f"correct resume {title}"] = partial(_resume, bench, bench.scratch / title, flags)
+    checks = {name: check for name, check in checks.items() if not bench.has(name)}
+    if checks and bench.room(list(checks), SECONDS["checks"]):
+        with ThreadPoolExecutor(len(checks)) as pool:
+            began = {name: pool.submit(check) for name, check in checks.items()}
+            for name, check in began.items():
+                bench.measure(name, check.result)
     for title, (what, arguments) in EIGHT_BITS.items():
         name = f"correct eight bits {title}"
         bench.measure(
@@ -64,8 +65,8 @@ def measure(bench: Bench) -> None:
 def _losses(bench: Bench, case: dict, environment: dict, batch: int) -> dict[str, Any]:
     with bench.worker(OURS, environment) as worker:
         worker.start(bench.patience(30), **case)
-        ready = worker.call(bench.patience(SECONDS["losses"]), "compile", batch=batch)
-        patience = bench.patience(2 * SECONDS["losses"])
+        ready = worker.call(bench.patience(SECONDS["checks"]), "compile", batch=batch)
+        patience = bench.patience(2 * SECONDS["checks"])
         losses = worker.call(patience, "losses", batch=batch, steps=STEPS)
     return {"losses": losses, "attention": ready["attention"], "batch": batch}
 
@@ -96,21 +97,18 @@ def _resume(bench: Bench, folder: Path, flags: str) -> dict[str, Any]:
     from experiments.campaigns.kills import run_digests
     from vit_jax.training.metrics import read_metrics
 
-    patience = bench.patience(SECONDS["resume"])
     whole, killed = folder / "whole", folder / "killed"
     began = time.monotonic()
-    _finish(_start(bench, whole, flags), bench, patience)
+    _run(bench, whole, flags)
     seconds = time.monotonic() - began
-    process = _start(bench, killed, flags)
-    deadline = time.monotonic() + patience
-    while process.poll() is None and time.monotonic() < deadline:
-        if (killed / "checkpoints" / "10").exists() and read_metrics(killed)[-1]["step"] > 10:
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    at = read_metrics(killed)[-1]["step"] if (killed / "metrics.jsonl").exists() else 0
-    _finish(_start(bench, killed, flags), bench, patience)
+
+    def has_saved() -> bool:
+        saved = (killed / "checkpoints" / "10").exists()
+        return saved and read_metrics(killed)[-1]["step"] > 10
+
+    _run(bench, killed, flags, has_saved)
+    at = read_metrics(killed)[-1]["step"]
+    _run(bench, killed, flags)
     expected, found = run_digests(whole), run_digests(killed)
     differing = [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]
     return {
@@ -123,27 +121,8 @@ def _resume(bench: Bench, folder: Path, flags: str) -> dict[str, Any]:
     }
 
 
-def _start(bench: Bench, workdir: Path, flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", *PRETRAIN, *(TINY if bench.rehearsal else ())]
-    platforms = "cpu" if bench.rehearsal else "cuda,cpu"
-    with (bench.folder / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": flags},
-            stdout=log,
-            stderr=log,
-        )
-
-
-def _finish(process: subprocess.Popen, bench: Bench, patience: float) -> None:
-    """Waits for a run. Raises Failed if it fails or takes longer than `patience` seconds."""
-    try:
-        code = process.wait(patience)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise Failed(f"a run did not end within {patience:.0f} s") from None
-    if code:
-        last = (bench.folder / "log.txt").read_text().strip().splitlines()[-1]
-        raise Failed(f"a run ended with code {code}: {last}")
+def _run(bench: Bench, workdir: Path, flags: str, stop: Callable = lambda: False) -> None:
+    arguments = [*PRETRAIN, *(TINY if bench.rehearsal else ()), f"--workdir={workdir}"]
+    environment = {**bench.environment, "XLA_FLAGS": flags}
+    patience = bench.patience(SECONDS["checks"])
+    run_module(arguments, bench.folder / "log.txt", environment, patience, stop)

@@ -6,8 +6,6 @@ encoded without and with restart markers and their index, as `vit_jax prepare` w
 
 import json
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +14,13 @@ from typing import Any
 from experiments.benchmarks.gpu.bench import Bench
 from experiments.benchmarks.gpu.drawing import CLASSES, draw, encode
 from experiments.benchmarks.gpu.train import OURS
-from experiments.benchmarks.gpu.worker import ROOT, Failed
+from experiments.benchmarks.gpu.worker import Failed, run_module
 
 DATA = "experiments.benchmarks.gpu.input:Data"
 RUN = "experiments.benchmarks.gpu.input:Pretraining"
 KINDS = {"without markers": False, "with markers": True}
 SIZE = (375, 500)
-IMAGES, SECONDS = 20_000, {"draw": 40, "prepare": 20, "train": 45, "first": 25, "transfer": 90}
+IMAGES, SECONDS = 20_000, {"draw": 30, "prepare": 15, "train": 45, "first": 25, "transfer": 60}
 # Variant, batch size, steps.
 CASES = (("ViT-B/16", 512, 60), ("ViT-S/16", 512, 100))
 FIT = ("ViT-H/14", 1024)  # more than fits without microbatches
@@ -269,23 +267,12 @@ def _measure_fit(bench: Bench, case: tuple[str, int], image_size: int) -> None:
 def _transfer(bench: Bench, data: str, title: str) -> dict[str, Any]:
     """Runs `vit_jax transfer` as users do; returns its seconds and the test accuracy."""
     workdir, patience = bench.scratch / f"transfer {title}", bench.patience(2 * SECONDS["transfer"])
-    command = [sys.executable, "-m", "vit_jax.transfer", "--config=transfer/folder"]
-    command += [f"--config.data={data}", f"--workdir={workdir}"]
+    command = ["vit_jax.transfer", "--config=transfer/folder", f"--config.data={data}"]
+    command.append(f"--workdir={workdir}")
     if bench.rehearsal:
         command += ["--config.init=", "--config.model.variant=ViT-nano/8", "--config.image_size=16"]
         command += ["--config.steps=4", "--config.workflow.export=()"]
     began = time.monotonic()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu" if bench.rehearsal else "cuda,cpu"}
-    with (bench.folder / "log.txt").open("a") as log:
-        try:
-            to_log = {"stdout": log, "stderr": log}
-            done = subprocess.run(
-                command, check=False, cwd=ROOT, env=environment, timeout=patience, **to_log
-            )
-        except subprocess.TimeoutExpired:
-            raise Failed(f"transfer did not end within {patience:.0f} s") from None
-    if done.returncode:
-        last = (bench.folder / "log.txt").read_text().strip().splitlines()[-1]
-        raise Failed(f"transfer ended with code {done.returncode}: {last}")
+    run_module(command, bench.folder / "log.txt", bench.environment, patience)
     results = json.loads((workdir / "results.json").read_text())
     return {"seconds": time.monotonic() - began, "accuracy": results["accuracy"]}

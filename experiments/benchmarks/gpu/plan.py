@@ -13,15 +13,14 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.gpu.attention import time_calls
 from experiments.benchmarks.gpu.bench import Bench
-from experiments.benchmarks.gpu.train import OURS, in_turns, rates
-from experiments.benchmarks.gpu.worker import Failed
+from experiments.benchmarks.gpu.train import alone
 from vit_jax.config import InputError
 from vit_jax.costs.chips import CHIPS, Chip
 
 CALIBRATION = "experiments.benchmarks.gpu.plan:Calibration"
 PLANNER = "experiments.benchmarks.gpu.plan:Planner"
 ROWS, SIDES = 32768, (64, 192, 384, 768, 1024, 1280, 1408, 2048, 4096)
-CASE_SECONDS, SECONDS = 60, 4
+CASE_SECONDS, SECONDS = 45, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +153,9 @@ def measure(bench: Bench) -> None:
         calibrate("bandwidth", mebibytes=8 if bench.rehearsal else 2048)
         calibrate("launch", kernels=20 if bench.rehearsal else 300)
     for case in REHEARSAL if bench.rehearsal else CASES:
-        bench.measure(case.name("plan"), lambda case=case: _measure_case(bench, case), CASE_SECONDS)
-
-
-def _measure_case(bench: Bench, case: Case) -> dict[str, Any]:
-    """Measures a case in a process of its own, whose peak is the step's."""
-    with bench.worker(OURS) as worker:
-        worker.start(bench.patience(30), **case.start)
-        ready = worker.call(bench.patience(CASE_SECONDS), "compile", batch=case.batch)
-        found = in_turns(bench, {"ours": worker}, case.batch)["ours"]
-    if isinstance(found, Failed):
-        raise found
-    return {**found, **rates(found, ready), **ready}
+        bench.measure(
+            case.name("plan"), lambda c=case: alone(bench, c.start, c.batch), CASE_SECONDS
+        )
 
 
 def predict(bench: Bench) -> None:

@@ -240,8 +240,14 @@ class Timm:
         self._device = device
         self._model = timm.create_model(TIMM[variant], img_size=image_size, num_classes=OUTPUTS)
         self._model = self._model.to(device)
-        self._compiled = torch.compile(self._model)
         self._image_size = image_size
+
+        def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                logits = self._model(images.float() / 127.5 - 1.0)
+                return torch.nn.functional.cross_entropy(logits, labels)
+
+        self._loss = torch.compile(loss)
         self._optimizer, self._batch = None, None
 
     def compile(self, batch: int) -> dict[str, float]:
@@ -298,11 +304,7 @@ class Timm:
     def _step(self) -> None:
         import torch
 
-        images, labels = self._batch
-        with torch.autocast(self._device, torch.bfloat16):
-            logits = self._compiled(images.float() / 127.5 - 1.0)
-            loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()
+        self._loss(*self._batch).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """Says where the time of a step goes: kernels by kind, with sets of XLA's flags, and timm's.
 
 XLA reads its flags when a process starts, so each set has a process of its own. The trace of the
-first set stays beside the results: XProf shows it.
+whole step stays beside the results: XProf shows it.
 """
 
 import gzip
@@ -15,9 +15,11 @@ from experiments.benchmarks.gpu.bench import Bench
 from experiments.benchmarks.gpu.train import OURS, TIMM, Case, in_turns, rates
 from experiments.benchmarks.gpu.worker import Failed, Worker
 
-CASE = Case("ViT-B/16", 256)
+# The first is also measured beside timm's, so that both have its compiled programs. Few layers are
+# as good for comparing flags, and compile in a third of the time.
+WHOLE, FEW = Case("ViT-B/16", 512), Case("ViT-B/16", 512, depth=4)
 REHEARSAL = Case("ViT-Ti/16", 2, scan=True, image_size=32)
-STEPS, SECONDS = 3, 50
+STEPS, SECONDS = 3, 30
 FLAGS = {
     "default": "",
     "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -91,26 +93,31 @@ def summary(events: Iterable[tuple[str, float, float]], steps: int) -> dict[str,
 
 
 def measure(bench: Bench) -> None:
-    """Times and traces a step with each set of flags, and timm's."""
-    case = REHEARSAL if bench.rehearsal else CASE
+    """Times and traces the whole step, timm's, and a step of few layers with each set of flags."""
+    whole, few = (REHEARSAL, REHEARSAL) if bench.rehearsal else (WHOLE, FEW)
+    _measure_flags(bench, whole, f"trace {whole.variant}", "")
+    bench.measure(f"trace {whole.variant} timm", lambda: _trace_timm(bench, whole), SECONDS)
     for title, flags in FLAGS.items():
-        names = [f"trace {case.variant} {title} {what}" for what in ("time", "kernels")]
-        if not all(map(bench.has, names)) and bench.room(names, SECONDS):
-            with bench.worker(OURS, {"XLA_FLAGS": flags}) as worker:
-                bench.measure(names[0], lambda w=worker, f=flags: _time(bench, w, case, f))
-                bench.measure(names[1], lambda w=worker, t=title: _trace(bench, w, case, t))
-    bench.measure(f"trace {case.variant} timm", lambda: _trace_timm(bench, case), SECONDS)
+        _measure_flags(bench, few, f"trace {few.variant}, few layers, {title}", flags)
+
+
+def _measure_flags(bench: Bench, case: Case, title: str, flags: str) -> None:
+    names = [f"{title} {what}" for what in ("time", "kernels")]
+    if all(map(bench.has, names)) or not bench.room(names, SECONDS):
+        return
+    with bench.worker(OURS, {"XLA_FLAGS": flags}) as worker:
+        bench.measure(names[0], lambda: _time(bench, worker, case, flags))
+        bench.measure(names[1], lambda: _trace(bench, worker, case, title))
 
 
 def _ready(bench: Bench, worker: Worker, case: Case) -> dict[str, Any]:
-    size = {"image_size": case.image_size}
-    worker.start(bench.patience(30), variant=case.variant, options=case.options, **size)
-    return worker.call(bench.patience(2 * SECONDS), "compile", batch=case.together)
+    worker.start(bench.patience(30), **case.start)
+    return worker.call(bench.patience(2 * SECONDS), "compile", batch=case.batch)
 
 
 def _time(bench: Bench, worker: Worker, case: Case, flags: str) -> dict[str, Any]:
     ready = _ready(bench, worker, case)
-    found = in_turns(bench, {"ours": worker}, case.together)["ours"]
+    found = in_turns(bench, {"ours": worker}, case.batch)["ours"]
     if isinstance(found, Failed):
         raise found
     return {"flags": flags, **found, **rates(found, ready), **ready}
@@ -118,14 +125,14 @@ def _time(bench: Bench, worker: Worker, case: Case, flags: str) -> dict[str, Any
 
 def _trace(bench: Bench, worker: Worker, case: Case, title: str) -> dict[str, Any]:
     _ready(bench, worker, case)  # quick, if its time was measured
-    folder = bench.scratch / f"trace {title}"
-    steps = {"batch": case.together, "steps": STEPS}
+    folder = bench.scratch / title.replace("/", "")
+    steps = {"batch": case.batch, "steps": STEPS}
     worker.call(bench.patience(SECONDS), "run", **steps)
     worker.call(bench.patience(SECONDS), "trace", folder=str(folder), **steps)
     file = next(folder.rglob("*.xplane.pb"), None)
     if file is None:
         raise Failed("jax wrote no trace")
-    if title == "default":
+    if title == f"trace {case.variant}":
         (bench.folder / "trace.xplane.pb.gz").write_bytes(gzip.compress(file.read_bytes()))
     return summary(device_events(file), STEPS)
 
@@ -135,10 +142,10 @@ def _trace_timm(bench: Bench, case: Case) -> dict[str, Any]:
         device = {"device": "cpu"} if bench.rehearsal else {}
         size = {"image_size": case.image_size}
         worker.start(bench.patience(30), variant=case.variant, **size, **device)
-        worker.call(bench.patience(3 * SECONDS), "compile", batch=case.together)
-        found = in_turns(bench, {"timm": worker}, case.together)["timm"]
+        worker.call(bench.patience(3 * SECONDS), "compile", batch=case.batch)
+        found = in_turns(bench, {"timm": worker}, case.batch)["timm"]
         if isinstance(found, Failed):
             raise found
-        steps = {"batch": case.together, "steps": STEPS}
+        steps = {"batch": case.batch, "steps": STEPS}
         events = worker.call(bench.patience(SECONDS), "kernels", **steps)
     return {**found, **rates(found, {}), **summary(events, STEPS)}

@@ -22,57 +22,70 @@ MEASURE_SECONDS = 4 * WINDOWS * WINDOW_SECONDS  # both contestants, with warm-up
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and the batch sizes to measure it with.
+    """A step to measure.
 
     Attributes:
       variant: such as ViT-B/16.
-      together: beside timm's; the memory holds both.
-      alone: ours only.
+      batch: images.
       scan: whether the layers are a loop, which compiles in a fraction of the time.
-      group: models with the same number compile side by side.
+      group: of those beside timm's, models with the same number compile side by side.
       compile_seconds: what compiling ours takes, about.
+      image_size: pixels.
+      depth: replaces the variant's, unless None.
     """
 
     variant: str
-    together: int
-    alone: tuple[int, ...] = ()
+    batch: int
     scan: bool = False
     group: int = 0
     compile_seconds: float = 25
     image_size: int = 224
+    depth: int | None = None
 
-    def name(self, contestant: str, batch: int | None = None) -> str:
-        """The key in the results; the batch size is by default that beside timm's."""
-        part = "train" if batch is None else "batches"
-        return f"{part} {self.variant} {contestant} {batch or self.together}"
+    @property
+    def start(self) -> dict[str, Any]:
+        """The arguments of `steps.Ours`."""
+        options = ({"scan": True} if self.scan else {}) | (
+            {"depth": self.depth} if self.depth else {}
+        )
+        return {"variant": self.variant, "image_size": self.image_size, "options": options}
+
+    def name(self, contestant: str) -> str:
+        """The key in the results of a measurement beside timm's."""
+        return f"train {self.variant} {contestant} {self.batch}"
 
     @property
     def names(self) -> list[str]:
         return [self.name("ours"), self.name("timm")]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"scan": True} if self.scan else {}
 
-
+# Beside timm's; the memory holds both.
 CASES = (
-    Case("ViT-S/16", 512, (128, 1024)),
-    Case("ViT-B/16", 512, (128, 1024)),
-    Case("ViT-L/16", 256, (128, 512), scan=True),
-    Case("ViT-H/14", 64, (128, 256), scan=True, group=1),
-    Case("ViT-g/14", 64, (128, 256), scan=True, group=1),
+    Case("ViT-S/16", 512),
+    Case("ViT-B/16", 512),
+    Case("ViT-L/16", 256, scan=True),
+    Case("ViT-H/14", 64, scan=True, group=1),
+    Case("ViT-g/14", 64, scan=True, group=1),
 )
-REHEARSAL = (Case("ViT-Ti/16", 2, (4,), scan=True, compile_seconds=5, image_size=32),)
-
-
-def cases(bench: Bench) -> tuple[Case, ...]:
-    return REHEARSAL if bench.rehearsal else CASES
+# Ours only, in order of worth.
+BATCHES = (
+    *(
+        Case(v, n, compile_seconds=40)
+        for v, n in (("ViT-L/16", 256), ("ViT-H/14", 64), ("ViT-g/14", 64))
+    ),
+    Case("ViT-B/16", 512, scan=True),
+    *(Case(v, 1024) for v in ("ViT-B/16", "ViT-S/16")),
+    *(Case(v, 128, scan=True) for v in ("ViT-H/14", "ViT-g/14", "ViT-L/16")),
+    *(Case(v, 128) for v in ("ViT-B/16", "ViT-S/16")),
+    *(Case(v, n, scan=True) for v, n in (("ViT-L/16", 512), ("ViT-H/14", 256), ("ViT-g/14", 256))),
+)
+REHEARSAL = (Case("ViT-Ti/16", 2, scan=True, compile_seconds=5, image_size=32),)
 
 
 def measure(bench: Bench) -> None:
     """Measures each model beside timm's."""
     chosen, seconds = [], 20.0
-    for case in cases(bench):
+    for case in REHEARSAL if bench.rehearsal else CASES:
         if all(map(bench.has, case.names)):
             continue
         seconds += case.compile_seconds + MEASURE_SECONDS
@@ -82,25 +95,24 @@ def measure(bench: Bench) -> None:
         pairs = {}
         for case in chosen:
             ours, timm = (stack.enter_context(bench.worker(what)) for what in (OURS, TIMM))
-            size = {"image_size": case.image_size}
-            ours.tell("start", variant=case.variant, options=case.options, **size)
+            ours.tell("start", **case.start)
             device = {"device": "cpu"} if bench.rehearsal else {}
-            timm.tell("start", variant=case.variant, **size, **device)
+            timm.tell("start", variant=case.variant, image_size=case.image_size, **device)
             pairs[case] = {"ours": ours, "timm": timm}
         ready = {case: {} for case in chosen}  # contestant -> what compiling returned
         for group in sorted({case.group for case in chosen}):
             members = [case for case in chosen if case.group == group]
             for case in members:
-                pairs[case]["timm"].tell("compile", batch=case.together)
+                pairs[case]["timm"].tell("compile", batch=case.batch)
             for case in members:
-                pairs[case]["ours"].tell("compile", batch=case.together)
+                pairs[case]["ours"].tell("compile", batch=case.batch)
                 _hear_ready(bench, case, "ours", pairs, ready)
             for case in members:
                 _hear_ready(bench, case, "timm", pairs, ready)
         for case in chosen:
             began = time.monotonic()
             workers = {name: pairs[case][name] for name in ready[case]}
-            found = in_turns(bench, workers, case.together)
+            found = in_turns(bench, workers, case.batch)
             for name, values in found.items():
                 if isinstance(values, dict):
                     values.update(ready[case][name], **rates(values, ready[case].get("ours", {})))
@@ -175,26 +187,29 @@ def rates(found: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_batches(bench: Bench) -> None:
-    """Measures ours alone at other batch sizes, and unrolled or as a loop, up to what fits."""
-    for case in cases(bench):
-        others = [(case.options, batch) for batch in case.alone]
-        if case.variant.endswith("B/16"):
-            others.append(({"scan": not case.scan}, case.together))
-        for options, batch in others:
-            name = case.name("ours scan" if options.get("scan") else "ours", batch)
-            seconds = 10 + case.compile_seconds + MEASURE_SECONDS / 2
-            bench.measure(name, lambda c=case, o=options, b=batch: _alone(bench, c, o, b), seconds)
-
-
-def _alone(bench: Bench, case: Case, options: dict, batch: int) -> dict[str, Any]:
-    """Measures ours, with microbatches and remat that fit the device."""
-    with bench.worker(OURS) as worker:
-        size = {"image_size": case.image_size}
-        patience = bench.patience(60)
-        worker.call(patience, "start", variant=case.variant, options=options, **size)
-        ready = worker.call(
-            bench.patience(2 * case.compile_seconds), "compile", batch=batch, fit=True
+    """Measures ours alone: other batch sizes, and layers unrolled or as a loop."""
+    for case in REHEARSAL if bench.rehearsal else BATCHES:
+        name = f"batches {case.variant} {'scan' if case.scan else 'unrolled'} {case.batch}"
+        seconds = 10 + case.compile_seconds + MEASURE_SECONDS / 2
+        bench.measure(
+            name, lambda case=case: alone(bench, case.start, case.batch, fit=True), seconds
         )
+
+
+def alone(bench: Bench, start: dict[str, Any], batch: int, fit: bool = False) -> dict[str, Any]:
+    """Measures one of ours in a process of its own, whose peak memory is then the step's.
+
+    Args:
+      bench: the results.
+      start: the arguments of `steps.Ours`.
+      batch: images.
+      fit: see `steps.Ours.compile`.
+
+    Raises Failed.
+    """
+    with bench.worker(OURS) as worker:
+        worker.start(bench.patience(30), **start)
+        ready = worker.call(bench.patience(60), "compile", batch=batch, fit=fit)
         found = in_turns(bench, {"ours": worker}, batch)["ours"]
     if isinstance(found, Failed):
         raise found

@@ -11,11 +11,13 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[3]
 # How frameworks say that memory is short.
@@ -36,7 +38,7 @@ class Worker:
 
     Args:
       what: module:class; the instance is made by the first request, "start", with its arguments.
-      log: file that its output is appended to.
+      log: file that its output is appended to when it ends.
       environment: variables added to this process's.
     """
 
@@ -45,19 +47,18 @@ class Worker:
         self._launch()
 
     def _launch(self) -> None:
-        self._logged = self._log.stat().st_size if self._log.exists() else 0
+        self._output = _new_output()
         self._answers, theirs = os.pipe()
         command = [sys.executable, "-m", "experiments.benchmarks.gpu.worker", self._what]
-        with self._log.open("a") as output:
-            self._process = subprocess.Popen(
-                [*command, str(theirs)],
-                cwd=ROOT,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs],
-            )
+        self._process = subprocess.Popen(
+            [*command, str(theirs)],
+            cwd=ROOT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=self._output,
+            pass_fds=[theirs],
+        )
         os.close(theirs)
         self._received, self._started = b"", False
 
@@ -91,8 +92,8 @@ class Worker:
             ready, _, _ = select.select([self._answers], [], [], left)
             chunk = os.read(self._answers, 1 << 16) if ready else b""
             if not chunk:
-                self.close(patience=5 if ready else 0)
-                why = f"ended with code {self._process.returncode}: {self._last_line()}"
+                last = self.close(patience=5 if ready else 0)
+                why = f"ended with code {self._process.returncode}: {last}"
                 raise Failed(why if ready else f"no answer within {patience:.0f} s")
             self._received += chunk
         line, _, self._received = self._received.partition(b"\n")
@@ -106,23 +107,67 @@ class Worker:
         self.tell(method, **arguments)
         return self.hear(patience)
 
-    def close(self, patience: float = 5) -> None:
-        """Ends the process, forcibly after `patience` seconds."""
+    def close(self, patience: float = 5) -> str:
+        """Ends the process, forcibly after `patience` seconds; returns its last line of output.
+
+        All of its output is appended to the log.
+        """
+        if self._answers is None:
+            return ""
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.stdin.close()
             self._process.wait(patience)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        if self._answers is not None:
-            os.close(self._answers)
-            self._answers = None
+        os.close(self._answers)
+        self._answers = None
+        return _append(self._log, self._what, self._output)
 
-    def _last_line(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(self._logged)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        return next((line for line in reversed(lines) if line.strip()), "without a message")
+
+def run_module(
+    arguments: Sequence[str],
+    log: Path,
+    environment: dict[str, str],
+    patience: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs a module with its arguments to its end, or kills it when `stop` returns true.
+
+    Raises Failed if it fails, or after `patience` seconds.
+    """
+    output, deadline, stopped = _new_output(), time.monotonic() + patience, False
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=output,
+        stderr=output,
+    )
+    while process.poll() is None:
+        stopped = stop()
+        if stopped or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+        time.sleep(0.02)
+    last = _append(log, " ".join(arguments), output)
+    if time.monotonic() > deadline:
+        raise Failed(f"{arguments[0]} did not end within {patience:.0f} s")
+    if process.returncode and not stopped:
+        raise Failed(f"{arguments[0]} ended with code {process.returncode}: {last}")
+
+
+def _new_output() -> IO[str]:
+    return tempfile.TemporaryFile("w+", errors="replace")
+
+
+def _append(log: Path, title: str, output: IO[str]) -> str:
+    """Appends a process's output to the log; returns its last line."""
+    with output, log.open("a") as file:
+        output.seek(0)
+        text = output.read()
+        file.write(f"--- {title}\n{text}")
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
 def serve(what: str, answers: int) -> None:
