@@ -20,6 +20,8 @@ timm or other packages, what needs them fails, and the rest is measured.
 """
 
 import argparse
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from experiments.benchmarks.gpu.bench import Bench, read_results
 from experiments.benchmarks.gpu.choose import choices
 from experiments.benchmarks.gpu.page import page
 from experiments.benchmarks.machine import describe, shortcomings
+from vit_jax.command_line import stoppable
 from vit_jax.config import InputError, explained_errors, unknown
 from vit_jax.parallel.run_files import Lock
 
@@ -104,5 +107,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with explained_errors():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
+    with stoppable(), explained_errors():
         main()

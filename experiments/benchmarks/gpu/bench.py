@@ -143,8 +143,10 @@ class Bench:
         worker = Worker(what, self.folder / "log.txt", environment)
         try:
             yield worker
-        finally:
-            worker.close()
+        except BaseException:
+            worker.close(patience=0)
+            raise
+        worker.close()
 
     def patience(self, seconds: float) -> float:
         """Seconds to wait for an answer that should take `seconds`: no more than what is left."""
