@@ -21,7 +21,6 @@ or 'vit_jax[cuda]'.
 import collections
 import datetime
 import importlib
-import importlib.metadata
 import json
 import math
 import re
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks.bundles import attention_bundles, kernel_name
+from experiments.benchmarks.machine import versions
 from experiments.benchmarks.step_table import table
 from experiments.benchmarks.yardstick import recipe
 from vit_jax.costs.chips import GIB
@@ -219,7 +219,7 @@ def main(_) -> None:
     depths = list(map(int, DEPTHS.value)) or [None]
     found = [measure(depth, bundles, topology) for depth in depths]
     flops = training_flops(model) * PER_CHIP.value
-    compiler = "libtpu" if topology.chip.is_tpu else "jax-cuda12-plugin"
+    compilers = ("libtpu",) if topology.chip.is_tpu else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     report = {
         "what": STEP.value or "vit_jax",
         "model": MODEL.value,
@@ -231,7 +231,7 @@ def main(_) -> None:
         "from_depths": DEPTHS.value,
         "model_flops": flops,
         "compiled": found,
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", compiler, "flax", "optax")},
+        "versions": versions(("jax", *compilers, "flax", "optax")),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python -m experiments.benchmarks.step", *sys.argv[1:]]),
     }
