@@ -20,7 +20,7 @@ from vit_jax.config import InputError
 from vit_jax.parallel.run_files import read_json, write_whole
 
 LEAST_SECONDS = 20  # a worker may take at least this long for an answer
-REHEARSAL_SECONDS = 300
+REHEARSAL_SECONDS = 900
 REMEDY = "choose another --output, or remove it to measure everything again"
 
 
