@@ -1,10 +1,12 @@
 """The benchmark of a GPU, rehearsed without one: what it keeps, skips, and says."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,12 +18,13 @@ from experiments.benchmarks.gpu.choose import choices, efficiency, fastest_atten
 from experiments.benchmarks.gpu.drawing import draw, encode
 from experiments.benchmarks.gpu.page import page
 from experiments.benchmarks.gpu.worker import Failed, Worker
-from vit_jax.costs import gpu_time
+from vit_jax.costs import gpu_time, topology
 from vit_jax.costs.chips import CHIPS
 from vit_jax.costs.compiled import Program
 from vit_jax.costs.gpu_time import Efficiency, Kernel, take_apart
 from vit_jax.data.decode import open_image
 from vit_jax.models import hardware
+from vit_jax.parallel.mesh import MeshConfig, make_mesh, replicated, use_mesh
 
 H200 = {
     "gpu": "NVIDIA H200",
@@ -308,6 +311,8 @@ def test_the_shares_of_the_peaks_become_a_row_of_the_costs():
     assert (row.products, row.attention) == ([[512, 0.5]], [[197, 0.1]])
     assert (row.bandwidth, row.launch_seconds) == (0.75, 2.5e-6)
     assert row.source == "NVIDIA H200, 2026-12-01, jax 0.11.2"
+    assert efficiency({**found, "gpu": "NVIDIA A10"}) is None
+    assert page({**found, "gpu": "NVIDIA A10"})  # a GPU whose peaks aren't known
     found["measurements"]["plan ViT-B/16 64 224 px"] = {
         "values": {"batch": 64, "img_per_sec": 640, "seconds_per_step": [0.1], "peak_gib": 10.0}
     }
@@ -453,12 +458,31 @@ def test_each_part_is_rehearsed(tmp_path, monkeypatch, part):
     assert kept.items() <= again.results["measurements"].items()
 
 
-def test_the_steps_compile_for_the_gpu(tmp_path):
-    """Needs jax's CUDA plugin, which needs no GPU: a tiny step, as `--part=predict` compiles it."""
-    from vit_jax.costs import topology
+needs_compiler = pytest.mark.skipif(
+    not any(map(topology._installed, topology.CUDA_PLUGINS)),
+    reason="needs jax's CUDA plugin, which needs no GPU",
+)
 
-    if not any(map(topology._installed, topology.CUDA_PLUGINS)):
-        pytest.skip("no compiler for GPUs")
+
+@needs_compiler
+@pytest.mark.parametrize("way", ["cudnn", "triton", "mosaic"])
+def test_attention_compiles_for_the_gpu(way):
+    devices = topology.open_topology(topology.parse_topology("h200:1"))
+    mesh = make_mesh(MeshConfig(), devices)
+    dtype = "float16" if way == "mosaic" else "bfloat16"
+    shape = (2, 256, 12, 64) if way == "mosaic" else (2, 197, 12, 64)
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+    function = jax.jit(attention.with_gradients(attention.IMPLEMENTATIONS[way]))
+    with use_mesh(mesh):
+        text = function.lower(*[array] * 4).compile().as_text()
+    target = {"cudnn": "__cudnn$fmha", "triton": "triton", "mosaic": "mosaic_gpu"}[way]
+    assert re.search(rf'custom_call_target="[^"]*{re.escape(target)}', text)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_steps_compile_for_the_gpu(tmp_path):
+    """A tiny step, as `--part=predict` compiles it."""
     here = make(tmp_path, seconds=1000)
     plan.predict(here)
     (found,) = (m["values"] for m in here.results["measurements"].values())

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.gpu.bench import Bench
 from vit_jax.models.attention import attention_weights, even_attention
+from vit_jax.parallel.mesh import platform
 
 SELF = "experiments.benchmarks.gpu.attention:Attention"
 BLOCK = 64  # of the Pallas kernels
@@ -55,7 +56,7 @@ def triton(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     segments = jnp.broadcast_to(jnp.arange(tokens + padding) >= tokens, (batch, tokens + padding))
     blocks = BlockSizes(BLOCK, BLOCK, *[BLOCK // 2] * 4)
-    interpret = jax.default_backend() == "cpu"
+    interpret = platform() == "cpu"
     y = mha(
         *padded,
         segments.astype(jnp.int32) if padding else None,
@@ -97,7 +98,7 @@ class Attention:
         keys = jax.random.split(jax.random.key(0), 4)
         dtype = jnp.float16 if implementation == "mosaic" else jnp.bfloat16
         arrays = [jax.random.normal(key, shape, dtype) for key in keys]
-        forward, both = jax.jit(function), jax.jit(_with_gradients(function))
+        forward, both = jax.jit(function), jax.jit(with_gradients(function))
         found = {"forward_seconds": time_calls(forward, arrays[:3], seconds)}
         found["both_seconds"] = time_calls(both, arrays, seconds)
         batch, tokens, heads, features = shape
@@ -106,14 +107,14 @@ class Attention:
         found["both_tflops"] = 7 * product / found["both_seconds"] / 1e12
         few = [array[:2].astype(jnp.float32) for array in arrays]
         with jax.default_matmul_precision("highest"):
-            exact = jax.jit(_with_gradients(plain))(*few)
+            exact = jax.jit(with_gradients(plain))(*few)
         ours = both(*arrays)
         for name, ours_, exact_ in zip(("error", "gradients_error"), ours, exact, strict=True):
             found[name] = _difference(ours_, exact_)
         return found
 
 
-def _with_gradients(function: Callable) -> Callable:
+def with_gradients(function: Callable) -> Callable:
     """Returns a function (query, key, value, dy) -> (y, gradients of the three)."""
 
     def both(query, key, value, dy):

@@ -42,7 +42,7 @@ def fastest_attention(results: dict) -> tuple[tuple[int, str], ...]:
 
 
 def efficiency(results: dict) -> dict[str, Any] | None:
-    """Returns the row of costs/measured.json; None while a measurement is missing."""
+    """Returns the row of costs/measured.json; None without a measurement or the GPU's peaks."""
     plan, start = values(results, "plan"), (results["starts"] or [{}])[-1]
     products = sorted((v["side"], v["tflops"]) for n, v in plan.items() if n.startswith("product"))
     bandwidth = next((v["gb_per_second"] for v in plan.values() if "gb_per_second" in v), None)
@@ -52,9 +52,9 @@ def efficiency(results: dict) -> dict[str, Any] | None:
         for row in values(results, "attention").values()
         if row["implementation"] == "cudnn" and row["shape"][3] == 64
     )
-    if not (products and attention and bandwidth and launch):
+    chip = chip_of(results.get("gpu", ""))
+    if not (chip and products and attention and bandwidth and launch):
         return None
-    chip, jax = chip_of(results["gpu"]), start["versions"].get("jax")
     peak = chip.device_peak_flops / 1e12
     return {
         "chip": chip.name,
@@ -62,7 +62,7 @@ def efficiency(results: dict) -> dict[str, Any] | None:
         "attention": [[tokens, round(rate / peak, 4)] for tokens, rate in attention],
         "bandwidth": round(bandwidth * 1e9 / chip.hbm_bandwidth, 4),
         "launch_seconds": round(launch / 1e6, 9),
-        "source": f"{results['gpu']}, {start['date'][:10]}, jax {jax}",
+        "source": f"{results['gpu']}, {start['date'][:10]}, jax {start['versions'].get('jax')}",
     }
 
 

@@ -128,12 +128,9 @@ class Planner:
         }
 
 
-def chip_of(gpu: str) -> Chip:
-    """Returns the chip of a GPU's name. ValueError for one that isn't known, and for "none"."""
-    for chip in CHIPS.values():
-        if gpu in chip.device_kinds:
-            return chip
-    raise InputError(f"{gpu} is not in vit_jax/costs/chips.py: add its peaks")
+def chip_of(gpu: str) -> Chip | None:
+    """Returns the chip of a GPU's name; None for one whose peaks aren't known."""
+    return next((chip for chip in CHIPS.values() if gpu in chip.device_kinds), None)
 
 
 def measure(bench: Bench) -> None:
@@ -160,7 +157,9 @@ def measure(bench: Bench) -> None:
 
 def predict(bench: Bench) -> None:
     """Predicts the cases for the GPU of the results, side by side, without using a GPU."""
-    chip = "h200" if bench.rehearsal else chip_of(bench.results["gpu"]).name
+    chip = CHIPS["h200"] if bench.rehearsal else chip_of(bench.results["gpu"])
+    if chip is None:
+        raise InputError(f"{bench.results['gpu']} is not in vit_jax/costs/chips.py: add its peaks")
     cases = REHEARSAL if bench.rehearsal else CASES
     cases = [case for case in cases if not bench.has(case.name("predict"))]
     with contextlib.ExitStack() as stack:
@@ -169,7 +168,7 @@ def predict(bench: Bench) -> None:
             if bench.room(case.name("predict"), CASE_SECONDS):
                 host = {"JAX_PLATFORMS": "cpu"}
                 planners[case.name("predict")] = stack.enter_context(bench.worker(PLANNER, host))
-                planners[case.name("predict")].tell("start", chip=chip)
+                planners[case.name("predict")].tell("start", chip=chip.name)
                 planners[case.name("predict")].tell("predict", batch=case.batch, **case.start)
         for name, planner in planners.items():
 
