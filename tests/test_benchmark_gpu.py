@@ -98,7 +98,13 @@ def test_results_of_another_machine_are_kept_apart(tmp_path, changes, message):
         make(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff", '{"starts": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "{}", "\xff", '{"starts": []}', '{"starts": {}, "measurements": {}}'),
+        *('{"starts": [], "measurements": []}', '{"starts": [], "measurements": {"a": 1}}'),
+    ],
+)
 def test_a_damaged_file_of_results_is_refused(tmp_path, text):
     (tmp_path / "gpu.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"gpu\.json is damaged .*another --output"):
@@ -143,6 +149,7 @@ def test_a_process_that_measures_may_fail_in_any_way(tmp_path):
     ("arguments", "message"),
     [
         (["--part=trian"], "part 'trian'.*train"),
+        (["--part=choose,train"], "choose measures nothing"),
         (["--minutes=0"], "minutes = 0.0: expected a positive number"),
         (["--minutes=nan"], "minutes = nan"),
         (["--part=train"], "no GPU: nvidia-smi is not on the PATH"),

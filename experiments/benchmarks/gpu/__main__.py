@@ -65,10 +65,12 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not 0 < options.minutes < 1e6:
         raise InputError(f"minutes = {options.minutes}: expected a positive number")
-    options.part = [part for part in options.part.split(",") if part]
+    options.part = [part.strip() for part in options.part.split(",") if part.strip()]
     for part in options.part:
         if part not in (*PARTS, "choose"):
             raise unknown("part", part, [*PARTS, "choose"])
+    if "choose" in options.part and len(options.part) > 1:
+        raise InputError("choose measures nothing: give it alone, after the other parts")
     return options
 
 

@@ -169,4 +169,8 @@ def read_results(file: Path) -> dict[str, Any]:
     """Reads gpu.json; without it, returns empty results. Raises ValueError for a damaged file."""
     if not file.exists():
         return {"starts": [], "measurements": {}}
-    return read_json(file, REMEDY, dict, ("starts", "measurements"))
+    results = read_json(file, REMEDY, dict, ("starts", "measurements"))
+    rows = results["measurements"].values() if isinstance(results["measurements"], dict) else [None]
+    if not (isinstance(results["starts"], list) and all(isinstance(row, dict) for row in rows)):
+        raise InputError(f"{file} is damaged (starts or measurements aren't rows): {REMEDY}")
+    return results
