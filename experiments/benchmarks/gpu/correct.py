@@ -28,14 +28,14 @@ EIGHT_BITS = {"bfloat16": (OURS, {})} | {
 }
 PRETRAIN = (
     "vit_jax.pretrain",
-    "--config=pretrain/formula:classes=10,steps=40",
+    "--config=pretrain/formula:classes=10,steps=200",
     "--config.model.variant=ViT-Ti/8",
     "--config.model.dtype=bfloat16",
     "--config.image_size=64",
     "--config.batch_size=64",
-    "--config.checkpoint.every=10",
+    "--config.checkpoint.every=20",
     "--config.log_every=1",
-    "--config.eval_every=40",
+    "--config.eval_every=200",
 )
 TINY = ("--config.model.variant=ViT-nano/8", "--config.image_size=16", "--config.batch_size=8")
 
@@ -103,11 +103,13 @@ def _resume(bench: Bench, folder: Path, flags: str) -> dict[str, Any]:
     seconds = time.monotonic() - began
 
     def has_saved() -> bool:
-        saved = (killed / "checkpoints" / "10").exists()
-        return saved and read_metrics(killed)[-1]["step"] > 10
+        saved = (killed / "checkpoints" / "20").exists()
+        return saved and read_metrics(killed)[-1]["step"] > 20
 
     _run(bench, killed, flags, has_saved)
     at = read_metrics(killed)[-1]["step"]
+    if at == read_metrics(whole)[-1]["step"]:
+        raise Failed("the run ended before it was killed: it is too short for this device")
     _run(bench, killed, flags)
     expected, found = run_digests(whole), run_digests(killed)
     differing = [key for key in sorted(expected | found) if expected.get(key) != found.get(key)]
