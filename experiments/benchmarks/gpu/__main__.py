@@ -38,12 +38,12 @@ from vit_jax.parallel.run_files import Lock
 
 # Function, and the share that it may use of what is left of the time when it begins.
 PARTS = {
-    "train": (train.measure, 0.55),
-    "attention": (attention.measure, 0.35),
-    "plan": (plan.measure, 0.4),
-    "trace": (trace.measure, 0.3),
-    "input": (input.measure, 0.6),
-    "correct": (correct.measure, 0.7),
+    "train": (train.measure, 0.6),
+    "attention": (attention.measure, 0.4),
+    "plan": (plan.measure, 0.8),
+    "trace": (trace.measure, 0.6),
+    "input": (input.measure, 0.8),
+    "correct": (correct.measure, 1.0),
     "batches": (train.measure_batches, 1.0),
     "predict": (plan.predict, 1.0),
 }
