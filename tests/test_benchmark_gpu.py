@@ -472,7 +472,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("way", ["cudnn", "triton", "mosaic"])
+@pytest.mark.parametrize("way", ["cudnn", "unpadded", "triton", "mosaic"])
 def test_attention_compiles_for_the_gpu(way):
     devices = topology.open_topology(topology.parse_topology("h200:1"))
     mesh = make_mesh(MeshConfig(), devices)
@@ -482,8 +482,9 @@ def test_attention_compiles_for_the_gpu(way):
     function = jax.jit(attention.with_gradients(attention.IMPLEMENTATIONS[way]))
     with use_mesh(mesh):
         text = function.lower(*[array] * 4).compile().as_text()
-    target = {"cudnn": "__cudnn$fmha", "triton": "triton", "mosaic": "mosaic_gpu"}[way]
+    target = {"triton": "triton", "mosaic": "mosaic_gpu"}.get(way, "__cudnn$fmha")
     assert re.search(rf'custom_call_target="[^"]*{re.escape(target)}', text)
+    assert ("pad(" in text) == (way in ("cudnn", "triton"))
 
 
 @pytest.mark.slow

@@ -2,18 +2,21 @@
 
 - xla: plain attention, as the models compute it: the scores are in memory.
 - cudnn: NVIDIA's kernel as the models use it, with odd lengths padded by a masked token.
+- unpadded: the same for odd lengths, without jax's check (jax 0.10 to 0.11), which is meant for
+  attention with a bias and refuses them without one, too: what the padding costs.
 - triton: the Pallas kernel that jax ships for GPUs, with lengths padded to its blocks.
 - mosaic: jax's newer Pallas kernel for Hopper, which has no mask: whole blocks only. Its backward
   pass accepts only float16 (jax 0.11.2).
 
-Each is compared with plain attention in float32. The models can use the first two; the others say
-what a kernel of our own could gain.
+Each is compared with plain attention in float32. The models can use the first two; the others
+say what could be gained.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,14 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return even_attention(query, key, value, "cudnn")
 
 
+def unpadded(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """As `cudnn`, for any number of tokens."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    with mock.patch.object(fused, "check_is_flash_attention", lambda *_, **__: None):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
 def triton(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Runs jax's Triton kernel; padding is a segment of its own."""
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
@@ -75,7 +86,20 @@ def mosaic(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return attention(query * query.shape[-1] ** -0.5, key, value, config)
 
 
-IMPLEMENTATIONS = {"xla": plain, "cudnn": cudnn, "triton": triton, "mosaic": mosaic}
+IMPLEMENTATIONS = {
+    "xla": plain,
+    "cudnn": cudnn,
+    "unpadded": unpadded,
+    "triton": triton,
+    "mosaic": mosaic,
+}
+
+
+def serves(implementation: str, tokens: int, features: int) -> bool:
+    """Whether an implementation is worth measuring for this shape."""
+    if implementation == "unpadded":
+        return tokens % 2 == 1
+    return implementation != "mosaic" or not (tokens % BLOCK or features % BLOCK)
 
 
 class Attention:
@@ -159,7 +183,7 @@ def measure(bench: Bench) -> None:
         (way, shape)
         for shape in shapes
         for way in IMPLEMENTATIONS
-        if way != "mosaic" or not (shape[1] % BLOCK or shape[3] % BLOCK)
+        if serves(way, shape[1], shape[3])
     ]
     if all(bench.has(name(*case)) for case in cases):
         return
