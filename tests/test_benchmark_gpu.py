@@ -403,6 +403,49 @@ def test_drawn_jpegs_are_as_large_as_photographs_and_markers_change_no_pixel():
     encode(draw(0, (48, 64)), True)  # the rehearsal's
 
 
+class Made:
+    """A `Worker` with made-up answers: a step of 0.1 s; timm isn't there, S/16 fails in a step."""
+
+    def __init__(self, what, log, environment):
+        self.what, self.told, self.variant = what, [], ""
+
+    def tell(self, method, **arguments):
+        self.told.append((method, arguments))
+
+    def hear(self, patience):
+        method, arguments = self.told.pop(0)
+        self.variant = arguments.get("variant", self.variant)
+        if self.what.endswith("Timm"):
+            raise Failed("ModuleNotFoundError: No module named 'timm'")
+        if method == "run" and self.variant == "ViT-S/16":
+            raise Failed("RESOURCE_EXHAUSTED: out of memory")
+        ready = {"device": "NVIDIA H200", "model_flops": 989e12 * 0.05, "compile_seconds": 1.0}
+        return {"run": 0.1, "compile": ready, "memory": {"peak_gib": 9.0}}.get(method)
+
+    def call(self, patience, method, **arguments):
+        self.tell(method, **arguments)
+        return self.hear(patience)
+
+    def close(self, patience=5):
+        pass
+
+
+def test_what_one_contestant_lacks_does_not_cost_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "Worker", Made)
+    two = 20 + 2 * (25 + train.MEASURE_SECONDS)
+    here = make(tmp_path, seconds=two + 1, rehearsal=False)
+    train.measure(here)
+    found = here.results["measurements"]
+    assert found["train ViT-B/16 ours 512"]["values"]["mfu"] == pytest.approx(0.5)
+    assert found["train ViT-B/16 ours 512"]["values"]["img_per_sec"] == pytest.approx(5120)
+    assert "out_of_memory" in found["train ViT-S/16 ours 512"]
+    for variant in ("ViT-S/16", "ViT-B/16"):
+        assert "No module named 'timm'" in found[f"train {variant} timm 512"]["failed"]
+    for name in ("ViT-L/16 ours 256", "ViT-H/14 timm 64", "ViT-g/14 ours 64"):
+        assert "were left" in found[f"train {name}"]["skipped"]
+    assert "| 5,120 | 50.0% |" in page(here.results)
+
+
 class Here:
     """A `Worker` in this process."""
 
@@ -432,7 +475,7 @@ class Here:
         self.tell(method, **arguments)
         return self.hear(patience)
 
-    def close(self):
+    def close(self, patience=5):
         self.instance = None
 
 
