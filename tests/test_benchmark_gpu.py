@@ -413,12 +413,16 @@ class Made:
         self.told.append((method, arguments))
 
     def hear(self, patience):
-        method, arguments = self.told.pop(0)
+        method, arguments = self.told[0]
         self.variant = arguments.get("variant", self.variant)
         if self.what.endswith("Timm"):
             raise Failed("ModuleNotFoundError: No module named 'timm'")
         if method == "run" and self.variant == "ViT-S/16":
             raise Failed("RESOURCE_EXHAUSTED: out of memory")
+        return self.answer()
+
+    def answer(self):
+        method, _ = self.told.pop(0)
         ready = {"device": "NVIDIA H200", "model_flops": 989e12 * 0.05, "compile_seconds": 1.0}
         return {"run": 0.1, "compile": ready, "memory": {"peak_gib": 9.0}}.get(method)
 
@@ -444,6 +448,14 @@ def test_what_one_contestant_lacks_does_not_cost_the_other(tmp_path, monkeypatch
     for name in ("ViT-L/16 ours 256", "ViT-H/14 timm 64", "ViT-g/14 ours 64"):
         assert "were left" in found[f"train {name}"]["skipped"]
     assert "| 5,120 | 50.0% |" in page(here.results)
+
+    before = found["train ViT-B/16 ours 512"]
+    monkeypatch.setattr(Made, "hear", lambda self, patience: self.answer())
+    again = make(tmp_path, seconds=two + 1, rehearsal=False)
+    train.measure(again)  # torch is there now
+    found = again.results["measurements"]
+    assert found["train ViT-B/16 timm 512"]["values"]["mfu"] == pytest.approx(0.5)
+    assert found["train ViT-B/16 ours 512"] == before
 
 
 class Here:

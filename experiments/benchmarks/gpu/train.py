@@ -92,42 +92,47 @@ def measure(bench: Bench) -> None:
         if bench.room(case.names, seconds):
             chosen.append(case)
     with contextlib.ExitStack() as stack:
-        pairs = {}
+        pairs: dict[Case, dict[str, Worker]] = {case: {} for case in chosen}
         for case in chosen:
-            ours, timm = (stack.enter_context(bench.worker(what)) for what in (OURS, TIMM))
-            ours.tell("start", **case.start)
             device = {"device": "cpu"} if bench.rehearsal else {}
-            timm.tell("start", variant=case.variant, image_size=case.image_size, **device)
-            pairs[case] = {"ours": ours, "timm": timm}
-        ready = {case: {} for case in chosen}  # contestant -> what compiling returned
+            size = {"variant": case.variant, "image_size": case.image_size}
+            starts = {"ours": (OURS, case.start), "timm": (TIMM, {**size, **device})}
+            for name, (what, arguments) in starts.items():
+                if not bench.has(case.name(name)):  # as after a start without torch
+                    worker = pairs[case][name] = stack.enter_context(bench.worker(what))
+                    worker.tell("start", **arguments)
+        ready: dict[Case, dict[str, dict]] = {case: {} for case in chosen}
         for group in sorted({case.group for case in chosen}):
             members = [case for case in chosen if case.group == group]
             for case in members:
-                pairs[case]["timm"].tell("compile", batch=case.batch)
-            for case in members:
-                pairs[case]["ours"].tell("compile", batch=case.batch)
-                _hear_ready(bench, case, "ours", pairs, ready)
-            for case in members:
-                _hear_ready(bench, case, "timm", pairs, ready)
+                if timm := pairs[case].get("timm"):
+                    timm.tell("compile", batch=case.batch)
+            for name in ("ours", "timm"):
+                for case in members:
+                    if worker := pairs[case].get(name):
+                        if name == "ours":
+                            worker.tell("compile", batch=case.batch)
+                        _hear_ready(bench, case, name, worker, ready[case])
         for case in chosen:
             began = time.monotonic()
+            ours = ready[case].get("ours") or bench.values(case.name("ours")) or {}
             workers = {name: pairs[case][name] for name in ready[case]}
             found = in_turns(bench, workers, case.batch)
             for name, values in found.items():
                 if isinstance(values, dict):
-                    values.update(ready[case][name], **rates(values, ready[case].get("ours", {})))
+                    values.update(ready[case][name], **rates(values, ours))
                 bench.record(case.name(name), values, time.monotonic() - began)
             for worker in pairs[case].values():
                 worker.close()
 
 
-def _hear_ready(bench: Bench, case: Case, name: str, pairs: dict, ready: dict) -> None:
+def _hear_ready(bench: Bench, case: Case, name: str, worker: Worker, ready: dict) -> None:
     """Hears the answers of `start` and `compile`; a failure is the measurement's result."""
     began = time.monotonic()
     try:
         for _ in range(2):
-            answer = pairs[case][name].hear(bench.patience(2 * case.compile_seconds))
-        ready[case][name] = answer
+            answer = worker.hear(bench.patience(2 * case.compile_seconds))
+        ready[name] = answer
     except Failed as error:
         bench.record(case.name(name), error, time.monotonic() - began)
 
