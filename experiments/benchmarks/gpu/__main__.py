@@ -49,7 +49,8 @@ PARTS = {
 }
 WITHOUT_GPU = ("predict",)
 NEEDED = ("jax", "torch", "timm", "grain", "simplejpeg", "tensorflow-datasets")
-PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "qwix", "triton")
+PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
+PACKAGES += ("nvidia-cudnn-cu12", "flax", "optax", "qwix", "triton")
 GIB = 100  # of GPU memory, which the sizes are chosen for
 
 

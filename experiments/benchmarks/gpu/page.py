@@ -26,11 +26,11 @@ a network takes wheels along:
         docstring-parser importlib_resources googleapis-common-protos
     pip wheel --no-deps -w wheels promise    # 11 MB in all; there: pip install --no-deps wheels/*
 
-On a machine without a GPU, `--part=predict` adds the predictions of `vit_jax plan`. Rates are
-medians of five windows of a second; spread is the largest minus the smallest window over the
-median. MFU is the share of the published dense bfloat16 peak that the model's FLOPs take, forward
-and backward, without recomputation; timm's by the same count. Memory is the peak of arrays on the
-device.
+On a machine without a GPU, `--part=predict` adds the predictions of `vit_jax plan`. gpu.json and
+gpu.md are then copied here, and what `--part=choose` prints into the package. Rates are medians of
+five windows of a second; spread is the largest minus the smallest window over the median. MFU is
+the share of the published dense bfloat16 peak that the model's FLOPs take, forward and backward,
+without recomputation; timm's by the same count. Memory is the peak of arrays on the device.
 """
 NOTHING = "Not measured yet.\n"
 # Images a second: our target, and the highest published rate a GPU that we know.
