@@ -7,6 +7,7 @@ The tests of logits need packages that vit_jax doesn't, and are skipped without 
 """
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -243,12 +244,13 @@ def test_timm_architectures(variant, architecture):
 
 def test_heads_and_activation_of_published_timm_models():
     """timm's config.json tells the architecture alone."""
-    for name, heads, activation in (
-        ("vit_small_patch16_224.augreg_in21k", 6, "gelu"),
-        ("vit_base_patch32_siglip_256", 12, "gelu_tanh"),
-        ("vit_large_patch16_siglip_256", 16, "gelu"),
+    for name, heads, activation, pool in (
+        ("vit_small_patch16_224.augreg_in21k", 6, "gelu", "token"),
+        ("vit_base_patch32_siglip_256", 12, "gelu_tanh", "map"),
+        ("vit_large_patch16_siglip_256", 16, "gelu", "map"),
     ):
-        params, description = case("token")
+        description = describe({**VIT, "pool": pool})
+        params = weights(description)
         arrays, _ = to_timm(params, description)
         pretrained = {"input_size": [3, 32, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
         config = {"architecture": name, "pretrained_cfg": pretrained}
@@ -561,5 +563,23 @@ def test_architectures_read_are_timms_plain_blocks():
         assert block.norm1.eps == known.options.get("epsilon", 1e-6), name
         activation = activations.get(type(mlp.act).__name__, "gelu")
         assert activation == known.options.get("act_layer", "gelu"), name
-        registers = model.state_dict().get("reg_token")
+        tensors = model.state_dict()
+        registers = tensors.get("reg_token")
         assert known.registers == (0 if registers is None else registers.shape[1]), name
+        expected = {
+            "class_token": "cls_token",
+            "use_abs_pos_emb": "pos_embed",
+            "qkv_bias": r"blocks\.0\.attn\.(qkv\.bias|q_bias|q_proj\.bias)",
+            "pre_norm": "norm_pre.weight",
+            "use_pre_transformer_norm": "norm_pre.weight",
+            "final_norm": "(fc_)?norm.weight",
+            "scale_mlp": "blocks.0.mlp.norm.weight",
+            "scale_attn_inner": "blocks.0.attn.norm.weight",
+        }
+        found = {n: any(re.fullmatch(p, t) for t in tensors) for n, p in expected.items()}
+        stated = {n: known.options[n] for n in expected if n in known.options}
+        assert stated == {n: found[n] for n in stated}, name
+        scaled = any(re.fullmatch(r"blocks\.0\.(ls1\.gamma|gamma_1)", t) for t in tensors)
+        assert scaled == ("init_values" in known.options), name
+        assert known.distilled == ("dist_token" in tensors), name
+        assert ("attn_pool.latent" in tensors) == (known.options.get("global_pool") == "map"), name

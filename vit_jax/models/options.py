@@ -1,8 +1,10 @@
 """The sizes of published architectures, and every option of a model with its source."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vit_jax.config import setting
+from vit_jax.config import InputError, build, setting
 
 # Width, depth, MLP width, heads. Table 1 of arXiv 2010.11929 (B, L, H) and its figure 4 (b, all of
 # B's widths halved), arXiv 2106.10270 (Ti, S), arXiv 2106.04560 (s, g, G), arXiv 2209.06794 (e),
@@ -144,6 +146,33 @@ class ModelConfig:
     def has_class_token(self) -> bool:
         """`class_token`, or whether `pool` reads one."""
         return self.pool in ("token", "token+gap") if self.class_token is None else self.class_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The JSON beside a model's parameters."""
+
+    model: ModelConfig
+    num_classes: int
+    image_size: tuple[int, int]  # height, width
+    class_names: tuple[str, ...] = ()
+    preprocess: str = "resize"  # see `data.augment.parse_preprocess`
+    temperature: float = 1.0  # divides the logits
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise InputError(f"temperature = {self.temperature}: expected more than 0")
+
+    @classmethod
+    def read(cls, description: Mapping[str, Any]) -> "Description":
+        """Checks every value's type; passes over keys of other versions."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(description, Mapping):
+            raise InputError(f"the model's description is {description!r}, expected an object")
+        if missing := set(names[:3]) - description.keys():
+            raise InputError(f"the model's description lacks {', '.join(sorted(missing))}")
+        return build(cls, {n: description[n] for n in names if n in description}, "description")
 
 
 _COMMON = {"variant", "head_bias", "dtype", "remat", "mean", "std"}

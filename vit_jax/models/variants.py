@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.config import InputError, build, unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models import names
 from vit_jax.models.hardware import ATTENTIONS, misfit
 from vit_jax.models.head import Output
@@ -31,6 +31,7 @@ from vit_jax.models.options import (
     POOLS,
     RESNET_STAGES,
     VIT_SIZES,
+    Description,
     ModelConfig,
 )
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, ROTARY, Positions, Rotary
@@ -43,6 +44,8 @@ from vit_jax.models.transformer import (
     TransformerConfig,
 )
 from vit_jax.models.vit import ViT
+
+MAX_PATCHES = 1 << 18  # of an image; tables of fixed positions take memory for each
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -220,10 +223,8 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
 
 def described_model(description: dict[str, Any]) -> Model:
     """Inverts `Model.description`; raises ValueError for other dicts."""
-    if missing := {"model", "num_classes", "image_size"} - description.keys():
-        raise InputError(f"the model's description lacks {', '.join(sorted(missing))}")
-    config = build(ModelConfig, description["model"], "model")
-    return build_model(config, description["num_classes"], tuple(description["image_size"]))
+    described = Description.read(description)
+    return build_model(described.model, described.num_classes, described.image_size)
 
 
 def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
@@ -338,6 +339,12 @@ def _check_attention(config: ModelConfig) -> None:
 
 
 def _check_image_size(variant: str, image_size: tuple[int, int], unit: int) -> None:
+    height, width = image_size
+    if (patches := height * width // unit**2) > MAX_PATCHES:
+        raise InputError(
+            f"image size {height}x{width}: {patches:,} patches of {variant}, expected at most "
+            f"{MAX_PATCHES:,}"
+        )
     for side in image_size:
         if side % unit or side <= 0:
             below = max(side // unit, 1) * unit

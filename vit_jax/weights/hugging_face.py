@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import InputError
-from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.models.variants import Model, ModelConfig, described_model
 from vit_jax.weights import preprocessing, pytorch, timm_names
 from vit_jax.weights.describe import count
 from vit_jax.weights.hugging_face_names import (
@@ -87,8 +87,7 @@ def from_hugging_face(
     labels = config.names("id2label") if "id2label" in config else None
     named = labels and any(name != f"LABEL_{i}" for i, name in enumerate(labels))
     params, description = pytorch.described(params, size, fields, labels if named else None)
-    model = described_model(description).config
-    _compare(model, config, patch)
+    _compare(described_model(description), config, patch, model_type)
     if "preprocessor_config.json" in files:
         pixels = Stated(files["preprocessor_config.json"], "preprocessor_config.json")
         description["preprocess"], mean, std = preprocessing.from_hugging_face(pixels, size)
@@ -128,14 +127,21 @@ def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
     return fields
 
 
-def _compare(model: ModelConfig, config: Stated, patch: int) -> None:
+def _compare(network: Model, config: Stated, patch: int, model_type: str) -> None:
     """Raises ValueError unless the tensors are what config.json states."""
+    model = network.config
     mlp_dim = config.whole("intermediate_size")
     if model.mlp == "swiglu" and "use_swiglu_ffn" in config:
         mlp_dim = None  # DINOv2 rounds two thirds of mlp_ratio * hidden_size
     elif mlp_dim is None and "mlp_ratio" in config:
         mlp_dim = int(model.width * config.number("mlp_ratio"))
     gated = config.flag("use_gated_mlp", config.flag("use_swiglu_ffn"))
+    dino = model_type.startswith("dino")
+    two_in_one = model_type.startswith("dinov2") and network.num_classes > 0
+    rotary = model_type == "dinov3_vit"
+    with_class = model_type not in ("siglip_vision_model", "ijepa")
+    distilled = model_type == "deit" and not model.distillation  # an unread token is a register
+    registers = config.whole("num_register_tokens", 4 if model_type.endswith("registers") else 0)
     rows = [
         ("hidden_size", config.whole("hidden_size"), model.width),
         ("num_hidden_layers", config.whole("num_hidden_layers"), model.depth),
@@ -143,9 +149,13 @@ def _compare(model: ModelConfig, config: Stated, patch: int) -> None:
         ("patch_size", config.size("patch_size"), (patch, patch)),
         ("num_channels", config.whole("num_channels"), 3),
         ("a gated MLP", gated, model.mlp == "swiglu"),
-        ("num_register_tokens", config.whole("num_register_tokens"), model.registers),
-        ("qkv_bias", config.flag("qkv_bias"), model.qkv_bias != ""),
-        ("key_bias", config.flag("key_bias"), "k" in model.qkv_bias),
+        ("num_register_tokens", registers + distilled, model.registers),
+        ("qkv_bias", config.flag("qkv_bias", None if rotary else True), model.qkv_bias != ""),
+        ("key_bias", config.flag("key_bias", False if rotary else None), "k" in model.qkv_bias),
+        ("a class token", with_class, model.has_class_token),
+        ("position embeddings", not rotary, model.position == "learned_1d"),
+        ("LayerScale", dino, model.layer_scale is not None),
+        ("a head of class token and mean", two_in_one, model.pool == "token+gap"),
     ]
     agree("config.json", rows)
 

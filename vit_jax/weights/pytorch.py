@@ -7,12 +7,14 @@ without a classifier. No torch is needed.
 Letters in shapes: I inputs, O outputs, D width, H heads, K = D / H, N patches.
 """
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import InputError
@@ -91,7 +93,7 @@ def from_torch(
     _compare(arrays, [pair.theirs for pair in pairs], f"not a {source} that can be read")
     params = {}
     for ours, theirs, layout in pairs:
-        array = np.asarray(arrays[theirs], np.float32)
+        array = np.asarray(_floats(theirs, arrays[theirs]), np.float32)
         try:
             if array.ndim != RANKS[layout] or not array.size:
                 raise InputError(f"expected {RANKS[layout]} non-empty dimensions")
@@ -102,6 +104,15 @@ def from_torch(
                 f"{theirs} {array.shape}: not the shape of {ours} with {num_heads} heads ({error})"
             ) from error
     return params
+
+
+def _floats(name: str, array: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+        raise InputError(
+            f"{name} holds {array.dtype}, expected floats: quantised weights aren't read, save "
+            "them in float32 or bfloat16"
+        )
+    return array
 
 
 def _to_torch(array: np.ndarray, layout: str) -> np.ndarray:
@@ -190,15 +201,21 @@ def exportable(
 def checked(params: dict, description: dict) -> tuple[dict, Model]:
     """Returns the parameters and the described model; ValueError unless names and shapes fit."""
     model = described_model(description)
-    shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
-    shapes = {name: shape.shape for name, shape in shapes.items()}
+    shapes = _shapes(model)
     problem = f"the weights don't fit {model.config.variant} as described"
     _compare(params, shapes, problem)
-    wrong = [n for n, shape in shapes.items() if params[n].shape != shape]
+    wrong = [n for n, shape in shapes.items() if _floats(n, params[n]).shape != shape]
     if wrong:
         lines = [f"  {n}: {params[n].shape}, expected {shapes[n]}" for n in sorted(wrong)]
         raise InputError("\n".join([f"{problem}:", *lines[:20]]))
     return params, model
+
+
+@functools.lru_cache
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter."""
+    shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    return {name: shape.shape for name, shape in shapes.items()}
 
 
 _PREFIX = ("cls", "distillation", "registers")  # before the patches, in this order everywhere
@@ -249,15 +266,20 @@ def pixels(description: dict, mean: Iterable[float], std: Iterable[float]) -> No
 
 
 def reordered(params: dict, order: np.ndarray) -> dict:
-    """Reorders the features of each head's queries and keys; the products are the same."""
+    """Reorders the features of each head's queries and keys; the products are the same.
+
+    Raises ValueError for a head of another size.
+    """
     pattern = re.compile(
         r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_0/"
         r"((query|key)/(kernel|bias)|(query|key)_norm/scale)"
     )
-    return {
-        name: np.ascontiguousarray(array[..., order]) if pattern.fullmatch(name) else array
-        for name, array in params.items()
-    }
+    found = {name: array for name, array in params.items() if pattern.fullmatch(name)}
+    if not isinstance(order, slice):
+        for name, array in found.items():
+            if array.shape[-1] != len(order):
+                raise InputError(f"{name} {array.shape}: expected heads of {len(order)} features")
+    return params | {n: np.ascontiguousarray(array[..., order]) for n, array in found.items()}
 
 
 def described(

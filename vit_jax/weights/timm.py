@@ -116,7 +116,7 @@ def _fields(params: dict, known: Architecture, arguments: Stated, config: Stated
     activations = {name: name for name in ("gelu", "gelu_tanh", "quick_gelu")}
     if not any("/MlpBlock_0/gate/" in name for name in params):
         fields["mlp"] = stated.choice("act_layer", activations, "gelu")
-    scale = stated.number("init_values")
+    scale = arguments.number("init_values")
     if scale is not None and any("layer_scale" in name for name in params):
         fields["layer_scale"] = scale
     if "pos_embedding" not in params:
@@ -194,6 +194,9 @@ def _compare(
 
 def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tuple]:
     """Returns (timm's argument, its stated value, the tensors' value)."""
+    stated = _options(known, arguments)
+    # The only argument whose null isn't the architecture's default.
+    layer_scale = {**known.options, **arguments.fields}.get("init_values")
     width = arguments.whole("embed_dim", known.width)
     mlp_dim = width * arguments.number("mlp_ratio", known.mlp_dim / known.width)
     gated = model.mlp == "swiglu"
@@ -206,7 +209,8 @@ def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tu
         ("depth", arguments.whole("depth", known.depth), model.depth),
         ("the MLP's width", found[0] if close else int(mlp_dim), found[0]),
         ("reg_tokens", arguments.whole("reg_tokens", registers), model.registers),
-        ("LayerScale", "init_values" in arguments or None, model.layer_scale is not None),
+        ("LayerScale (init_values)", layer_scale is not None, model.layer_scale is not None),
+        ("a distillation token", known.distilled, model.distillation),
     ]
     if known.patch is not None:
         side = int(model.variant.rpartition("/")[2])
@@ -226,7 +230,7 @@ def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tu
         "pre_norm": model.pre_norm,
         "use_pre_transformer_norm": model.pre_norm,
     }
-    rows += [(name, arguments.flag(name), value) for name, value in found_flags.items()]
+    rows += [(name, stated.flag(name), value) for name, value in found_flags.items()]
     if (
         not known.eva
         and model.has_class_token
