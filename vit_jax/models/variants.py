@@ -284,6 +284,8 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     for name, least in LEAST.items():
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"{name} = {value}: expected {least} or more")
+    if config.representation_size == 0:
+        raise InputError("representation_size = 0: expected 1 or more, -1 or None")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")

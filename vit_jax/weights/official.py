@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.models.stacking import unstack
+from vit_jax.weights.describe import floats
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +51,8 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
     `cls`, and `pos_embedding` is [1, N, D].
 
     Raises:
-      ValueError: two tensors with the same new name, or position embeddings of another shape.
+      ValueError: two tensors with the same new name, integers, or position embeddings of another
+        shape.
     """
     for prefix, others in _PREFIXES.items():
         while any(name.startswith(prefix) for name in arrays):  # also "params/params/"
@@ -58,6 +60,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
             arrays = rename({n: arrays[n] for n in ours}, methodcaller("removeprefix", prefix))
     renamed = rename(arrays, _linen_name)
     for name, array in renamed.items():
+        floats(name, array)
         if _GROUP_NORM.fullmatch(name) and array.shape[:-1] == (1, 1, 1):  # see google/flax#1721
             renamed[name] = array.reshape(-1)
     if "cls" in renamed and "pos_embedding" in renamed:

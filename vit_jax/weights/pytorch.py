@@ -14,14 +14,13 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.stacking import flatten, unstack
 from vit_jax.models.variants import Model, ModelConfig, described_model
-from vit_jax.weights.describe import describe
+from vit_jax.weights.describe import describe, floats
 
 MEAN = STD = (0.5, 0.5, 0.5)  # map pixels in [0, 1] to our [-1, 1]
 RANKS = {  # of PyTorch's tensor, per layout
@@ -93,7 +92,7 @@ def from_torch(
     _compare(arrays, [pair.theirs for pair in pairs], f"not a {source} that can be read")
     params = {}
     for ours, theirs, layout in pairs:
-        array = np.asarray(_floats(theirs, arrays[theirs]), np.float32)
+        array = np.asarray(floats(theirs, arrays[theirs]), np.float32)
         try:
             if array.ndim != RANKS[layout] or not array.size:
                 raise InputError(f"expected {RANKS[layout]} non-empty dimensions")
@@ -104,15 +103,6 @@ def from_torch(
                 f"{theirs} {array.shape}: not the shape of {ours} with {num_heads} heads ({error})"
             ) from error
     return params
-
-
-def _floats(name: str, array: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
-        raise InputError(
-            f"{name} holds {array.dtype}, expected floats: quantised weights aren't read, save "
-            "them in float32 or bfloat16"
-        )
-    return array
 
 
 def _to_torch(array: np.ndarray, layout: str) -> np.ndarray:
@@ -204,7 +194,7 @@ def checked(params: dict, description: dict) -> tuple[dict, Model]:
     shapes = _shapes(model)
     problem = f"the weights don't fit {model.config.variant} as described"
     _compare(params, shapes, problem)
-    wrong = [n for n, shape in shapes.items() if _floats(n, params[n]).shape != shape]
+    wrong = [n for n, shape in shapes.items() if floats(n, params[n]).shape != shape]
     if wrong:
         lines = [f"  {n}: {params[n].shape}, expected {shapes[n]}" for n in sorted(wrong)]
         raise InputError("\n".join([f"{problem}:", *lines[:20]]))
