@@ -116,7 +116,13 @@ def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tu
     params = unstack(renamed or official.from_official(arrays))
     ours = not path.startswith(BUCKET)  # a description is beside none of the published files
     described = (ours and files.read_json(path.removesuffix(".npz") + _SIDECAR)) or {}
-    described = described if "model" in described else describe(params, image_size)
+    if "model" not in described:
+        described = describe(params, image_size)
+        if described["model"].get("position") == "sincos_2d" and "cls" in params:
+            raise InputError(
+                "no position embeddings: fixed ones (sincos_2d) are known without a class token "
+                "alone; for this model put the .json of its export beside the file"
+            )
     notes = {"notes": [f"passed over {', '.join(extra)}"]} if extra else {}
     return params, {**described, **notes}
 
