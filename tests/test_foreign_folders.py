@@ -86,8 +86,9 @@ def test_what_is_stated_is_compared(exported):
     changed = {**config, "model_args": {**config["model_args"], **neutral}}
     (folder / "config.json").write_text(json.dumps(changed))
     assert load(folder).num_classes == 5
-    with pytest.raises(ValueError, match="don't fit 64 patches"):
-        load(folder, (64, 64))
+    assert load(folder, (64, 48)).image_size == (64, 48)
+    with pytest.raises(ValueError, match="64x60 is not a multiple of the patch"):
+        load(folder, (64, 60))
 
 
 def test_a_state_dict_alone_needs_its_variant(exported):

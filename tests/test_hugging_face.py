@@ -76,11 +76,11 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def theirs(model, images, output):
+def theirs(model, images, output, **options):
     import torch
 
     with torch.no_grad():
-        found = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        found = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), **options)
     if output == "cls":
         return found.last_hidden_state[:, 0].numpy()
     return (found.pooler_output if output == "pooled" else found[output]).numpy()
@@ -106,6 +106,15 @@ def test_features_of_transformers(kind, tmp_path, transformers):
     assert np.abs(found).max() > 0.1
     if output is not None:
         np.testing.assert_allclose(found, theirs(built, images, output), rtol=0, atol=2e-5)
+        options = {} if "dinov" in kind else {"interpolate_pos_encoding": True}
+        other = np.random.default_rng(2).uniform(-1, 1, (2, 48, 24, 3)).astype(np.float32)
+        resized, described = formats.read(tmp_path / "theirs", (48, 24))
+        np.testing.assert_allclose(
+            ours(flatten(resized), described, other),
+            theirs(built, other, output, **options),
+            rtol=0,
+            atol=2e-5,
+        )
     state = {name: tensor.numpy() for name, tensor in built.state_dict().items()}
     files = {"config.json": json.loads((tmp_path / "theirs" / "config.json").read_text())}
     assert_identical(from_hugging_face(state, files)[0], params)  # names of this version

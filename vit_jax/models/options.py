@@ -55,6 +55,7 @@ KNOWN = (
     *(f"Mixer-{size}/{patch}" for size in MIXER_SIZES for patch in (16, 32)),
 )
 POOLS = ("token", "gap", "map", "token+gap")
+RESIZES = ("bilinear", "bicubic", "bicubic_antialias")
 FINAL_NORMS = ("tokens", "pooled", "none")
 DTYPES = ("float32", "bfloat16")
 
@@ -94,6 +95,10 @@ class ModelConfig:
     representation_size: int | None = setting(None, inherited=False)
     position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
     position_at: str | None = None  # stem | layers | shared; None: layers for relative, rotary
+    # How learned positions are resized to another grid (`weights.adapt`): bilinear: corner to
+    # corner, as published | bicubic: as transformers' | bicubic_antialias: as timm's, and as
+    # transformers' DINOv2 with registers.
+    position_resize: str = setting("bilinear", inherited=False)
     # Rotary positions in every block, beside `position`: none | axial | centred | mixed, see
     # `models.positions`.
     rotary: str = "none"

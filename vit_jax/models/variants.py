@@ -29,6 +29,7 @@ from vit_jax.models.options import (
     LEAST,
     MIXER_SIZES,
     POOLS,
+    RESIZES,
     RESNET_STAGES,
     VIT_SIZES,
     Description,
@@ -273,6 +274,7 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     if family in ("ViT", "hybrid"):
         choices |= {"position": KINDS, "position_at": PLACES, "attention": ATTENTIONS}
         choices |= {"rotary": ROTARY, "final_norm": FINAL_NORMS, "qkv_bias": BIASED}
+        choices |= {"position_resize": RESIZES}
     for kind, known in choices.items():
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)

@@ -78,7 +78,7 @@ def from_hugging_face(
         params["registers"] = params.pop("distillation")
 
     patch = len(params["embedding/kernel"])
-    size = image_size or config.size("image_size", (224, 224))
+    size = config.size("image_size", image_size or (224, 224))
     params = pytorch.without_prefix_slots(params, size[0] // patch * (size[1] // patch))
     fields = _fields(params, config, kind)
     if "Mean" in _pool(architecture) or model_type == "ijepa":
@@ -120,6 +120,9 @@ def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
         fields["mlp"] = config.choice("hidden_act", _ACTIVATIONS, kind.activation)
     if "pre_logits/bias" in params and config.text("pooler_act", "tanh") != "tanh":
         raise config.wrong("pooler_act", "'tanh'")
+    if "pos_embedding" in params:
+        antialias = "_antialias" if kind is KINDS["dinov2_with_registers"] else ""
+        fields["position_resize"] = f"bicubic{antialias}"
     if kind is KINDS["dinov3_vit"]:
         rope = config.part("rope_parameters") if "rope_parameters" in config else config
         fields |= {"position": "none", "rotary": "centred"}

@@ -66,7 +66,7 @@ def from_timm(
     name = config.text("architecture").split(".")[0]
     arguments = config.part("model_args")
     pretrained = config.part("pretrained_cfg") if "pretrained_cfg" in config else config
-    size = arguments.size("img_size") or pretrained.size("input_size", (224, 224))
+    size = arguments.size("img_size") or pretrained.size("input_size", image_size or (224, 224))
 
     known, heads, unit, fields = architecture(name), 1, 1, {}
     arrays = {key: array for key, array in arrays.items() if not key.startswith("rope.periods")}
@@ -93,7 +93,6 @@ def from_timm(
         raise unknown("timm architecture", name, _EXAMPLES)
     params = pytorch.from_torch(arrays, pairs, heads, f"timm {name}", pool_heads)
 
-    size = image_size or size
     if "embedding/kernel" in params:
         unit *= len(params["embedding/kernel"])
         params = pytorch.without_prefix_slots(params, math.prod(side // unit for side in size))
@@ -119,8 +118,8 @@ def _fields(params: dict, known: Architecture, arguments: Stated, config: Stated
     scale = arguments.number("init_values")
     if scale is not None and any("layer_scale" in name for name in params):
         fields["layer_scale"] = scale
-    if "pos_embedding" not in params:
-        fields["position"] = "none"
+    has_positions = "pos_embedding" in params
+    fields |= {"position_resize": "bicubic_antialias"} if has_positions else {"position": "none"}
     if (rotary := _rotary(stated)) != "none":
         fields |= {"rotary": rotary, "rotary_base": stated.number("rope_temperature", 1e4, above=0)}
         reference, offset = stated.size("ref_feat_shape"), stated.number("rope_grid_offset", 0.0)
