@@ -55,7 +55,7 @@ KNOWN = (
     *(f"Mixer-{size}/{patch}" for size in MIXER_SIZES for patch in (16, 32)),
 )
 POOLS = ("token", "gap", "map", "token+gap")
-RESIZES = ("bilinear", "bicubic", "bicubic_antialias")
+RESIZES = ("bilinear", "bilinear_antialias", "bicubic", "bicubic_antialias")
 FINAL_NORMS = ("tokens", "pooled", "none")
 DTYPES = ("float32", "bfloat16")
 
@@ -97,7 +97,7 @@ class ModelConfig:
     position_at: str | None = None  # stem | layers | shared; None: layers for relative, rotary
     # How learned positions are resized to another grid (`weights.adapt`): bilinear: corner to
     # corner, as published | bicubic: as transformers' | bicubic_antialias: as timm's, and as
-    # transformers' DINOv2 with registers.
+    # transformers' DINOv2 with registers | bilinear_antialias: as SigLIP 2's NaFlex models.
     position_resize: str = setting("bilinear", inherited=False)
     # Rotary positions in every block, beside `position`: none | axial | centred | mixed, see
     # `models.positions`.

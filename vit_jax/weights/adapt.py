@@ -213,7 +213,7 @@ def resize_positions(
     section 3.2).
     """
     down, along = (
-        _linear(n, m, corners=True) if method == "bilinear" else _cubic(n, m, method)
+        _linear(n, m, corners=True) if method == "bilinear" else _torch(n, m, method)
         for n, m in zip(table.shape[-3:-1], grid, strict=True)
     )
     return _einsum("...rcd,Rr,Cc->...RCd", table, down, along)
@@ -291,20 +291,23 @@ def _linear(old: int, new: int, *, corners: bool) -> np.ndarray:
     return ndimage.zoom(np.eye(old), (new / old, 1), **options)
 
 
-def _cubic(old: int, new: int, method: str) -> np.ndarray:
-    """Returns the matrix [new, old] of PyTorch's bicubic interpolation; edges are aligned.
+def _torch(old: int, new: int, method: str) -> np.ndarray:
+    """Returns the matrix [new, old] of PyTorch's interpolation with aligned edges.
 
-    `bicubic_antialias` has Pillow's kernel (a = -0.5), widened where the grid shrinks, and weights
-    that sum to 1 inside the grid. `bicubic` has a = -0.75, and repeats the grid's border.
+    The kernel of `..._antialias` is widened where the grid shrinks, and its weights sum to 1 inside
+    the grid. `bicubic` has another parameter, and repeats the grid's border.
     """
-    scale, antialias = old / new, method == "bicubic_antialias"
+    scale, antialias = old / new, method.endswith("_antialias")
     width, a = (max(scale, 1.0), -0.5) if antialias else (1.0, -0.75)
     centre = (np.arange(new) + 0.5) * scale - 0.5
     reach = math.ceil(2 * width) + 1
     taps = np.floor(centre)[:, None].astype(int) + np.arange(1 - reach, reach + 1)
     x = np.abs(taps - centre[:, None]) / width
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    weights = np.where(x <= 1, near, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * a, 0.0))
+    if method.startswith("bilinear"):
+        weights = np.maximum(1 - x, 0)
+    else:
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        weights = np.where(x <= 1, near, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * a, 0.0))
     if antialias:
         weights *= (taps >= 0) & (taps < old)
         weights /= weights.sum(axis=1, keepdims=True)

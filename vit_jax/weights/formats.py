@@ -167,6 +167,7 @@ def _read_pytorch(
         mean = described_model(description).config.mean
         spec = description.get("preprocess", "resize")
         notes.append(f"no preprocessing is stated: assumed {spec} and pixels of mean {mean}")
+    notes += description.get("notes", [])
     return params, {**description, **({"notes": notes} if notes else {})}
 
 

@@ -1,11 +1,12 @@
 """Converts the Vision Transformers of Hugging Face's `transformers`.
 
-ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of CLIP
-and SigLIP. Functions take or return the contents of a `transformers` folder: the arrays of
+ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of
+CLIP, SigLIP and SigLIP 2. Functions take or return the contents of a `transformers` folder: the arrays of
 `model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the names.
 No torch is needed.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,9 @@ def from_hugging_face(
         params["registers"] = params.pop("distillation")
 
     patch = len(params["embedding/kernel"])
-    size = config.size("image_size", image_size or (224, 224))
+    naflex = model_type == "siglip2_vision_model"
+    side = math.isqrt(config.whole("num_patches", 256, least=1)) * patch
+    size = (side, side) if naflex else config.size("image_size", image_size or (224, 224))
     params = pytorch.without_prefix_slots(params, size[0] // patch * (size[1] // patch))
     fields = _fields(params, config, kind)
     if "Mean" in _pool(architecture) or model_type == "ijepa":
@@ -92,12 +95,17 @@ def from_hugging_face(
         pixels = Stated(files["preprocessor_config.json"], "preprocessor_config.json")
         description["preprocess"], mean, std = preprocessing.from_hugging_face(pixels, size)
         pytorch.pixels(description, mean, std)
+    if naflex:
+        description["notes"] = [
+            f"a NaFlex model, read for images of one size, {side}x{side} unless another is given: "
+            "other aspect ratios are squashed"
+        ]
     return params, description
 
 
 def _pool(architecture: str) -> str:
     """Returns "Mean" for classifiers that average the patches."""
-    means = ("CLIPForImageClassification", "SiglipForImageClassification")
+    means = tuple(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "Siglip2"))
     return "Mean" if architecture in means else ""
 
 
@@ -106,6 +114,7 @@ def _of_this_task(arrays: dict, kind: Kind, architecture: str) -> dict:
     unused = {
         "CLIPForImageClassification": f"{kind.prefix}post_layernorm.",
         "SiglipForImageClassification": f"{kind.prefix}head.",
+        "Siglip2ForImageClassification": f"{kind.prefix}head.",
     }
     prefix = unused.get(architecture)
     return {n: a for n, a in arrays.items() if prefix is None or not n.startswith(prefix)}
@@ -123,6 +132,8 @@ def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
     if "pos_embedding" in params:
         antialias = "_antialias" if kind is KINDS["dinov2_with_registers"] else ""
         fields["position_resize"] = f"bicubic{antialias}"
+    if kind is KINDS["siglip2_vision_model"]:
+        fields["position_resize"] = "bilinear_antialias"
     if kind is KINDS["dinov3_vit"]:
         rope = config.part("rope_parameters") if "rope_parameters" in config else config
         fields |= {"position": "none", "rotary": "centred"}
@@ -142,7 +153,7 @@ def _compare(network: Model, config: Stated, patch: int, model_type: str) -> Non
     dino = model_type.startswith("dino")
     two_in_one = model_type.startswith("dinov2") and network.num_classes > 0
     rotary = model_type == "dinov3_vit"
-    with_class = model_type not in ("siglip_vision_model", "ijepa")
+    with_class = not model_type.startswith("siglip") and model_type != "ijepa"
     distilled = model_type == "deit" and not model.distillation  # an unread token is a register
     registers = config.whole("num_register_tokens", 4 if model_type.endswith("registers") else 0)
     rows = [

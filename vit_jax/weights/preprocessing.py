@@ -18,7 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _METHODS = {name: f"{name}_antialias" for name in ("bilinear", "bicubic", "lanczos")}
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _SQUARE = {  # kinds of transformers' image processors: whether a number is the size of both sides
-    **dict.fromkeys(("ViT", "DeiT", "DINOv3ViT"), True),
+    **dict.fromkeys(("ViT", "DeiT", "DINOv3ViT", "Siglip2"), True),
     **dict.fromkeys(("CLIP", "Siglip", "Bit"), False),
 }
 _CROP = re.compile(
