@@ -5,6 +5,7 @@ python -m experiments.campaigns damages --count=240
 python -m experiments.campaigns pairs --count=6
 python -m experiments.campaigns images --count=3000
 python -m experiments.campaigns weights --count=10000  # of each of 7 formats
+python -m experiments.campaigns photos --count=1000  # needs torch, see photos.py
 python -m experiments.campaigns bombs
 
 Ends with code 1 if any fault had a wrong outcome. Each campaign takes minutes on two cores.
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.campaigns import bombs, damages, files, kills, pairs, weights
+from experiments.campaigns import bombs, damages, files, kills, pairs, photos, weights
 
 CAMPAIGNS = {
     "kills": kills.campaign,
@@ -23,9 +24,13 @@ CAMPAIGNS = {
     "pairs": pairs.campaign,
     "images": files.images,
     "weights": weights.weights,
+    "photos": photos.campaign,
     "bombs": bombs.campaign,
 }
-COUNTS = {"kills": 20, "damages": 240, "pairs": 6, "images": 3000, "weights": 10_000, "bombs": 0}
+COUNTS = {
+    **{"kills": 20, "damages": 240, "pairs": 6, "images": 3000, "weights": 10_000},
+    **{"photos": 1000, "bombs": 0},
+}
 
 
 def main() -> None:

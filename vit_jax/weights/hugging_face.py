@@ -1,9 +1,9 @@
 """Converts the Vision Transformers of Hugging Face's `transformers`.
 
 ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of
-CLIP, SigLIP and SigLIP 2. Functions take or return the contents of a `transformers` folder: the arrays of
-`model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the names.
-No torch is needed.
+CLIP, SigLIP and SigLIP 2. Functions take or return the contents of a `transformers` folder: the
+arrays of `model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the
+names. No torch is needed.
 """
 
 import math
