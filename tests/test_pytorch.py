@@ -49,6 +49,10 @@ MODELS = {
         **{"pool": "map", "class_token": True, "pool_heads": 2, "pool_mlp_dim": 96, "mlp": "gelu"},
     },
     "mixed": {**VIT, "position": "none", "rotary": "mixed", "mlp": "gelu"},
+    "parallel": {
+        **{**VIT, "parallel": True, "qk_norm": True, "qkv_bias": "", "pre_norm": True},
+        "mlp": "gelu",
+    },
     "root": {"variant": "R+ViT-nano/16", "depth": 2},
     "hybrid": {"variant": "R26+ViT-nano/32", "depth": 1},
     "bit": {"variant": "R50x1", "stem_width": 32, "zero_padded_pool": True},
@@ -261,7 +265,7 @@ def test_heads_and_activation_of_published_timm_models():
         _, described = from_timm(arrays, {"config.json": config})
         assert network(described).config.num_heads == heads
         assert described["model"]["mlp"] == activation
-    for name in ("vit_base_patch16_rpn_224", "vit_base_patch16_xp_224", "resnet50"):
+    for name in ("vit_base_patch16_rpn_224", "vit_base_patch16_18x2_224", "resnet50"):
         with pytest.raises(ValueError, match=f"unknown timm architecture '{name}'"):
             from_timm(arrays, {"config.json": {**config, "architecture": name}})
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -555,7 +559,13 @@ def test_architectures_read_are_timms_plain_blocks():
         known = architecture(name)
         with torch.device("meta"):
             model = timm.create_model(name)
-        block, mlp = model.blocks[0], model.blocks[0].mlp
+        tensors, block = model.state_dict(), model.blocks[0]
+        assert known.parallel == (type(block).__name__ == "ParallelScalingBlock"), name
+        if known.parallel:
+            sizes = (model.embed_dim, len(model.blocks), len(block.mlp_bias), block.num_heads)
+            assert (sizes, known.patch) == (known[:4], model.patch_embed.patch_size[0]), name
+            continue
+        mlp = block.mlp
         assert type(model).__name__ == "Eva" if known.eva else "VisionTransformer", name
         assert type(block).__name__ == ("EvaBlock" if known.eva else "Block"), name
         sizes = (model.embed_dim, len(model.blocks), mlp.fc2.in_features, block.attn.num_heads)
@@ -563,7 +573,6 @@ def test_architectures_read_are_timms_plain_blocks():
         assert block.norm1.eps == known.options.get("epsilon", 1e-6), name
         activation = activations.get(type(mlp.act).__name__, "gelu")
         assert activation == known.options.get("act_layer", "gelu"), name
-        tensors = model.state_dict()
         registers = tensors.get("reg_token")
         assert known.registers == (0 if registers is None else registers.shape[1]), name
         expected = {

@@ -156,13 +156,17 @@ def _compare(found: Collection[str], expected: Collection[str], problem: str) ->
 
 
 def exportable(
-    params: dict, description: dict, target: str, mlps: tuple[str, ...] = ("gelu", "gelu_tanh")
+    params: dict,
+    description: dict,
+    target: str,
+    mlps: tuple[str, ...] = ("gelu", "gelu_tanh"),
+    parallel: bool = False,
 ) -> tuple[dict, ModelConfig]:
     """Returns unrolled parameters for export, and their resolved config.
 
     Fixed positions (`none`, `sincos_2d`) of a ViT become an array like learned ones, except beside
     rotary ones. Raises ValueError if the description doesn't fit the parameters, and for options
-    that no PyTorch ViT supports. `mlps`: those that the target supports.
+    that no PyTorch ViT supports. `mlps`, `parallel`: what the target supports.
     """
     fields, names = {**description["model"], "scan": False}, description.get("class_names")
     if names is not None and len(names) != description["num_classes"]:
@@ -175,11 +179,11 @@ def exportable(
     for field, value, held in (
         ("position", config.position, ("learned_1d", "sincos_2d", "none")),
         ("position_at", config.position_at or "stem", ("stem",)),
-        ("parallel", config.parallel, (False,)),
+        ("parallel", config.parallel, (False, parallel)),
         ("mlp", config.mlp, mlps),
     ):
         if value not in held:
-            choices = " or ".join(map(repr, held))
+            choices = " or ".join(map(repr, dict.fromkeys(held)))
             raise InputError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
     if config.position == "sincos_2d":
         params = {**params, "pos_embedding": sincos_2d(model.grid, width)}

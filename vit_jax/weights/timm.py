@@ -83,12 +83,13 @@ def from_timm(
         pool_heads = arguments.whole(
             "attn_pool_num_heads", known.options.get("attn_pool_num_heads")
         )
-        stages, arrays = None, timm_names.split(arrays)
+        way = timm_names.split_parallel if known.parallel else timm_names.split
+        stages, arrays = None, way(arrays)
         if any(key.startswith(timm_names.BACKBONE) for key in arrays):
             stages = timm_names.read_stages(arrays, re.escape(timm_names.BACKBONE))
             unit = 4 * 2 ** max(len(stages) - 1, 0)
         depth = max(count(arrays, _BLOCKS), 1)
-        pairs = timm_names.vit_pairs(depth, stages, arrays, "theirs")
+        pairs = timm_names.vit_pairs(depth, stages, arrays, "theirs", known.parallel)
     else:
         raise unknown("timm architecture", name, _EXAMPLES)
     params = pytorch.from_torch(arrays, pairs, heads, f"timm {name}", pool_heads)
@@ -112,6 +113,7 @@ def _fields(params: dict, known: Architecture, arguments: Stated, config: Stated
     """Returns fields of `ModelConfig` that weights don't show: of model_args, else of the name."""
     stated = _options(known, arguments)
     fields: dict[str, Any] = {"norm_epsilon": stated.number("epsilon", 1e-6)}
+    fields |= {"parallel": True} if known.parallel else {}
     activations = {name: name for name in ("gelu", "gelu_tanh", "quick_gelu")}
     if not any("/MlpBlock_0/gate/" in name for name in params):
         fields["mlp"] = stated.choice("act_layer", activations, "gelu")

@@ -51,12 +51,10 @@ _NAME = re.compile(
     r"(?:_patch(\d+)|_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?(?:_36x1)?(?:_plus)?"
     r"(?:_rope(?:_mixed)?(?:_ape)?)?(?:_reg(\d))?(?:_gap|_map)?"
     r"(?:_clip(?:_quickgelu)?|_dinov2|_dinov3(?:_qkvb)?|_tipsv2|_siglip(?:_gap)?|_radio_v\d"
-    r"|_lingbot)?(?:_\d+)?(?:_in21k)?(?:_miil)?"
+    r"|_lingbot|_xp)?(?:_\d+)?(?:_in21k)?(?:_miil)?"
 )
 # Hybrids with stems of other libraries, another order of norms, parallel or grouped attention.
-_OTHER = re.compile(
-    r".*_(?:mci|rpn|xp|18x2)_.*|vit_(?:dwee|dlittle|pwee|dpwee)_.*|eva02_enormous_.*"
-)
+_OTHER = re.compile(r".*_(?:mci|rpn|18x2)_.*|vit_(?:dwee|dlittle|pwee|dpwee)_.*|eva02_enormous_.*")
 _EVA = re.compile(
     r"eva02_.*|eva_giant_.*|vit_.*_(?:dinov3|lingbot)(?:_qkvb)?|vit_pe_.*|vit_.*_rope_.*"
 )
@@ -112,6 +110,7 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"init_values": 1e-5},
     ),
     (r"vit_.*_radio_v\d|vit_intern300m_.*", {"final_norm": False}),
+    (r"vit_.*_xp_.*", {"pre_norm": True, "qkv_bias": False, "qk_norm": True}),
     (r"eva02_(base|large)_.*", {"scale_mlp": True}),
     (r"eva02_.*_clip_.*", {"scale_attn_inner": True}),
 )
@@ -127,6 +126,7 @@ class Architecture(NamedTuple):
     patch: int | None  # None for a hybrid
     registers: int
     distilled: bool  # with a second class token and head
+    parallel: bool  # blocks as in ViT-22B
     eva: bool  # of timm's class Eva, else VisionTransformer
     options: dict[str, Any]  # timm's arguments
 
@@ -148,4 +148,5 @@ def architecture(name: str) -> Architecture | None:
     registers = options.pop("reg_tokens", int(match[3] or 0))
     hybrid = re.search(r"_r(\d*)_", name) is not None
     patch = None if hybrid else int(match[2] or 16)
-    return Architecture(*size, patch, registers, "_distilled_" in name, eva, options)
+    words = ("_distilled_" in name, "_xp_" in name)
+    return Architecture(*size, patch, registers, *words, eva, options)
