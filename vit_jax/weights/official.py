@@ -60,7 +60,6 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
             arrays = rename({n: arrays[n] for n in ours}, methodcaller("removeprefix", prefix))
     renamed = rename(arrays, _linen_name)
     for name, array in renamed.items():
-        floats(name, array)
         if _GROUP_NORM.fullmatch(name) and array.shape[:-1] == (1, 1, 1):  # see google/flax#1721
             renamed[name] = array.reshape(-1)
     if "cls" in renamed and "pos_embedding" in renamed:
@@ -70,6 +69,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
                 f"cls {cls.shape} and position embeddings {position.shape}: expected (1, 1, width) "
                 "and (1, tokens, width), those of a Vision Transformer"
             )
+        floats("cls", cls), floats("pos_embedding", position)  # checks, as below they are added
         tokens = position.shape[1]
         # big_vision supports square grids only, and detects the slot by the size.
         odd = _LATER_POSITION in arrays and math.isqrt(tokens) ** 2 + 1 == tokens

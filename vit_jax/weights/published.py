@@ -103,12 +103,13 @@ def list_checkpoints(pattern: str = "*") -> list[str]:
 def resolve(name: str | os.PathLike) -> str:
     """Returns the address of a published name; returns paths unchanged.
 
-    `hf:owner/repo` becomes hf://owner/repo. Raises ValueError for an unknown name.
+    `hf:owner/repo[@revision]` becomes hf://owner/repo[@revision]. Raises ValueError for an unknown
+    name.
     """
     name = os.fspath(name)
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"hf:[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         return "hf://" + name.removeprefix("hf:")
     if name.partition(":")[0] in _FAMILIES and ":" in name and not os.path.exists(name):
         raise unknown("published checkpoint", name, PUBLISHED)
