@@ -18,7 +18,7 @@ from PIL import Image
 from vit_jax.models.variants import build_model
 from vit_jax.weights.trained import load
 
-SIDE, PHOTOGRAPHS = 48, 15
+SIDE, WIDTH, PHOTOGRAPHS = 48, 320, 15
 SIZE = {"height": SIDE, "width": SIDE}
 OPENAI = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -87,10 +87,10 @@ def _timm(fields: dict) -> tuple:
     import timm
     from timm.models import save_for_hf
 
-    arguments = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
-    model = _scrambled(timm.create_model("vit_tiny_patch16_224", num_classes=64, **arguments))
+    arguments = {"img_size": SIDE, "patch_size": 8, "embed_dim": WIDTH, "depth": 1, "num_heads": 4}
+    model = _scrambled(timm.create_model("vit_tiny_patch16_224", num_classes=WIDTH, **arguments))
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    config = {**imagenet, **fields, "input_size": [3, SIDE, SIDE], "num_classes": 64}
+    config = {**imagenet, **fields, "input_size": [3, SIDE, SIDE], "num_classes": WIDTH}
     model.pretrained_cfg = {**model.pretrained_cfg, **config}
     prepare = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
@@ -104,8 +104,15 @@ def _transformers(name: str, fields: dict) -> tuple:
     """As `_timm`."""
     import transformers
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-    config = transformers.ViTConfig(**sizes, image_size=SIDE, intermediate_size=128, num_labels=64)
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "patch_size": 8,
+    }
+    config = transformers.ViTConfig(
+        **sizes, image_size=SIDE, intermediate_size=128, num_labels=WIDTH
+    )
     model = _scrambled(transformers.ViTForImageClassification(config))
     processor = getattr(transformers, name)(**fields)
 
@@ -141,12 +148,12 @@ def _fit(head, network: Callable, pixels, classes: np.ndarray) -> None:
     import torch
 
     with torch.no_grad():
-        head.weight.copy_(torch.eye(64))
+        head.weight.copy_(torch.eye(WIDTH))
         head.bias.zero_()
         features = network(pixels).numpy().astype(np.float64)
         features = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-        targets = np.eye(64)[classes]
-        gram = features.T @ features + 1e-3 * len(features) * np.eye(65)
+        targets = np.eye(WIDTH)[classes]
+        gram = features.T @ features + 1e-3 * len(features) * np.eye(WIDTH + 1)
         fitted = torch.from_numpy(10 * np.linalg.solve(gram, features.T @ targets).T)
         head.weight.copy_(fitted[:, :-1])
         head.bias.copy_(fitted[:, -1])
