@@ -64,6 +64,7 @@ def gradients(model, params, images, mesh_config=None):
         return placed, jax.jit(jax.value_and_grad(loss))(placed, images)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 def test_every_parameter_learns_the_same_scanned_and_sharded(options):
     model, params = make(5, 16, **SMALL, **options)
