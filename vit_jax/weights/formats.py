@@ -99,12 +99,14 @@ def read(
         params, _ = pytorch.checked(params, description)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    notes = list(description.get("notes", ()))
     if text := published.licence(address):
-        description = {
-            **description,
-            "notes": [*description.get("notes", ()), f"{hub.LICENCE}{text}"],
-        }
-    for note in description.get("notes", ()):
+        notes.append(f"{hub.LICENCE}{text}")
+    elif address.startswith("hf://"):
+        page = "/".join(address.partition("@")[0].split("/")[2:4])
+        notes.append(f"https://huggingface.co/{page} says its licence")
+    description = {**description, "notes": notes} if notes else description
+    for note in notes:
         logging.info("%s: %s", path, note)
     return unflatten(params), description
 

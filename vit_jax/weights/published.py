@@ -89,7 +89,13 @@ _FAMILIES = {name.partition(":")[0] for name in PUBLISHED}
 
 
 def licence(address: str) -> str | None:
-    """Returns the licence of the weights at an address of `PUBLISHED`; None if it isn't known."""
+    """Returns the licence of the weights at an address of `PUBLISHED`; None if it isn't known.
+
+    Any file and revision of a repository, and DINOv3 wherever it is on the hub, have the same one.
+    """
+    address = re.sub(r"^(hf://[^/@]+/[^/@]+).*", r"\1", address)
+    if address.startswith("hf://") and "dinov3" in address.lower():
+        return _TIMM["dinov3"][2]
     families = (name.partition(":")[0] for name, known in PUBLISHED.items() if known == address)
     family = next(families, None)
     return _TIMM[family][2] if family in _TIMM else "Apache-2.0" if family else None
