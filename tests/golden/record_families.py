@@ -26,6 +26,7 @@ MODELS = {
     "dinov3": ("DINOv3ViT", {**SIZES, **MLP, "num_register_tokens": 2}, "Model"),
     "clip": ("CLIPVision", {**SIZES, **MLP}, "Model"),
     "siglip": ("SiglipVision", {**SIZES, **MLP}, "Model"),
+    "siglip2": ("Siglip2Vision", {**SIZES, **MLP, "num_patches": 16}, "Model"),
     "deit_distilled": ("deit_small_distilled_patch16_224", {**TIMM, "num_classes": 5}, None),
     "timm_dinov3": ("vit_small_patch16_dinov3", {**TIMM, "num_classes": 5}, None),
 }
@@ -47,8 +48,15 @@ def run(model: torch.nn.Module, images: np.ndarray, mean, std, **options) -> np.
     """Returns logits, or pooled features, of images [B, H, W, 3] in [0, 255]."""
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    pixels = (pixels - mean) / std
+    if isinstance(model, transformers.Siglip2VisionModel):  # takes patches
+        shape = [side // 4 for side in images.shape[1:3]]
+        pixels = pixels.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 3, 5, 1)
+        pixels = pixels.flatten(3).flatten(1, 2)
+        options = {"pixel_attention_mask": torch.ones(pixels.shape[:2])}
+        options["spatial_shapes"] = torch.tensor([shape] * len(images))
     with torch.no_grad():
-        output = model((pixels - mean) / std, **options)
+        output = model(pixels, **options)
     return getattr(output, "pooler_output", output).numpy()
 
 
