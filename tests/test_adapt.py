@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from vit_jax.models.options import RESIZES
 from vit_jax.models.stacking import stack_layers, unstack_layers
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.weights.adapt import (
@@ -417,3 +418,16 @@ def test_all_is_accounted_for_or_all_that_is_not_is_listed(source, target, drop,
     for name, leaf in flatten(adapted).items():
         assert leaf.shape == target[name]
         assert (leaf == (name not in report.initialised)).all()
+
+
+@pytest.mark.parametrize("method", RESIZES)
+def test_ways_of_resizing_positions(method):
+    """tests/test_families.py compares them with the libraries that have them."""
+    table = np.random.default_rng(0).normal(size=(1, 4, 6, 3)).astype(np.float32)
+    np.testing.assert_allclose(resize_positions(table, (4, 6), method), table, atol=1e-6)
+    constant = np.full((1, 4, 6, 3), 0.7, np.float32)
+    for grid in ((8, 5), (3, 13), (1, 2)):
+        resized = resize_positions(constant, grid, method)
+        np.testing.assert_allclose(resized, np.full((1, *grid, 3), 0.7), rtol=1e-6)
+    others = [resize_positions(table, (2, 3), other) for other in RESIZES if other != method]
+    assert min(np.abs(resize_positions(table, (2, 3), method) - o).max() for o in others) > 0.01

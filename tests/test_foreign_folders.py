@@ -54,7 +54,7 @@ def test_shards(exported, model):
         load(folder)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "timm_model.", "backbone."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "vit.", "ema.backbone."])
 def test_prefixes_of_wrappers(exported, model, prefix):
     folder, arrays, _ = exported
     save_file({prefix + name: array for name, array in arrays.items()}, folder / WEIGHTS)
@@ -86,8 +86,9 @@ def test_what_is_stated_is_compared(exported):
     changed = {**config, "model_args": {**config["model_args"], **neutral}}
     (folder / "config.json").write_text(json.dumps(changed))
     assert load(folder).num_classes == 5
-    with pytest.raises(ValueError, match="don't fit 64 patches"):
-        load(folder, (64, 64))
+    assert load(folder, (64, 48)).image_size == (64, 48)
+    with pytest.raises(ValueError, match="64x60 is not a multiple of the patch"):
+        load(folder, (64, 60))
 
 
 def test_a_state_dict_alone_needs_its_variant(exported):
@@ -107,6 +108,8 @@ def test_a_state_dict_alone_needs_its_variant(exported):
         ("model.keras", "Keras weights"),
         ("adapter_model.safetensors", "a LoRA adapter"),
         ("saved_model.pb", "a TensorFlow SavedModel"),
+        ("ckpt-7.index", "a TensorFlow checkpoint"),
+        ("model.onnx", "compiled or quantised"),
         ("_METADATA", "an Orbax checkpoint of another program"),
         ("open_clip.safetensors", "give the file's path"),
     ],
@@ -119,4 +122,5 @@ def test_what_is_there_is_said(tmp_path, name, message):
 
 def test_a_name_on_the_hub():
     assert "give hf:google/vit-base-patch16-224" in explain("google/vit-base-patch16-224")
+    assert "give hf:a/b@main" in explain("huggingface.co/a/b@main")
     assert "hf:" not in explain("/no/such/folder")

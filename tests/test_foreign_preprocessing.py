@@ -74,6 +74,21 @@ def test_what_would_change_numbers_is_named():
         to_timm("flip")
 
 
+def test_a_number_as_size_is_what_the_kind_of_processor_takes_it_for():
+    for kind, expected in (
+        ("ViTImageProcessor", "resize('bilinear_antialias')"),
+        ("DeiTFeatureExtractor", "resize('bilinear_antialias')"),
+        ("CLIPImageProcessorFast", "torchvision_crop(1.0, 'bilinear_antialias', floor=True)"),
+        ("CLIPFeatureExtractor", "torchvision_crop(1.0, 'bilinear_antialias', floor=True)"),
+    ):
+        field = "feature_extractor_type" if "Feature" in kind else "image_processor_type"
+        stated = Stated({field: kind, "size": 32}, "preprocessor_config.json")
+        assert from_hugging_face(stated, (32, 32))[0] == expected, kind
+    with pytest.raises(ValueError, match="ConvNextImageProcessor': expected that of ViT, DeiT"):
+        stated = Stated({"image_processor_type": "ConvNextImageProcessor"}, "x.json")
+        from_hugging_face(stated, (32, 32))
+
+
 def test_sizes_of_torchvisions_crop():
     """4 x 9 pixels: the shorter side is 2 / 0.5, and the crop begins at round((9 - 2) / 2) = 4."""
     process = parse_preprocess("torchvision_crop(0.5, 'bilinear_antialias')", (2, 2))

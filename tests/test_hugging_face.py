@@ -4,6 +4,7 @@ Needs torch and transformers; tests/test_families.py holds what needs neither.
 """
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -53,6 +54,11 @@ MODELS = {
         *("CLIPForImageClassification", "logits"),
     ),
     "siglip": ("SiglipVisionConfig", SIZES, "SiglipVisionModel", "pooled"),
+    "siglip2": (
+        "Siglip2VisionConfig",
+        {**SIZES, "num_patches": 16, "image_size": None},
+        *("Siglip2VisionModel", "pooled"),
+    ),
     "siglip_towers": (
         *("SiglipConfig", {"vision_config": SIZES, "text_config": TEXT}),
         *("SiglipModel", None),
@@ -67,7 +73,7 @@ _MOVED = (
     *("cls_token", "distillation_token", "class_embedding", "position_embeddings"),
     *("position_embedding.weight", "register_tokens"),
 )
-NOT_WRITTEN = ("mae", "ijepa", "deit_cls", "clip_classes", "siglip_classes", "msn")
+NOT_WRITTEN = ("siglip2", "mae", "ijepa", "deit_cls", "clip_classes", "siglip_classes", "msn")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +82,19 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def theirs(model, images, output):
+def theirs(model, images, output, **options):
     import torch
 
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    if model.config.model_type == "siglip2_vision_model":  # takes patches
+        shape = [side // 8 for side in images.shape[1:3]]
+        pixels = pixels.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 2, 4, 3, 5, 1)
+        pixels = pixels.reshape(len(images), math.prod(shape), -1)
+        mask = torch.ones(pixels.shape[:2])
+        shapes = torch.tensor([shape] * len(images))
+        options = {"pixel_attention_mask": mask, "spatial_shapes": shapes}
     with torch.no_grad():
-        found = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        found = model(pixels, **options)
     if output == "cls":
         return found.last_hidden_state[:, 0].numpy()
     return (found.pooler_output if output == "pooled" else found[output]).numpy()
@@ -106,6 +120,15 @@ def test_features_of_transformers(kind, tmp_path, transformers):
     assert np.abs(found).max() > 0.1
     if output is not None:
         np.testing.assert_allclose(found, theirs(built, images, output), rtol=0, atol=2e-5)
+        options = {} if "dinov" in kind else {"interpolate_pos_encoding": True}
+        other = np.random.default_rng(2).uniform(-1, 1, (2, 48, 24, 3)).astype(np.float32)
+        resized, described = formats.read(tmp_path / "theirs", (48, 24))
+        np.testing.assert_allclose(
+            ours(flatten(resized), described, other),
+            theirs(built, other, output, **options),
+            rtol=0,
+            atol=2e-5,
+        )
     state = {name: tensor.numpy() for name, tensor in built.state_dict().items()}
     files = {"config.json": json.loads((tmp_path / "theirs" / "config.json").read_text())}
     assert_identical(from_hugging_face(state, files)[0], params)  # names of this version

@@ -18,6 +18,8 @@ def test_addresses():
     assert resolve("siglip2:B/16") == "hf://timm/vit_base_patch16_siglip_224.v2_webli"
     assert licence(resolve("dinov3:S+/16")).startswith("DINOv3 License, https://")
     assert licence(resolve("vit:B/16-21k")) == "Apache-2.0" and licence("hf://a/b") is None
+    assert licence(f"{resolve('clip:B/16')}@main/model.safetensors") == "Apache-2.0"
+    assert licence("hf://facebook/dinov3-vits16-pretrain-lvd1689m").startswith("DINOv3 License")
     with pytest.raises(ValueError, match="unknown published checkpoint 'dinov2:S/16'"):
         resolve("dinov2:S/16")
     for address in PUBLISHED.values():  # of timm's, the architecture is one that is read

@@ -7,6 +7,7 @@ The tests of logits need packages that vit_jax doesn't, and are skipped without 
 """
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -48,6 +49,10 @@ MODELS = {
         **{"pool": "map", "class_token": True, "pool_heads": 2, "pool_mlp_dim": 96, "mlp": "gelu"},
     },
     "mixed": {**VIT, "position": "none", "rotary": "mixed", "mlp": "gelu"},
+    "parallel": {
+        **{**VIT, "parallel": True, "qk_norm": True, "qkv_bias": "", "pre_norm": True},
+        "mlp": "gelu",
+    },
     "root": {"variant": "R+ViT-nano/16", "depth": 2},
     "hybrid": {"variant": "R26+ViT-nano/32", "depth": 1},
     "bit": {"variant": "R50x1", "stem_width": 32, "zero_padded_pool": True},
@@ -243,12 +248,13 @@ def test_timm_architectures(variant, architecture):
 
 def test_heads_and_activation_of_published_timm_models():
     """timm's config.json tells the architecture alone."""
-    for name, heads, activation in (
-        ("vit_small_patch16_224.augreg_in21k", 6, "gelu"),
-        ("vit_base_patch32_siglip_256", 12, "gelu_tanh"),
-        ("vit_large_patch16_siglip_256", 16, "gelu"),
+    for name, heads, activation, pool in (
+        ("vit_small_patch16_224.augreg_in21k", 6, "gelu", "token"),
+        ("vit_base_patch32_siglip_256", 12, "gelu_tanh", "map"),
+        ("vit_large_patch16_siglip_256", 16, "gelu", "map"),
     ):
-        params, description = case("token")
+        description = describe({**VIT, "pool": pool})
+        params = weights(description)
         arrays, _ = to_timm(params, description)
         pretrained = {"input_size": [3, 32, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
         config = {"architecture": name, "pretrained_cfg": pretrained}
@@ -259,7 +265,7 @@ def test_heads_and_activation_of_published_timm_models():
         _, described = from_timm(arrays, {"config.json": config})
         assert network(described).config.num_heads == heads
         assert described["model"]["mlp"] == activation
-    for name in ("vit_base_patch16_rpn_224", "vit_base_patch16_xp_224", "resnet50"):
+    for name in ("vit_base_patch16_rpn_224", "vit_base_patch16_18x2_224", "resnet50"):
         with pytest.raises(ValueError, match=f"unknown timm architecture '{name}'"):
             from_timm(arrays, {"config.json": {**config, "architecture": name}})
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -553,7 +559,13 @@ def test_architectures_read_are_timms_plain_blocks():
         known = architecture(name)
         with torch.device("meta"):
             model = timm.create_model(name)
-        block, mlp = model.blocks[0], model.blocks[0].mlp
+        tensors, block = model.state_dict(), model.blocks[0]
+        assert known.parallel == (type(block).__name__ == "ParallelScalingBlock"), name
+        if known.parallel:
+            sizes = (model.embed_dim, len(model.blocks), len(block.mlp_bias), block.num_heads)
+            assert (sizes, known.patch) == (known[:4], model.patch_embed.patch_size[0]), name
+            continue
+        mlp = block.mlp
         assert type(model).__name__ == "Eva" if known.eva else "VisionTransformer", name
         assert type(block).__name__ == ("EvaBlock" if known.eva else "Block"), name
         sizes = (model.embed_dim, len(model.blocks), mlp.fc2.in_features, block.attn.num_heads)
@@ -561,5 +573,22 @@ def test_architectures_read_are_timms_plain_blocks():
         assert block.norm1.eps == known.options.get("epsilon", 1e-6), name
         activation = activations.get(type(mlp.act).__name__, "gelu")
         assert activation == known.options.get("act_layer", "gelu"), name
-        registers = model.state_dict().get("reg_token")
+        registers = tensors.get("reg_token")
         assert known.registers == (0 if registers is None else registers.shape[1]), name
+        expected = {
+            "class_token": "cls_token",
+            "use_abs_pos_emb": "pos_embed",
+            "qkv_bias": r"blocks\.0\.attn\.(qkv\.bias|q_bias|q_proj\.bias)",
+            "pre_norm": "norm_pre.weight",
+            "use_pre_transformer_norm": "norm_pre.weight",
+            "final_norm": "(fc_)?norm.weight",
+            "scale_mlp": "blocks.0.mlp.norm.weight",
+            "scale_attn_inner": "blocks.0.attn.norm.weight",
+        }
+        found = {n: any(re.fullmatch(p, t) for t in tensors) for n, p in expected.items()}
+        stated = {n: known.options[n] for n in expected if n in known.options}
+        assert stated == {n: found[n] for n in stated}, name
+        scaled = any(re.fullmatch(r"blocks\.0\.(ls1\.gamma|gamma_1)", t) for t in tensors)
+        assert scaled == ("init_values" in known.options), name
+        assert known.distilled == ("dist_token" in tensors), name
+        assert ("attn_pool.latent" in tensors) == (known.options.get("global_pool") == "map"), name

@@ -26,7 +26,7 @@ FORMAT = flags.DEFINE_enum(
     "npz: our names; timm, hugging_face: a folder; onnx: graph and weights, input uint8 pixels.",
 )
 IMAGE_SIZE = flags.DEFINE_list(
-    "image_size", None, "HEIGHT,WIDTH of the input's model, if its file doesn't have it."
+    "image_size", None, "HEIGHT,WIDTH of the model's images; by default those of the input file."
 )
 VARIANT = flags.DEFINE_string(
     "variant", None, "Architecture of safetensors without a config.json: ViT-B/16, or timm's name."

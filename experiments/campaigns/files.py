@@ -1,7 +1,6 @@
-"""Mutates images and weight files: each is read exactly, or refused with a ValueError."""
+"""Mutates image files: each is read, or refused with a ValueError."""
 
 import io
-import json
 import resource
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from PIL import Image
 from vit_jax.data import jpeg_markers
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
-from vit_jax.weights.trained import create_model, load
 
 CROP = parse_preprocess("inception_crop|flip", (24, 24))
 
@@ -109,49 +107,3 @@ def _read_image(read, data: bytes) -> str:
         return f"WRONG: {type(error).__name__}: {error}"
     whole = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     return "read" if whole else f"WRONG: {pixels.dtype} {pixels.shape}"
-
-
-def weights(count: int, seed: int, folder: Path) -> dict[str, int]:
-    """Counts how many mutated weight files were read with the exact values, and refused.
-
-    A safetensors file has no checksum, so a fault among its numbers is read as it stands:
-    "other numbers". In a header, and in npz files, it must be refused.
-    """
-    model = create_model("ViT-nano/8", num_classes=3, image_size=16)
-    rng, outcomes = np.random.default_rng(seed), Counter()
-    formats = {"npz": folder / "model.npz", "timm": folder / "timm", "hugging_face": folder / "hf"}
-    for name, path in formats.items():
-        if not path.exists():
-            model.save(path, name)
-    for i in range(count):
-        name = list(formats)[i % 3]
-        path = formats[name]
-        parts = [path] if path.is_file() else [path / "model.safetensors", path / "config.json"]
-        part = parts[rng.integers(len(parts))]
-        whole = part.read_bytes()
-        try:
-            part.write_bytes(mutate(whole, rng, 4000, faults=1))
-            outcome, message = _read_weights(path, model.logits)
-        finally:
-            part.write_bytes(whole)
-        if outcome == "other numbers" and part.suffix != ".safetensors":
-            outcome = f"WRONG: other numbers from {part.name}"
-        outcomes[outcome] += 1
-        if outcome.startswith("WRONG"):
-            print(
-                json.dumps({"file": part.name, "number": i, "outcome": outcome, "message": message})
-            )
-    return dict(outcomes)
-
-
-_PIXELS = np.random.default_rng(0).integers(256, size=(2, 16, 16, 3), dtype=np.uint8)
-
-
-def _read_weights(path: Path, logits) -> tuple[str, str]:
-    try:
-        found = load(path).logits(_PIXELS)
-    except (ValueError, OSError) as error:
-        return "refused", str(error)
-    except Exception as error:  # counted as wrong
-        return f"WRONG: {type(error).__name__}", str(error)
-    return ("read" if np.array_equal(found, logits(_PIXELS)) else "other numbers"), ""

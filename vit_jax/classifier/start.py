@@ -103,6 +103,7 @@ def load_adapted(config: TransferConfig, model: Model, shapes: dict) -> dict:
         source_grid=source.architecture.grid,
         reinitialize=config.reinitialize + (names.ADAPTERS,) * bool(model.config.lora_rank),
         drop=config.drop,
+        method=source.config.position_resize,
     )
     _say_once(f"{config.init}:\n{report}")
     return adapted

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.models.names import STACKED_BLOCKS
+from vit_jax.models.options import Description
 from vit_jax.models.stacking import flatten, unflatten
 from vit_jax.models.variants import Model, build_model
 
@@ -24,8 +25,8 @@ def merge(params: dict, description: dict[str, Any]) -> tuple[dict, dict[str, An
       params: nested parameters, scanned or not.
       description: `Model.description` or more.
     """
-    model = description["model"]
-    if not (rank := model.get("lora_rank")):
+    config = Description.read(description).model
+    if not (rank := config.lora_rank):
         return params, description
     flat = flatten(params)
     for name in [name for name in flat if name.endswith(_A)]:
@@ -36,9 +37,9 @@ def merge(params: dict, description: dict[str, Any]) -> tuple[dict, dict[str, An
             change = np.stack([np.tensordot(*layer, 1) for layer in zip(a, b, strict=True)])
         else:
             change = np.tensordot(a, b, 1)
-        merged = kernel + change * (model["lora_alpha"] / rank)
+        merged = kernel + change * (config.lora_alpha / rank)
         flat[module + _KERNEL] = merged.astype(kernel.dtype)
-    return unflatten(flat), {**description, "model": {**model, "lora_rank": 0}}
+    return unflatten(flat), {**description, "model": {**description["model"], "lora_rank": 0}}
 
 
 def merged_model(model: Model) -> Model:

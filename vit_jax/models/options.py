@@ -1,8 +1,10 @@
 """The sizes of published architectures, and every option of a model with its source."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vit_jax.config import setting
+from vit_jax.config import InputError, build, setting
 
 # Width, depth, MLP width, heads. Table 1 of arXiv 2010.11929 (B, L, H) and its figure 4 (b, all of
 # B's widths halved), arXiv 2106.10270 (Ti, S), arXiv 2106.04560 (s, g, G), arXiv 2209.06794 (e),
@@ -53,6 +55,7 @@ KNOWN = (
     *(f"Mixer-{size}/{patch}" for size in MIXER_SIZES for patch in (16, 32)),
 )
 POOLS = ("token", "gap", "map", "token+gap")
+RESIZES = ("bilinear", "bilinear_antialias", "bicubic", "bicubic_antialias")
 FINAL_NORMS = ("tokens", "pooled", "none")
 DTYPES = ("float32", "bfloat16")
 
@@ -95,6 +98,10 @@ class ModelConfig:
     representation_size: int | None = setting(None, inherited=False)
     position: str = "learned_1d"  # none | learned_1d | learned_2d | sincos_2d | relative | rotary
     position_at: str | None = None  # stem | layers | shared; None: layers for relative, rotary
+    # How learned positions are resized to another grid (`weights.adapt`): bilinear: corner to
+    # corner, as published | bicubic: as transformers' | bicubic_antialias: as timm's, and as
+    # transformers' DINOv2 with registers | bilinear_antialias: as SigLIP 2's NaFlex models.
+    position_resize: str = setting("bilinear", inherited=False)
     # Rotary positions in every block, beside `position`: none | axial | centred | mixed, see
     # `models.positions`.
     rotary: str = "none"
@@ -147,6 +154,33 @@ class ModelConfig:
     def has_class_token(self) -> bool:
         """`class_token`, or whether `pool` reads one."""
         return self.pool in ("token", "token+gap") if self.class_token is None else self.class_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The JSON beside a model's parameters."""
+
+    model: ModelConfig
+    num_classes: int
+    image_size: tuple[int, int]  # height, width
+    class_names: tuple[str, ...] = ()
+    preprocess: str = "resize"  # see `data.augment.parse_preprocess`
+    temperature: float = 1.0  # divides the logits
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise InputError(f"temperature = {self.temperature}: expected more than 0")
+
+    @classmethod
+    def read(cls, description: Mapping[str, Any]) -> "Description":
+        """Checks every value's type; passes over keys of other versions."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(description, Mapping):
+            raise InputError(f"the model's description is {description!r}, expected an object")
+        if missing := set(names[:3]) - description.keys():
+            raise InputError(f"the model's description lacks {', '.join(sorted(missing))}")
+        return build(cls, {n: description[n] for n in names if n in description}, "description")
 
 
 _COMMON = {"variant", "head_bias", "dtype", "remat", "mean", "std"}

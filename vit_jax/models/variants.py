@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.config import InputError, build, unknown
+from vit_jax.config import InputError, unknown
 from vit_jax.models import names
 from vit_jax.models.hardware import ATTENTIONS, misfit
 from vit_jax.models.head import Output
@@ -29,8 +29,10 @@ from vit_jax.models.options import (
     LEAST,
     MIXER_SIZES,
     POOLS,
+    RESIZES,
     RESNET_STAGES,
     VIT_SIZES,
+    Description,
     ModelConfig,
 )
 from vit_jax.models.positions import IN_ATTENTION, KINDS, PLACES, ROTARY, Positions, Rotary
@@ -43,6 +45,8 @@ from vit_jax.models.transformer import (
     TransformerConfig,
 )
 from vit_jax.models.vit import ViT
+
+MAX_PATCHES = 1 << 18  # of an image; tables of fixed positions take memory for each
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -220,10 +224,8 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
 
 def described_model(description: dict[str, Any]) -> Model:
     """Inverts `Model.description`; raises ValueError for other dicts."""
-    if missing := {"model", "num_classes", "image_size"} - description.keys():
-        raise InputError(f"the model's description lacks {', '.join(sorted(missing))}")
-    config = build(ModelConfig, description["model"], "model")
-    return build_model(config, description["num_classes"], tuple(description["image_size"]))
+    described = Description.read(description)
+    return build_model(described.model, described.num_classes, described.image_size)
 
 
 def _resolve(config: ModelConfig) -> tuple[str, ModelConfig, int]:
@@ -272,6 +274,7 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     if family in ("ViT", "hybrid"):
         choices |= {"position": KINDS, "position_at": PLACES, "attention": ATTENTIONS}
         choices |= {"rotary": ROTARY, "final_norm": FINAL_NORMS, "qkv_bias": BIASED}
+        choices |= {"position_resize": RESIZES}
     for kind, known in choices.items():
         if getattr(config, kind) not in known:
             raise unknown(kind, getattr(config, kind), known)
@@ -283,6 +286,8 @@ def _check(config: ModelConfig, family: str, num_classes: int) -> None:
     for name, least in LEAST.items():
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"{name} = {value}: expected {least} or more")
+    if config.representation_size == 0:
+        raise InputError("representation_size = 0: expected 1 or more, -1 or None")
     if family in ("ViT", "hybrid"):
         if config.width % config.num_heads:
             raise InputError(f"width {config.width} does not divide into {config.num_heads} heads")
@@ -338,6 +343,12 @@ def _check_attention(config: ModelConfig) -> None:
 
 
 def _check_image_size(variant: str, image_size: tuple[int, int], unit: int) -> None:
+    height, width = image_size
+    if (patches := height * width // unit**2) > MAX_PATCHES:
+        raise InputError(
+            f"image size {height}x{width}: {patches:,} patches of {variant}, expected at most "
+            f"{MAX_PATCHES:,}"
+        )
     for side in image_size:
         if side % unit or side <= 0:
             below = max(side // unit, 1) * unit

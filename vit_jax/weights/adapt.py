@@ -15,6 +15,7 @@ import numpy as np
 from vit_jax.config import InputError, unknown
 from vit_jax.models import names
 from vit_jax.models.stacking import flatten, stack, unflatten, unstack
+from vit_jax.models.variants import described_model
 
 # Fine-tuning as in arXiv 2010.11929: a new head, without the pretraining head's hidden layer
 # (section 3.2) and the parameters of masked patch prediction (appendix B.1.2).
@@ -56,6 +57,7 @@ def adapt(
     source_grid: tuple[int, int] | None = None,
     reinitialize: tuple[str, ...] = REINITIALIZE,
     drop: tuple[str, ...] = DROP,
+    method: str = "bilinear",
 ) -> tuple[dict, AdaptReport]:
     """Loads the parameters of `source` into the tree of `target`, an initialised model.
 
@@ -69,6 +71,7 @@ def adapt(
         source_grid: the source's grid of patches; None assumes a square.
         reinitialize: regexes of tensors to keep from `target`.
         drop: regexes of tensors of `source` to ignore if `target` doesn't have them.
+        method: how position embeddings are resized: the source's `ModelConfig.position_resize`.
 
     Returns:
         The filled tree and the report. Leaves that weren't loaded are those of `target`.
@@ -96,7 +99,7 @@ def adapt(
         if old == new and not other_grid:
             filled[name] = array
             loaded.append(name)
-        elif (fitted := resize(name, array, shape, source_grid, grid)) is not None:
+        elif (fitted := resize(name, array, shape, source_grid, grid, method)) is not None:
             filled[name] = fitted
             resized.append(f"{name} {old} -> {new}")
         else:
@@ -178,6 +181,7 @@ def resize(
     shape: tuple[int, ...],
     source_grid: tuple[int, int] | None,
     grid: tuple[int, int] | None,
+    method: str = "bilinear",
 ) -> np.ndarray | jax.Array | None:
     """Resizes position embeddings and patch kernels to `shape`; None for other tensors.
 
@@ -187,7 +191,8 @@ def resize(
     old, new = _unfold(name, array.shape, source_grid), _unfold(name, shape, grid)
     if re.fullmatch(f"{names.POSITIONS}|{names.POSITION_AXES}", name):
         fits = len(old) == len(new) >= 4 and (*old[:-3], old[-1]) == (*new[:-3], new[-1])
-        return resize_positions(array.reshape(old), new[-3:-1]).reshape(shape) if fits else None
+        resized = resize_positions(array.reshape(old), new[-3:-1], method) if fits else None
+        return resized if resized is None else resized.reshape(shape)
     if re.fullmatch(names.PATCH_KERNEL, name) and len(old) == len(new) == 4 and old[2:] == new[2:]:
         return resize_patch_kernel(array, shape[:2])
     return None
@@ -200,16 +205,43 @@ def _einsum(subscripts: str, array: np.ndarray | jax.Array, *matrices: np.ndarra
 
 
 def resize_positions(
-    table: np.ndarray | jax.Array, grid: tuple[int, int]
+    table: np.ndarray | jax.Array, grid: tuple[int, int], method: str = "bilinear"
 ) -> np.ndarray | jax.Array:
-    """Resizes [..., r, c, D] to [..., *grid, D], bilinearly with aligned corners.
+    """Resizes [..., r, c, D] to [..., *grid, D], by a method of `ModelConfig.position_resize`.
 
-    As the published fine-tuning code (arXiv 2010.11929, section 3.2).
+    `bilinear`, with aligned corners, is that of the published fine-tuning code (arXiv 2010.11929,
+    section 3.2).
     """
     down, along = (
-        _interpolation(n, m, corners=True) for n, m in zip(table.shape[-3:-1], grid, strict=True)
+        _linear(n, m, corners=True) if method == "bilinear" else _torch(n, m, method)
+        for n, m in zip(table.shape[-3:-1], grid, strict=True)
     )
     return _einsum("...rcd,Rr,Cc->...RCd", table, down, along)
+
+
+def with_image_size(
+    params: dict, description: dict, image_size: tuple[int, int]
+) -> tuple[dict, dict]:
+    """Returns flat parameters and description for another image size: resizes positions.
+
+    Tensors that can't be resized, such as a Mixer's, keep their shapes. Raises ValueError for a
+    size that the model can't have.
+    """
+    old = described_model(description)
+    description = {**description, "image_size": list(image_size)}
+    grid, resized = described_model(description).grid, dict(params)
+    if grid is None or grid == old.grid:
+        return params, description
+    for name, array in params.items():
+        *batch, _, width = array.shape if array.ndim > 2 else (0,) * 3
+        if re.fullmatch(names.POSITIONS, name):
+            shape = (*batch, math.prod(grid), width)
+        elif re.fullmatch(names.POSITION_AXES, name):
+            shape = (*batch[:-1], *((grid[0], 1) if "rows" in name else (1, grid[1])), width)
+        else:
+            continue
+        resized[name] = resize(name, array, shape, old.grid, grid, old.config.position_resize)
+    return resized, description
 
 
 def resize_patch_kernel(
@@ -223,7 +255,7 @@ def resize_patch_kernel(
     """
     # The resizing is separable, and so is its pseudo-inverse.
     down, along = (
-        np.linalg.pinv(_interpolation(n, m, corners=False).T)
+        np.linalg.pinv(_linear(n, m, corners=False).T)
         for n, m in zip(kernel.shape[:2], patch, strict=True)
     )
     return _einsum("pqcd,Pp,Qq->PQcd", kernel, down, along)
@@ -247,7 +279,7 @@ def fold_standardisation(params: dict, mean: Iterable[float], std: Iterable[floa
     return {**params, "embedding": embedding}
 
 
-def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
+def _linear(old: int, new: int, *, corners: bool) -> np.ndarray:
     """Returns the matrix [new, old] of linear interpolation.
 
     `corners` aligns the centres of the first and last elements; otherwise their outer edges.
@@ -257,3 +289,28 @@ def _interpolation(old: int, new: int, *, corners: bool) -> np.ndarray:
     from scipy import ndimage  # slow to import, and few checkpoints are resized
 
     return ndimage.zoom(np.eye(old), (new / old, 1), **options)
+
+
+def _torch(old: int, new: int, method: str) -> np.ndarray:
+    """Returns the matrix [new, old] of PyTorch's interpolation with aligned edges.
+
+    The kernel of `..._antialias` is widened where the grid shrinks, and its weights sum to 1 inside
+    the grid. `bicubic` has another parameter, and repeats the grid's border.
+    """
+    scale, antialias = old / new, method.endswith("_antialias")
+    width, a = (max(scale, 1.0), -0.5) if antialias else (1.0, -0.75)
+    centre = (np.arange(new) + 0.5) * scale - 0.5
+    reach = math.ceil(2 * width) + 1
+    taps = np.floor(centre)[:, None].astype(int) + np.arange(1 - reach, reach + 1)
+    x = np.abs(taps - centre[:, None]) / width
+    if method.startswith("bilinear"):
+        weights = np.maximum(1 - x, 0)
+    else:
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        weights = np.where(x <= 1, near, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * a, 0.0))
+    if antialias:
+        weights *= (taps >= 0) & (taps < old)
+        weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), weights)
+    return matrix

@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from vit_jax.config import InputError
 from vit_jax.models import names
 from vit_jax.models.variants import HYBRID_STEMS, MIXER_SIZES, RESNET_STAGES, VIT_SIZES
@@ -57,6 +60,16 @@ def describe(params: dict, image_size: tuple[int, int] | None = None) -> dict[st
         raise InputError(f"image size {image_size}: expected one of {tokens} patches of {unit}")
     classes = params[names.HEAD_BIAS].shape[0] if names.HEAD_BIAS in params else 0
     return {"model": model, "num_classes": classes, "image_size": list(image_size)}
+
+
+def floats(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns the array; raises ValueError unless it holds floats."""
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+        raise InputError(
+            f"{name} holds {array.dtype}, expected floats: quantised weights aren't read, save "
+            "them in float32 or bfloat16"
+        )
+    return array
 
 
 def count(among: Iterable[str], pattern: str) -> int:

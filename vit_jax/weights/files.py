@@ -57,6 +57,7 @@ _OTHERS = {
     b"\x93NUMPY": "a single .npy array: save arrays by name with numpy.savez",
     b"\x89HDF": "HDF5: export it as safetensors",
     b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"GGUF": "quantised weights for llama.cpp: take the weights that they were made from",
 }
 
 
@@ -245,6 +246,7 @@ def _format(path: Path) -> str:
         return ".safetensors"
     other = [text for magic, text in _OTHERS.items() if head.startswith(magic)]
     found = f"it looks like {other[0]}" if other else f"it begins with {head[:8]!r}"
+    found = found if head else "it is empty, fetch it again"
     raise InputError(f"expected the contents of a .npz or .safetensors file: {found}")
 
 

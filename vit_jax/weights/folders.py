@@ -16,17 +16,27 @@ from vit_jax.weights import files
 
 WEIGHTS = "model.safetensors"  # in folders of timm and Hugging Face
 INDEX = "model.safetensors.index.json"  # of weights in several files
-_WRAPPERS = re.compile(
-    r"module\.|_orig_mod\.|model\.|backbone\.|timm_model\.|vit\.|state_dict\.|net\.|encoder_q\."
+# First parts of names that transformers' models and layers have themselves.
+_OWN = re.compile(
+    r"(?:vit|deit|dinov2(?:_with_registers)?|ijepa|vision_model)\.(?:embeddings|encoder)\."
+    r"|(?:blocks|layers?)\.\d+\."
 )
 # Name of a file or folder -> what it is, and what would do.
 _OTHERS = (
     (r"adapter_(model|config)\..*", "a LoRA adapter: merge it into its base model and save that"),
     (r"saved_model\.pb", "a TensorFlow SavedModel: export its arrays with numpy.savez"),
     (r".*\.(keras|h5)", "Keras weights: export their arrays with numpy.savez"),
-    (r"flax_model\.msgpack", "Flax weights of transformers: save them as safetensors"),
+    (r".*\.msgpack", "Flax weights: save them as safetensors, or with numpy.savez"),
     (
-        r".*\.(bin|pth?|ckpt)|pytorch_model\.bin\.index\.json",
+        r"checkpoint|.*\.index|.*\.data-\d+-of-\d+",
+        "a TensorFlow checkpoint: export its arrays with numpy.savez",
+    ),
+    (
+        r".*\.(onnx|tflite|gguf|pt2|pte|engine|mlpackage)",
+        "a network compiled or quantised for inference: take the weights that it was made from",
+    ),
+    (
+        r".*\.(bin|pth?|ckpt|pkl|pickle)|pytorch_model\.bin\.index\.json",
         "a pickle of PyTorch, which can run code and is never read: save model.safetensors",
     ),
     (
@@ -34,7 +44,7 @@ _OTHERS = (
         "an Orbax checkpoint of another program: save its parameters with numpy.savez",
     ),
 )
-LOCAL_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LOCAL_NAME = re.compile(r"(?:huggingface\.co/)?([\w.-]+/[\w.-]+(?:@[\w.-]+)?)")
 
 
 def holds_weights(folder: Path) -> bool:
@@ -50,7 +60,8 @@ def explain(path: str | os.PathLike) -> str:
         f"an exported one ({WEIGHTS}) or a .npz file"
     )
     if not folder.exists():
-        hint = f"; for the repository on the hub give hf:{text}" if _like_hub(text) else ""
+        name = None if text.startswith(".") else LOCAL_NAME.fullmatch(text)
+        hint = f"; for the repository on the hub give hf:{name[1]}" if name else ""
         return f"no checkpoint at {text}: there is nothing; {expected}{hint}"
     names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else [folder.name]
     for pattern, what in _OTHERS:
@@ -61,10 +72,6 @@ def explain(path: str | os.PathLike) -> str:
         return f"no checkpoint at {text}: it holds {', '.join(tensors[:4])}: give the file's path"
     shown = ", ".join(names[:6]) or "nothing"
     return f"no checkpoint at {text}: it holds {shown}; {expected}"
-
-
-def _like_hub(text: str) -> bool:
-    return LOCAL_NAME.fullmatch(text) is not None and not text.startswith(".")
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
@@ -118,8 +125,9 @@ def without_wrappers(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarra
     """
     taken = ""
     while True:
-        prefix = _WRAPPERS.match(next(iter(arrays)))
-        if prefix is None or not all(name.startswith(prefix[0]) for name in arrays):
+        prefix, dot, _ = next(iter(arrays)).partition(".")
+        shared = all(name.startswith(prefix + dot) for name in arrays)
+        if not dot or not shared or any(_OWN.match(name) for name in arrays):
             return arrays, taken
-        arrays = {name.removeprefix(prefix[0]): array for name, array in arrays.items()}
-        taken += prefix[0]
+        arrays = {name.removeprefix(prefix + dot): array for name, array in arrays.items()}
+        taken += prefix + dot

@@ -28,7 +28,7 @@ from vit_jax.weights import (
     pytorch,
     timm,
 )
-from vit_jax.weights.adapt import flatten, unflatten, unstack
+from vit_jax.weights.adapt import flatten, unflatten, unstack, with_image_size
 from vit_jax.weights.describe import describe
 from vit_jax.weights.published import BUCKET
 from vit_jax.weights.timm_architectures import architecture
@@ -68,8 +68,9 @@ def read(
       path: a `.npz` file (google-research/vision_transformer, big_vision, BiT, MLP-Mixer, or ours),
         a `.safetensors` file beside its `config.json` (timm, Hugging Face) or the folder of both;
         local, `gs://`, `hf://` or `https://`.
-      image_size: (height, width) in pixels, if the file doesn't tell: for position embeddings of a
-        grid that isn't square, for rotary ones of any, and for ResNets (default 224 x 224).
+      image_size: (height, width) in pixels; by default the file's. Learned positions are resized as
+        the file's library does, except those of a .npz that have as many patches: there it tells
+        the grid, if it isn't square. ResNets have any size (default 224 x 224).
       variant: the architecture, for safetensors without a config.json: our name or timm's.
 
     Returns:
@@ -93,16 +94,19 @@ def read(
             if variant is not None:
                 raise InputError(f"variant = {variant!r}: its tensors say what the model is")
             params, description = _read_npz(path, arrays, image_size)
+        if image_size is not None:
+            params, description = with_image_size(params, description, image_size)
         params, _ = pytorch.checked(params, description)
-        _check_size(description, image_size)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    notes = list(description.get("notes", ()))
     if text := published.licence(address):
-        description = {
-            **description,
-            "notes": [*description.get("notes", ()), f"{hub.LICENCE}{text}"],
-        }
-    for note in description.get("notes", ()):
+        notes.append(f"{hub.LICENCE}{text}")
+    elif address.startswith("hf://"):
+        page = "/".join(address.partition("@")[0].split("/")[2:4])
+        notes.append(f"https://huggingface.co/{page} says its licence")
+    description = {**description, "notes": notes} if notes else description
+    for note in notes:
         logging.info("%s: %s", path, note)
     return unflatten(params), description
 
@@ -116,9 +120,25 @@ def _read_npz(path: str, arrays: dict, image_size: tuple[int, int] | None) -> tu
     params = unstack(renamed or official.from_official(arrays))
     ours = not path.startswith(BUCKET)  # a description is beside none of the published files
     described = (ours and files.read_json(path.removesuffix(".npz") + _SIDECAR)) or {}
-    described = described if "model" in described else describe(params, image_size)
+    if "model" not in described:
+        described = _described(params, image_size)
+        if described["model"].get("position") == "sincos_2d" and "cls" in params:
+            raise InputError(
+                "no position embeddings: fixed ones (sincos_2d) are known without a class token "
+                "alone; for this model put the .json of its export beside the file"
+            )
     notes = {"notes": [f"passed over {', '.join(extra)}"]} if extra else {}
     return params, {**described, **notes}
+
+
+def _described(params: dict, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Describes weights of images of a size, or of a square grid of patches if that doesn't fit."""
+    try:
+        return describe(params, image_size)
+    except InputError:
+        if image_size is None:
+            raise
+        return describe(params)
 
 
 def _read_pytorch(
@@ -149,6 +169,7 @@ def _read_pytorch(
         mean = described_model(description).config.mean
         spec = description.get("preprocess", "resize")
         notes.append(f"no preprocessing is stated: assumed {spec} and pixels of mean {mean}")
+    notes += description.get("notes", [])
     return params, {**description, **({"notes": notes} if notes else {})}
 
 
@@ -176,15 +197,6 @@ def _assumed_config(
     ratio = config.mlp_dim / config.width
     arguments = {**sizes, "mlp_ratio": ratio, "patch_size": patch, "img_size": list(image_size)}
     return {"architecture": "vit_base_patch16_224", "model_args": arguments}
-
-
-def _check_size(description: dict, image_size: tuple[int, int] | None) -> None:
-    if image_size is not None and tuple(description["image_size"]) != tuple(image_size):
-        height, width = description["image_size"]
-        raise InputError(
-            f"image size {image_size[0]}x{image_size[1]}: the file is of a model for images of "
-            f"{height}x{width}. Leave it out; transfer resizes position embeddings"
-        )
 
 
 def check_output(path: str | os.PathLike) -> None:

@@ -1,17 +1,18 @@
 """Converts the Vision Transformers of Hugging Face's `transformers`.
 
-ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of CLIP
-and SigLIP. Functions take or return the contents of a `transformers` folder: the arrays of
-`model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the names.
-No torch is needed.
+ViT, DeiT, MAE, MSN, I-JEPA, DINOv2 with and without registers, DINOv3, and the image towers of
+CLIP, SigLIP and SigLIP 2. Functions take or return the contents of a `transformers` folder: the
+arrays of `model.safetensors` and the JSON files, name -> content. `hugging_face_names.py` holds the
+names. No torch is needed.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
 from vit_jax.config import InputError
-from vit_jax.models.variants import ModelConfig, described_model
+from vit_jax.models.variants import Model, ModelConfig, described_model
 from vit_jax.weights import preprocessing, pytorch, timm_names
 from vit_jax.weights.describe import count
 from vit_jax.weights.hugging_face_names import (
@@ -78,7 +79,9 @@ def from_hugging_face(
         params["registers"] = params.pop("distillation")
 
     patch = len(params["embedding/kernel"])
-    size = image_size or config.size("image_size", (224, 224))
+    naflex = model_type == "siglip2_vision_model"
+    side = math.isqrt(config.whole("num_patches", 256, least=1)) * patch
+    size = (side, side) if naflex else config.size("image_size", image_size or (224, 224))
     params = pytorch.without_prefix_slots(params, size[0] // patch * (size[1] // patch))
     fields = _fields(params, config, kind)
     if "Mean" in _pool(architecture) or model_type == "ijepa":
@@ -87,18 +90,22 @@ def from_hugging_face(
     labels = config.names("id2label") if "id2label" in config else None
     named = labels and any(name != f"LABEL_{i}" for i, name in enumerate(labels))
     params, description = pytorch.described(params, size, fields, labels if named else None)
-    model = described_model(description).config
-    _compare(model, config, patch)
+    _compare(described_model(description), config, patch, model_type)
     if "preprocessor_config.json" in files:
         pixels = Stated(files["preprocessor_config.json"], "preprocessor_config.json")
         description["preprocess"], mean, std = preprocessing.from_hugging_face(pixels, size)
         pytorch.pixels(description, mean, std)
+    if naflex:
+        description["notes"] = [
+            f"a NaFlex model, read for images of one size, {side}x{side} unless another is given: "
+            "other aspect ratios are squashed"
+        ]
     return params, description
 
 
 def _pool(architecture: str) -> str:
     """Returns "Mean" for classifiers that average the patches."""
-    means = ("CLIPForImageClassification", "SiglipForImageClassification")
+    means = tuple(f"{name}ForImageClassification" for name in ("CLIP", "Siglip", "Siglip2"))
     return "Mean" if architecture in means else ""
 
 
@@ -107,6 +114,7 @@ def _of_this_task(arrays: dict, kind: Kind, architecture: str) -> dict:
     unused = {
         "CLIPForImageClassification": f"{kind.prefix}post_layernorm.",
         "SiglipForImageClassification": f"{kind.prefix}head.",
+        "Siglip2ForImageClassification": f"{kind.prefix}head.",
     }
     prefix = unused.get(architecture)
     return {n: a for n, a in arrays.items() if prefix is None or not n.startswith(prefix)}
@@ -121,6 +129,11 @@ def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
         fields["mlp"] = config.choice("hidden_act", _ACTIVATIONS, kind.activation)
     if "pre_logits/bias" in params and config.text("pooler_act", "tanh") != "tanh":
         raise config.wrong("pooler_act", "'tanh'")
+    if "pos_embedding" in params:
+        antialias = "_antialias" if kind is KINDS["dinov2_with_registers"] else ""
+        fields["position_resize"] = f"bicubic{antialias}"
+    if kind is KINDS["siglip2_vision_model"]:
+        fields["position_resize"] = "bilinear_antialias"
     if kind is KINDS["dinov3_vit"]:
         rope = config.part("rope_parameters") if "rope_parameters" in config else config
         fields |= {"position": "none", "rotary": "centred"}
@@ -128,14 +141,21 @@ def _fields(params: dict, config: Stated, kind: Kind) -> dict[str, Any]:
     return fields
 
 
-def _compare(model: ModelConfig, config: Stated, patch: int) -> None:
+def _compare(network: Model, config: Stated, patch: int, model_type: str) -> None:
     """Raises ValueError unless the tensors are what config.json states."""
+    model = network.config
     mlp_dim = config.whole("intermediate_size")
     if model.mlp == "swiglu" and "use_swiglu_ffn" in config:
         mlp_dim = None  # DINOv2 rounds two thirds of mlp_ratio * hidden_size
     elif mlp_dim is None and "mlp_ratio" in config:
         mlp_dim = int(model.width * config.number("mlp_ratio"))
     gated = config.flag("use_gated_mlp", config.flag("use_swiglu_ffn"))
+    dino = model_type.startswith("dino")
+    two_in_one = model_type.startswith("dinov2") and network.num_classes > 0
+    rotary = model_type == "dinov3_vit"
+    with_class = not model_type.startswith("siglip") and model_type != "ijepa"
+    distilled = model_type == "deit" and not model.distillation  # an unread token is a register
+    registers = config.whole("num_register_tokens", 4 if model_type.endswith("registers") else 0)
     rows = [
         ("hidden_size", config.whole("hidden_size"), model.width),
         ("num_hidden_layers", config.whole("num_hidden_layers"), model.depth),
@@ -143,9 +163,13 @@ def _compare(model: ModelConfig, config: Stated, patch: int) -> None:
         ("patch_size", config.size("patch_size"), (patch, patch)),
         ("num_channels", config.whole("num_channels"), 3),
         ("a gated MLP", gated, model.mlp == "swiglu"),
-        ("num_register_tokens", config.whole("num_register_tokens"), model.registers),
-        ("qkv_bias", config.flag("qkv_bias"), model.qkv_bias != ""),
-        ("key_bias", config.flag("key_bias"), "k" in model.qkv_bias),
+        ("num_register_tokens", registers + distilled, model.registers),
+        ("qkv_bias", config.flag("qkv_bias", None if rotary else True), model.qkv_bias != ""),
+        ("key_bias", config.flag("key_bias", False if rotary else None), "k" in model.qkv_bias),
+        ("a class token", with_class, model.has_class_token),
+        ("position embeddings", not rotary, model.position == "learned_1d"),
+        ("LayerScale", dino, model.layer_scale is not None),
+        ("a head of class token and mean", two_in_one, model.pool == "token+gap"),
     ]
     agree("config.json", rows)
 

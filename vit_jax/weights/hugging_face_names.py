@@ -3,6 +3,7 @@
 A kind maps the names of `timm_names.vit_pairs` to those in published files of transformers.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -98,8 +99,11 @@ KINDS = {
     "siglip_vision_model": Kind(
         "vision_model.", "encoder.layers.{}.", _CLIP_STEM, _CLIP, 1e-6, "gelu_pytorch_tanh"
     ),
+    "siglip2_vision_model": Kind(  # NaFlex: reads patches, of images of any aspect ratio
+        "vision_model.", "encoder.layers.{}.", _CLIP_STEM, _CLIP, 1e-6, "gelu_pytorch_tanh"
+    ),
 }
-TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+TWO_TOWERS = {name: f"{name}_vision_model" for name in ("clip", "siglip", "siglip2")}
 # Parts that aren't of the image model, or only of its pretraining.
 DROPPED = re.compile(
     r"(?:\w+\.)?embeddings\.(?:mask_token|position_ids)|(?:.*\.)?position_ids|decoder\..*"
@@ -143,7 +147,18 @@ def published(arrays: dict[str, np.ndarray], kind: Kind) -> dict[str, np.ndarray
         for old, new in renames:
             name = re.sub(old, new, name)  # noqa: PLW2901
         renamed[name] = array
-    return _split(renamed)
+    return _split(_as_convolution(renamed))
+
+
+def _as_convolution(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Makes a kernel [D, P, P, 3] of SigLIP 2's dense layer on flattened patches: [D, 3, P, P]."""
+    name = "vision_model.embeddings.patch_embedding.weight"
+    kernel = arrays.get(name, np.empty(0))
+    side = math.isqrt(kernel.shape[1] // 3) if kernel.ndim == 2 else 0
+    if kernel.shape[1:] != (3 * side * side,):
+        return arrays
+    kernel = kernel.reshape(-1, side, side, 3).transpose(0, 3, 1, 2)
+    return {**arrays, name: np.ascontiguousarray(kernel)}
 
 
 def _split(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

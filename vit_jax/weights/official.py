@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.models.stacking import unstack
+from vit_jax.weights.describe import floats
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +51,8 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
     `cls`, and `pos_embedding` is [1, N, D].
 
     Raises:
-      ValueError: two tensors with the same new name, or position embeddings of another shape.
+      ValueError: two tensors with the same new name, integers, or position embeddings of another
+        shape.
     """
     for prefix, others in _PREFIXES.items():
         while any(name.startswith(prefix) for name in arrays):  # also "params/params/"
@@ -67,6 +69,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> Arrays:
                 f"cls {cls.shape} and position embeddings {position.shape}: expected (1, 1, width) "
                 "and (1, tokens, width), those of a Vision Transformer"
             )
+        floats("cls", cls), floats("pos_embedding", position)  # checks, as below they are added
         tokens = position.shape[1]
         # big_vision supports square grids only, and detects the slot by the size.
         odd = _LATER_POSITION in arrays and math.isqrt(tokens) ** 2 + 1 == tokens

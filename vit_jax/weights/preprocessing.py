@@ -17,6 +17,10 @@ MEAN = STD = (0.5, 0.5, 0.5)  # of pixels in [0, 1]: they map to [-1, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _METHODS = {name: f"{name}_antialias" for name in ("bilinear", "bicubic", "lanczos")}
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_SQUARE = {  # kinds of transformers' image processors: whether a number is the size of both sides
+    **dict.fromkeys(("ViT", "DeiT", "DINOv3ViT", "Siglip2"), True),
+    **dict.fromkeys(("CLIP", "Siglip", "Bit"), False),
+}
 _CROP = re.compile(
     r"torchvision_crop\((?P<fraction>[\d.e-]+), '(?P<method>\w+)_antialias'"
     r"(?P<squash>, True)?(?:, floor=True)?\)"
@@ -61,10 +65,9 @@ def from_hugging_face(config: Stated, size: tuple[int, int]) -> tuple[str, tuple
     method = _METHODS[_RESAMPLE[number]]
     if not config.flag("do_resize", True):
         raise config.wrong("do_resize", "true: images of any size must fit the model")
-    edge, squash = _edges(config, "size", size)
-    crop = edge
-    if config.flag("do_center_crop", False):
-        crop, _ = _edges(config, "crop_size", size)
+    cropped = config.flag("do_center_crop", False)
+    edge, squash = _edges(config, "size", size, square=_is_square(config, cropped))
+    crop = _edges(config, "crop_size", size)[0] if cropped else edge
     fraction = crop[0] / edge[0]
     if crop[0] * edge[1] != crop[1] * edge[0] or fraction > 1:
         raise config.wrong("crop_size", f"a part of size, {edge[0]}x{edge[1]}, of its shape")
@@ -75,11 +78,25 @@ def from_hugging_face(config: Stated, size: tuple[int, int]) -> tuple[str, tuple
     return _crop(fraction, method, squash).replace(")", ", floor=True)"), mean, std
 
 
-def _edges(config: Stated, name: str, default: tuple[int, int]) -> tuple[tuple[int, int], bool]:
-    """Returns the size that a field states, and whether it is both sides' instead of the shorter's.
+def _is_square(config: Stated, cropped: bool) -> bool:
+    """Whether a number in `size` is that of both sides, instead of the shorter side's.
 
-    A number is both sides, except beside `do_center_crop`, as transformers takes it.
+    Raises ValueError for kinds of processors that do something else.
     """
+    field = "feature_extractor_type" if "feature_extractor_type" in config else ""
+    field = "image_processor_type" if "image_processor_type" in config else field
+    if not field:
+        return not cropped
+    kind = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", config.text(field))
+    if kind not in _SQUARE:
+        raise config.wrong(field, f"that of {', '.join(_SQUARE)}; others may crop in another way")
+    return _SQUARE[kind]
+
+
+def _edges(
+    config: Stated, name: str, default: tuple[int, int], square: bool = True
+) -> tuple[tuple[int, int], bool]:
+    """Returns the size that a field states, and whether it is both sides' or the shorter's."""
     value = config.fields.get(name)
     if isinstance(value, dict):
         part = config.part(name)
@@ -89,7 +106,7 @@ def _edges(config: Stated, name: str, default: tuple[int, int]) -> tuple[tuple[i
         if None in sides:
             raise config.wrong(name, "height and width, or shortest_edge")
         return sides, True
-    return config.size(name, default), True
+    return config.size(name, default), square or value is None
 
 
 def to_timm(preprocessing: str) -> dict[str, Any]:

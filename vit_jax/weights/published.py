@@ -89,7 +89,13 @@ _FAMILIES = {name.partition(":")[0] for name in PUBLISHED}
 
 
 def licence(address: str) -> str | None:
-    """Returns the licence of the weights at an address of `PUBLISHED`; None if it isn't known."""
+    """Returns the licence of the weights at an address of `PUBLISHED`; None if it isn't known.
+
+    Any file and revision of a repository, and DINOv3 wherever it is on the hub, have the same one.
+    """
+    address = re.sub(r"^(hf://[^/@]+/[^/@]+).*", r"\1", address)
+    if address.startswith("hf://") and "dinov3" in address.lower():
+        return _TIMM["dinov3"][2]
     families = (name.partition(":")[0] for name, known in PUBLISHED.items() if known == address)
     family = next(families, None)
     return _TIMM[family][2] if family in _TIMM else "Apache-2.0" if family else None
@@ -103,12 +109,13 @@ def list_checkpoints(pattern: str = "*") -> list[str]:
 def resolve(name: str | os.PathLike) -> str:
     """Returns the address of a published name; returns paths unchanged.
 
-    `hf:owner/repo` becomes hf://owner/repo. Raises ValueError for an unknown name.
+    `hf:owner/repo[@revision]` becomes hf://owner/repo[@revision]. Raises ValueError for an unknown
+    name.
     """
     name = os.fspath(name)
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"hf:[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         return "hf://" + name.removeprefix("hf:")
     if name.partition(":")[0] in _FAMILIES and ":" in name and not os.path.exists(name):
         raise unknown("published checkpoint", name, PUBLISHED)

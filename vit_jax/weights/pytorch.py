@@ -7,6 +7,7 @@ without a classifier. No torch is needed.
 Letters in shapes: I inputs, O outputs, D width, H heads, K = D / H, N patches.
 """
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -19,7 +20,7 @@ from vit_jax.config import InputError
 from vit_jax.models.positions import sincos_2d
 from vit_jax.models.stacking import flatten, unstack
 from vit_jax.models.variants import Model, ModelConfig, described_model
-from vit_jax.weights.describe import describe
+from vit_jax.weights.describe import describe, floats
 
 MEAN = STD = (0.5, 0.5, 0.5)  # map pixels in [0, 1] to our [-1, 1]
 RANKS = {  # of PyTorch's tensor, per layout
@@ -91,7 +92,7 @@ def from_torch(
     _compare(arrays, [pair.theirs for pair in pairs], f"not a {source} that can be read")
     params = {}
     for ours, theirs, layout in pairs:
-        array = np.asarray(arrays[theirs], np.float32)
+        array = np.asarray(floats(theirs, arrays[theirs]), np.float32)
         try:
             if array.ndim != RANKS[layout] or not array.size:
                 raise InputError(f"expected {RANKS[layout]} non-empty dimensions")
@@ -155,13 +156,17 @@ def _compare(found: Collection[str], expected: Collection[str], problem: str) ->
 
 
 def exportable(
-    params: dict, description: dict, target: str, mlps: tuple[str, ...] = ("gelu", "gelu_tanh")
+    params: dict,
+    description: dict,
+    target: str,
+    mlps: tuple[str, ...] = ("gelu", "gelu_tanh"),
+    parallel: bool = False,
 ) -> tuple[dict, ModelConfig]:
     """Returns unrolled parameters for export, and their resolved config.
 
     Fixed positions (`none`, `sincos_2d`) of a ViT become an array like learned ones, except beside
     rotary ones. Raises ValueError if the description doesn't fit the parameters, and for options
-    that no PyTorch ViT supports. `mlps`: those that the target supports.
+    that no PyTorch ViT supports. `mlps`, `parallel`: what the target supports.
     """
     fields, names = {**description["model"], "scan": False}, description.get("class_names")
     if names is not None and len(names) != description["num_classes"]:
@@ -174,11 +179,11 @@ def exportable(
     for field, value, held in (
         ("position", config.position, ("learned_1d", "sincos_2d", "none")),
         ("position_at", config.position_at or "stem", ("stem",)),
-        ("parallel", config.parallel, (False,)),
+        ("parallel", config.parallel, (False, parallel)),
         ("mlp", config.mlp, mlps),
     ):
         if value not in held:
-            choices = " or ".join(map(repr, held))
+            choices = " or ".join(map(repr, dict.fromkeys(held)))
             raise InputError(f"{target} can't hold this model: {field} = {value!r}, not {choices}")
     if config.position == "sincos_2d":
         params = {**params, "pos_embedding": sincos_2d(model.grid, width)}
@@ -190,15 +195,21 @@ def exportable(
 def checked(params: dict, description: dict) -> tuple[dict, Model]:
     """Returns the parameters and the described model; ValueError unless names and shapes fit."""
     model = described_model(description)
-    shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
-    shapes = {name: shape.shape for name, shape in shapes.items()}
+    shapes = _shapes(model)
     problem = f"the weights don't fit {model.config.variant} as described"
     _compare(params, shapes, problem)
-    wrong = [n for n, shape in shapes.items() if params[n].shape != shape]
+    wrong = [n for n, shape in shapes.items() if floats(n, params[n]).shape != shape]
     if wrong:
         lines = [f"  {n}: {params[n].shape}, expected {shapes[n]}" for n in sorted(wrong)]
         raise InputError("\n".join([f"{problem}:", *lines[:20]]))
     return params, model
+
+
+@functools.lru_cache
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter."""
+    shapes = flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    return {name: shape.shape for name, shape in shapes.items()}
 
 
 _PREFIX = ("cls", "distillation", "registers")  # before the patches, in this order everywhere
@@ -249,15 +260,20 @@ def pixels(description: dict, mean: Iterable[float], std: Iterable[float]) -> No
 
 
 def reordered(params: dict, order: np.ndarray) -> dict:
-    """Reorders the features of each head's queries and keys; the products are the same."""
+    """Reorders the features of each head's queries and keys; the products are the same.
+
+    Raises ValueError for a head of another size.
+    """
     pattern = re.compile(
         r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_0/"
         r"((query|key)/(kernel|bias)|(query|key)_norm/scale)"
     )
-    return {
-        name: np.ascontiguousarray(array[..., order]) if pattern.fullmatch(name) else array
-        for name, array in params.items()
-    }
+    found = {name: array for name, array in params.items() if pattern.fullmatch(name)}
+    if not isinstance(order, slice):
+        for name, array in found.items():
+            if array.shape[-1] != len(order):
+                raise InputError(f"{name} {array.shape}: expected heads of {len(order)} features")
+    return params | {n: np.ascontiguousarray(array[..., order]) for n, array in found.items()}
 
 
 def described(

@@ -66,7 +66,7 @@ def from_timm(
     name = config.text("architecture").split(".")[0]
     arguments = config.part("model_args")
     pretrained = config.part("pretrained_cfg") if "pretrained_cfg" in config else config
-    size = arguments.size("img_size") or pretrained.size("input_size", (224, 224))
+    size = arguments.size("img_size") or pretrained.size("input_size", image_size or (224, 224))
 
     known, heads, unit, fields = architecture(name), 1, 1, {}
     arrays = {key: array for key, array in arrays.items() if not key.startswith("rope.periods")}
@@ -83,17 +83,17 @@ def from_timm(
         pool_heads = arguments.whole(
             "attn_pool_num_heads", known.options.get("attn_pool_num_heads")
         )
-        stages, arrays = None, timm_names.split(arrays)
+        way = timm_names.split_parallel if known.parallel else timm_names.split
+        stages, arrays = None, way(arrays)
         if any(key.startswith(timm_names.BACKBONE) for key in arrays):
             stages = timm_names.read_stages(arrays, re.escape(timm_names.BACKBONE))
             unit = 4 * 2 ** max(len(stages) - 1, 0)
         depth = max(count(arrays, _BLOCKS), 1)
-        pairs = timm_names.vit_pairs(depth, stages, arrays, "theirs")
+        pairs = timm_names.vit_pairs(depth, stages, arrays, "theirs", known.parallel)
     else:
         raise unknown("timm architecture", name, _EXAMPLES)
     params = pytorch.from_torch(arrays, pairs, heads, f"timm {name}", pool_heads)
 
-    size = image_size or size
     if "embedding/kernel" in params:
         unit *= len(params["embedding/kernel"])
         params = pytorch.without_prefix_slots(params, math.prod(side // unit for side in size))
@@ -113,14 +113,15 @@ def _fields(params: dict, known: Architecture, arguments: Stated, config: Stated
     """Returns fields of `ModelConfig` that weights don't show: of model_args, else of the name."""
     stated = _options(known, arguments)
     fields: dict[str, Any] = {"norm_epsilon": stated.number("epsilon", 1e-6)}
+    fields |= {"parallel": True} if known.parallel else {}
     activations = {name: name for name in ("gelu", "gelu_tanh", "quick_gelu")}
     if not any("/MlpBlock_0/gate/" in name for name in params):
         fields["mlp"] = stated.choice("act_layer", activations, "gelu")
-    scale = stated.number("init_values")
+    scale = arguments.number("init_values")
     if scale is not None and any("layer_scale" in name for name in params):
         fields["layer_scale"] = scale
-    if "pos_embedding" not in params:
-        fields["position"] = "none"
+    has_positions = "pos_embedding" in params
+    fields |= {"position_resize": "bicubic_antialias"} if has_positions else {"position": "none"}
     if (rotary := _rotary(stated)) != "none":
         fields |= {"rotary": rotary, "rotary_base": stated.number("rope_temperature", 1e4, above=0)}
         reference, offset = stated.size("ref_feat_shape"), stated.number("rope_grid_offset", 0.0)
@@ -194,6 +195,9 @@ def _compare(
 
 def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tuple]:
     """Returns (timm's argument, its stated value, the tensors' value)."""
+    stated = _options(known, arguments)
+    # The only argument whose null isn't the architecture's default.
+    layer_scale = {**known.options, **arguments.fields}.get("init_values")
     width = arguments.whole("embed_dim", known.width)
     mlp_dim = width * arguments.number("mlp_ratio", known.mlp_dim / known.width)
     gated = model.mlp == "swiglu"
@@ -206,7 +210,8 @@ def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tu
         ("depth", arguments.whole("depth", known.depth), model.depth),
         ("the MLP's width", found[0] if close else int(mlp_dim), found[0]),
         ("reg_tokens", arguments.whole("reg_tokens", registers), model.registers),
-        ("LayerScale", "init_values" in arguments or None, model.layer_scale is not None),
+        ("LayerScale (init_values)", layer_scale is not None, model.layer_scale is not None),
+        ("a distillation token", known.distilled, model.distillation),
     ]
     if known.patch is not None:
         side = int(model.variant.rpartition("/")[2])
@@ -226,7 +231,7 @@ def _rows(model: ModelConfig, known: Architecture, arguments: Stated) -> list[tu
         "pre_norm": model.pre_norm,
         "use_pre_transformer_norm": model.pre_norm,
     }
-    rows += [(name, arguments.flag(name), value) for name, value in found_flags.items()]
+    rows += [(name, stated.flag(name), value) for name, value in found_flags.items()]
     if (
         not known.eva
         and model.has_class_token

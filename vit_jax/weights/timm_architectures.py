@@ -51,15 +51,19 @@ _NAME = re.compile(
     r"(?:_patch(\d+)|_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?(?:_36x1)?(?:_plus)?"
     r"(?:_rope(?:_mixed)?(?:_ape)?)?(?:_reg(\d))?(?:_gap|_map)?"
     r"(?:_clip(?:_quickgelu)?|_dinov2|_dinov3(?:_qkvb)?|_tipsv2|_siglip(?:_gap)?|_radio_v\d"
-    r"|_lingbot)?(?:_\d+)?(?:_in21k)?(?:_miil)?"
+    r"|_lingbot|_xp)?(?:_\d+)?(?:_in21k)?(?:_miil)?"
 )
 # Hybrids with stems of other libraries, another order of norms, parallel or grouped attention.
-_OTHER = re.compile(
-    r".*_(?:mci|rpn|xp|18x2)_.*|vit_(?:dwee|dlittle|pwee|dpwee)_.*|eva02_enormous_.*"
-)
+_OTHER = re.compile(r".*_(?:mci|rpn|18x2)_.*|vit_(?:dwee|dlittle|pwee|dpwee)_.*|eva02_enormous_.*")
 _EVA = re.compile(
     r"eva02_.*|eva_giant_.*|vit_.*_(?:dinov3|lingbot)(?:_qkvb)?|vit_pe_.*|vit_.*_rope_.*"
 )
+# Whether tensors exist, by timm's arguments: the defaults of both classes.
+_DEFAULTS = {"class_token": True, "qkv_bias": True, "use_abs_pos_emb": True}
+_DEFAULTS_OF = {  # Eva or not
+    False: {"pre_norm": False, "final_norm": True},
+    True: {"use_pre_transformer_norm": False, "scale_mlp": False, "scale_attn_inner": False},
+}
 # Options of timm's models that differ from the defaults, by their timm names; all that match.
 _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_.*_clip_.*|vit_pe_.*|vit_.*_(dinov3|lingbot)(_qkvb)?", {"epsilon": 1e-5}),
@@ -86,8 +90,30 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_pe_core_base_.*_224", {"ref_feat_shape": 14}),
     (r"vit_pe_(lang|spatial)_.*|vit_pe_core_gigantic_.*", {"ref_feat_shape": 32}),
     (r"vit_pe_core_.*", {"attn_pool_num_heads": 8}),
+    (r"vit_.*_(siglip|gap|map)_.*|vit_pe_\w+_gigantic_.*", {"class_token": False}),
+    (r"vit_.*_(siglip|map)_\d+|vit_pe_core_.*", {"global_pool": "map"}),
+    (
+        r"vit_.*_(dinov3|lingbot)(_qkvb)?|vit_.*_rope_(mixed_)?224|vit_.*_rope_reg.*",
+        {"use_abs_pos_emb": False},
+    ),
+    (r"vit_.*_clip_.*", {"pre_norm": True}),
+    (r"vit_pe_.*", {"use_pre_transformer_norm": True}),
+    (
+        r"vit_.*_dinov3|vit_giant_.*_lingbot|.*_miil|vit_so150m2_.*|vit_(betwixt|medium)_patch16_gap_.*"
+        r"|vit_mediumd_.*_rope_.*",
+        {"qkv_bias": False},
+    ),
+    (
+        r"vit_.*_(dinov2|tipsv2|dinov3|lingbot)(_qkvb)?|vit_.*_rope_.*|vit_pe_lang_.*|deit3_.*"
+        r"|vit_pe_spatial_gigantic_.*|vit_.*_plus_2\d+|.*_36x1_.*|vit_intern300m_.*"
+        r"|vit_(base|large)_.*_radio_v3|vit_(so150m2|betwixt|little|mediumd?|wee)_.*_gap_.*",
+        {"init_values": 1e-5},
+    ),
+    (r"vit_.*_radio_v\d|vit_intern300m_.*", {"final_norm": False}),
+    (r"vit_.*_xp_.*", {"pre_norm": True, "qkv_bias": False, "qk_norm": True}),
+    (r"eva02_(base|large)_.*", {"scale_mlp": True}),
+    (r"eva02_.*_clip_.*", {"scale_attn_inner": True}),
 )
-DISTILLED = re.compile(r"deit_\w+_distilled_.*")
 
 
 class Architecture(NamedTuple):
@@ -99,8 +125,10 @@ class Architecture(NamedTuple):
     num_heads: int
     patch: int | None  # None for a hybrid
     registers: int
+    distilled: bool  # with a second class token and head
+    parallel: bool  # blocks as in ViT-22B
     eva: bool  # of timm's class Eva, else VisionTransformer
-    options: dict[str, Any]  # timm's arguments that weights don't show
+    options: dict[str, Any]  # timm's arguments
 
 
 def architecture(name: str) -> Architecture | None:
@@ -112,12 +140,13 @@ def architecture(name: str) -> Architecture | None:
     for pattern, other in _EXCEPTIONS:
         if re.fullmatch(pattern, name):
             size = other
-    options: dict[str, Any] = {}
+    eva = _EVA.fullmatch(name) is not None
+    options: dict[str, Any] = {**_DEFAULTS, **_DEFAULTS_OF[eva]}
     for pattern, some in _OPTIONS:
         if re.fullmatch(pattern, name):
             options |= some
-    eva = _EVA.fullmatch(name) is not None
     registers = options.pop("reg_tokens", int(match[3] or 0))
     hybrid = re.search(r"_r(\d*)_", name) is not None
     patch = None if hybrid else int(match[2] or 16)
-    return Architecture(*size, patch, registers, eva, options)
+    words = ("_distilled_" in name, "_xp_" in name)
+    return Architecture(*size, patch, registers, *words, eva, options)

@@ -60,7 +60,7 @@ def to_timm(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dic
     Raises:
       ValueError: an option that timm's models don't support; the message names it.
     """
-    params, config = pytorch.exportable(params, description, "timm", _MLPS)
+    params, config = pytorch.exportable(params, description, "timm", _MLPS, parallel=True)
     vit, mixer = ("embedding/kernel" in params, "stem/kernel" in params)
     family = "vit" if vit else "mixer" if mixer else "bit"
     if config.norm_epsilon not in ((1e-6, 1e-5) if vit and config.stages is None else (1e-6,)):
@@ -76,7 +76,9 @@ def to_timm(params: dict, description: dict) -> tuple[dict[str, np.ndarray], dic
         name, arguments, pairs = _describe_mixer(params, config, description["image_size"])
     else:
         name, arguments, pairs = _describe_bit(config)
-    arrays = timm_names.fuse(pytorch.to_torch(params, pairs, f"timm's {name}"), eva)
+    arrays = pytorch.to_torch(params, pairs, f"timm's {name}")
+    parallel = family == "vit" and config.parallel
+    arrays = timm_names.fuse_parallel(arrays) if parallel else timm_names.fuse(arrays, eva)
 
     root = timm_names.BACKBONE + ("stem.conv" if config.stages else "conv")
     first = {"mixer": "stem.proj", "bit": "stem.conv", "vit": "patch_embed.proj"}[family]
@@ -151,7 +153,13 @@ def _describe_vit(params: dict, config: ModelConfig, image_size: list[int], eva:
         arguments["init_values"] = config.layer_scale or 1e-5  # timm takes 0 as no LayerScale
     if config.qk_norm:
         arguments["qk_norm"] = True
-    pairs = timm_names.vit_pairs(config.depth, config.stages, params, "ours")
+    pairs = timm_names.vit_pairs(config.depth, config.stages, params, "ours", config.parallel)
+    if config.parallel:
+        others = (eva, gated, config.distillation, config.layer_scale is not None)
+        if any(others) or config.stages is not None or config.norm_epsilon != 1e-6:
+            raise InputError("timm can't hold this model: parallel = True beside its other options")
+        always = {"pre_norm": config.pre_norm, "qk_norm": config.qk_norm, "no_embed_class": False}
+        return "vit_base_patch16_xp_224", {**arguments, **always}, pairs
     if config.distillation:
         return "deit_base_distilled_patch16_224", arguments, pairs
     if config.stages is None:

@@ -60,9 +60,16 @@ _RENAMES = (
 
 
 def vit_pairs(
-    depth: int, stages: tuple[int, ...] | None, names: Collection[str], side: str
+    depth: int,
+    stages: tuple[int, ...] | None,
+    names: Collection[str],
+    side: str,
+    parallel: bool = False,
 ) -> list[Pair]:
-    """Returns the pairs of a ViT, or with `stages` of a hybrid; optional ones if in `names`."""
+    """Returns the pairs of a ViT, or with `stages` of a hybrid; optional ones if in `names`.
+
+    `parallel`: blocks have one norm, and norms no bias.
+    """
     pairs = [Pair("embedding/kernel", "patch_embed.proj.weight", "conv")]
     probe = Pair("MAPHead_0/probe", "attn_pool.latent", "tokens")
     optional = [
@@ -98,7 +105,9 @@ def vit_pairs(
         ]
     if stages is not None:
         pairs += stem_pairs(stages, BACKBONE + ("stem." if stages else ""), BACKBONE, "v1")
-    return pairs + present(optional, names, side)
+    pairs += present(optional, names, side)
+    missing = re.compile(r".*(?:LayerNorm_1/scale|(?:LayerNorm_\d|_norm)/bias)")
+    return [pair for pair in pairs if not (parallel and missing.fullmatch(pair.ours))]
 
 
 def bit_pairs(stages: tuple[int, ...]) -> list[Pair]:
@@ -198,6 +207,44 @@ def split(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if arrays.pop(name).any():
             raise InputError(f"{name} is not zero: norms of queries and keys have no bias here")
     return arrays
+
+
+_PARALLEL = {  # names in timm's ParallelScalingBlock -> those in its Block
+    "in_norm.weight": "norm1.weight",
+    "mlp_bias": "mlp.fc1.bias",
+    **{f"{x}_norm.weight": f"attn.{x}_norm.weight" for x in "qk"},
+    **{f"attn_out_proj.{leaf}": f"attn.proj.{leaf}" for leaf in ("weight", "bias")},
+    **{f"mlp_out_proj.{leaf}": f"mlp.fc2.{leaf}" for leaf in ("weight", "bias")},
+}
+_LAYERS = ("mlp.fc1", "attn.q", "attn.k", "attn.v")  # of which `in_proj` is made
+
+
+def split_parallel(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames a parallel block's tensors, and splits the kernel of its first layers."""
+    found = {}
+    for name, array in arrays.items():
+        block, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
+        if leaf == "in_proj.weight" and array.ndim == 2 and len(array) > 3 * array.shape[1]:
+            ends = len(array) - np.arange(3, 0, -1) * array.shape[1]
+            pieces = zip(_LAYERS, np.split(array, ends), strict=True)
+            found |= {f"{block}{layer}.weight": piece for layer, piece in pieces}
+        else:
+            found[block + (_PARALLEL.get(leaf, leaf) if block else leaf)] = array
+    return found
+
+
+def fuse_parallel(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inverts `split_parallel`."""
+    arrays, theirs = dict(arrays), {new: old for old, new in _PARALLEL.items()}
+    for first in [name for name in arrays if name.endswith(f"{_LAYERS[0]}.weight")]:
+        pieces = [arrays.pop(first.replace(_LAYERS[0], layer)) for layer in _LAYERS]
+        arrays[first.replace(f"{_LAYERS[0]}.", "in_proj.")] = np.concatenate(pieces)
+
+    def rename(name):
+        block, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
+        return block + (theirs.get(leaf, leaf) if block else leaf)
+
+    return {rename(name): array for name, array in arrays.items()}
 
 
 def _packed(arrays: dict[str, np.ndarray]) -> bool:

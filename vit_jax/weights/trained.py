@@ -20,7 +20,9 @@ from vit_jax.config import InputError, build, unknown
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.foreign_files import read_file
 from vit_jax.models.lora import merge
-from vit_jax.models.variants import Model, ModelConfig, Output, build_model, described_model
+from vit_jax.models.options import Description, ModelConfig
+from vit_jax.models.stacking import flatten
+from vit_jax.models.variants import Model, Output, build_model, described_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
     batch_parts,
@@ -34,6 +36,7 @@ from vit_jax.parallel.run_files import as_path, check_holds_checkpoints, is_comp
 from vit_jax.weights import folders, formats, hub, published
 from vit_jax.weights.checksums import check_whole, checksummed
 from vit_jax.weights.prediction import Prediction
+from vit_jax.weights.pytorch import checked
 
 FORMATS = ("orbax", *formats.FORMATS)
 BATCH = 64  # images per batch
@@ -70,15 +73,9 @@ class TrainedModel:
         LoRA's adapters are merged.
         """
         params, description = merge(params, description)
-        return cls(
-            architecture=described_model(description),
-            params=params,
-            names=tuple(description.get("class_names", ())),
-            preprocessing=description.get("preprocess", "resize"),
-            temperature=description.get("temperature", 1.0),
-            origin=origin,
-            notes=tuple(description.get("notes", ())),
-        )
+        found = Description.read(description)
+        read = (found.class_names, found.preprocess, found.temperature, origin, found.notes)
+        return cls(described_model(description), params, *read)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -138,11 +135,11 @@ class TrainedModel:
         `mesh`: devices to split batches over; by default all of this process.
         """
         self._check_head()
-        return self._outputs(images, "logits", mesh)
+        return self._outputs(images, mesh)
 
     def features(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
         """Computes the head's input: uint8 [B, H, W, 3] -> float32 [B, D]."""
-        return self._outputs(images, "features", mesh)
+        return self._outputs(images, mesh, name="features")
 
     def probabilities(self, images: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
         """Computes softmax(logits / temperature): uint8 [B, H, W, 3] -> float32 [B, C]."""
@@ -189,10 +186,7 @@ class TrainedModel:
 
         For an image that can't be read: (file, None, the reason).
         """
-
-        def features(pixels: np.ndarray, mesh: Mesh | None, size: int) -> np.ndarray:
-            return self._outputs(pixels, "features", mesh, size)
-
+        features = functools.partial(self._outputs, name="features")
         return self._iterate(images, features, batch_size)
 
     def _iterate(
@@ -249,7 +243,7 @@ class TrainedModel:
         self, images: np.ndarray, mesh: Mesh | None, batch_size: int | None = None
     ) -> np.ndarray:
         self._check_head()
-        logits = self._outputs(images, "logits", mesh, batch_size)
+        logits = self._outputs(images, mesh, batch_size)
         return np.asarray(jax.nn.softmax(logits / self.temperature))
 
     def _check_head(self) -> None:
@@ -260,8 +254,9 @@ class TrainedModel:
             )
 
     def _outputs(
-        self, images: np.ndarray, name: str, mesh: Mesh | None, batch_size: int | None = None
+        self, images: np.ndarray, mesh: Mesh | None, size: int | None = None, name: str = "logits"
     ) -> np.ndarray:
+        """Computes one field of `Output` in batches of `size`."""
         images = np.asarray(images)
         if images.shape[1:] != (*self.image_size, 3) or images.dtype != np.uint8:
             raise InputError(
@@ -271,8 +266,8 @@ class TrainedModel:
         mesh = mesh or self._local_mesh
         params, sharding = self._placed(mesh), batch_sharding(mesh)
         parts = batch_parts(mesh)
-        batch_size = batch_size or max(1, min(BATCH, len(images)))
-        size = -(-batch_size // parts) * parts  # the same for all batches: one compilation
+        size = size or max(1, min(BATCH, len(images)))
+        size = -(-size // parts) * parts  # the same for all batches: one compilation
         found = []
         with use_mesh(mesh):
             for start in range(0, len(images), size):
@@ -384,7 +379,9 @@ def _read_orbax(folder: Path) -> tuple[dict, dict[str, Any]]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         params = reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return params, reader.restore(folder / "model", args=ocp.args.JsonRestore())
+        description = reader.restore(folder / "model", args=ocp.args.JsonRestore())
+    checked(flatten(params), description)
+    return params, description
 
 
 def _write_orbax(path: Path, params: dict, description: dict[str, Any]) -> None:
