@@ -280,7 +280,7 @@ class Program:
     @property
     def collectives(self) -> list[Collective]:
         """All collectives; those that the compiler splits into parts count once."""
-        found: dict[str, Collective] = {}
+        found: dict[tuple, Collective] = {}
         for times, scope, instruction in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
             group = None
@@ -298,7 +298,10 @@ class Program:
                     "all-reduce-scatter"
                 ):  # a reduce-scatter on TPUs
                     kind = "reduce-scatter"
-                found[channel] = Collective(kind, size, group, times)
+                # Those that jax writes, as in `shard_map`, share a channel.
+                source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+                key = (channel, group, source and source[1])
+                found[key] = Collective(kind, size, group, times)
         return list(found.values())
 
 

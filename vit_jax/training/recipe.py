@@ -22,6 +22,7 @@ from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.distillation import DistillConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
+from vit_jax.parallel.fsdp import placed_as
 from vit_jax.parallel.mesh import (
     MeshConfig,
     check_batch_size,
@@ -299,7 +300,8 @@ class Training:
             teacher=teacher and partial(teacher.logits, taught_by),
             observe=observe,
         )
-        return train_step(state, batch)
+        with placed_as(self.placed_shapes.params):
+            return train_step(state, batch)
 
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """Lowers the step for arrays, or shapes with shardings, like these; it donates `state`.
