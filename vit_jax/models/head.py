@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
+from vit_jax.models.dense import Dense
 from vit_jax.parallel.mesh import constrain_batch
 
 
@@ -28,8 +29,9 @@ def classify(features: jax.Array, num_classes: int, bias: float, name: str = "he
     features = constrain_batch(features)
     if not num_classes:
         return Output(logits=features, features=features)
-    head = nn.Dense(
-        num_classes,
+    head = Dense(
+        (num_classes,),
+        to_nonlinearity=True,
         kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(bias),
         name=name,
