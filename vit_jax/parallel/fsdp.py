@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -20,6 +22,7 @@ from vit_jax.parallel.mesh import (
     placement_of,
 )
 
+LANES = 128  # of a TPU's registers
 # While a step is traced, its parameters by name: shapes with shardings.
 _PLACED: ContextVar[Mapping[str, Any]] = ContextVar("placed", default=MappingProxyType({}))
 
@@ -87,14 +90,20 @@ def with_gathered(
 def _gather(part: jax.Array, axis: int, sides: tuple[int, ...]) -> jax.Array:
     """Gathers an axis over `fsdp`, along one side of the chips' grid after another.
 
-    TPUs reduce-scatter, the transpose, along one side: over several at once XLA all-reduces.
+    TPUs reduce-scatter, the transpose, along one side, and parts of whole lanes. Otherwise XLA
+    all-reduces.
     """
     if len(sides) == 1:
         return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
     grid = np.arange(math.prod(sides)).reshape(sides)
     for side in reversed(range(len(sides))):
         groups = np.moveaxis(grid, side, -1).reshape(-1, sides[side]).tolist()
-        part = jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
+        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis_index_groups=groups)
+        if side and axis == part.ndim - 1 and part.shape[axis] % LANES:
+            shape = (*part.shape[:-1], -1)
+            part = jnp.moveaxis(gather(part), 0, -2).reshape(shape)
+        else:
+            part = gather(part, axis=axis, tiled=True)
     return part
 
 
