@@ -33,10 +33,11 @@ OUTPUT = flags.DEFINE_string("output", PUBLISHED[EMBEDDED], "The .npz file to wr
 
 
 def without_head(model: TrainedModel) -> TrainedModel:
-    """The network that gives features of images of `SIZE`."""
+    """The network that gives features of all stages for images of `SIZE`."""
+    config = dataclasses.replace(model.config, stage_features=True)
     return dataclasses.replace(
         model,
-        architecture=build_model(model.config, 0, SIZE),
+        architecture=build_model(config, 0, SIZE),
         params={name: group for name, group in model.params.items() if name != "head"},
     )
 

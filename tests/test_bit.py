@@ -75,3 +75,5 @@ def test_other_names():
         ValueError, match=r"BiT's ResNets have no block1/unit1/gn_proj/bias.*gn_root"
     ):
         to_bit(shapes(stages=(1,), preactivation=False))
+    with pytest.raises(ValueError, match="no stage_features: use another format"):
+        to_bit(shapes(stages=(1, 1), stage_features=True))

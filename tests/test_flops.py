@@ -112,6 +112,7 @@ def test_padding(image_size, preactivation):
         (HYBRID, {"stages": (1, 2), "stem_width": 32}),
         (MIXER, {"mlp": "swiglu", "token_mlp_dim": 40, "remat": "dots"}),
         ("R26x1", {"stages": (1, 2, 1), "stem_width": 96, "remat": "full"}),
+        ("R26x1", {"stages": (1, 1), "stem_width": 32, "stage_features": True}),
     ],
 )
 def test_every_option(variant, options):

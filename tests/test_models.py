@@ -5,6 +5,7 @@ import functools
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -458,6 +459,27 @@ def test_resnet_takes_any_image_size_and_starts_as_its_shortcuts():
     assert run(model, params, jnp.zeros((1, 33, 47, 3))).features.shape == (1, 256)
     with pytest.raises(ValueError, match="R26x1 has no Transformer encoder"):
         model.intermediates(params, jnp.zeros((1, 33, 47, 3)))
+
+
+def test_features_of_all_stages():
+    """Mean, deviation and maximum of each stage; the gradient is finite on a constant image."""
+    options = {"stages": (1, 1), "stem_width": 32, "dtype": "float32"}
+    model = build_model(ModelConfig("R26x1", stage_features=True, **options), 0, (16, 24))
+    params = init(model)
+    images = jax.random.uniform(jax.random.key(1), (2, 16, 24, 3))
+    features = run(model, params, images).features
+    plain = build_model(ModelConfig("R26x1", **options), 0, (16, 24))
+    _, state = plain.module.apply({"params": params}, images, capture_intermediates=True)
+    first, last = (
+        nn.relu(state["intermediates"][name]["__call__"][0]) for name in ("block1", "gn_head")
+    )
+    expected = [f(stage, axis=(1, 2)) for stage in (first, last) for f in (np.mean, np.std, np.max)]
+    np.testing.assert_allclose(features, np.concatenate(expected, axis=1), atol=1e-3)
+
+    def total(params: dict) -> jax.Array:
+        return model.apply(params, jnp.zeros((1, 16, 24, 3))).features.sum()
+
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(total)(params)))
 
 
 def test_a_model_can_be_built_again_from_its_own_description():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -27,6 +28,10 @@ from experiments.scaling.study import (
     load_study,
     merge,
 )
+from experiments.scaling.table import write_csv
+from vit_jax.config import build
+from vit_jax.costs.flops import training_flops
+from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.claims import Claims
 
 ROOT = Path(__file__).parent.parent
@@ -342,6 +347,31 @@ def test_a_machine_may_set_what_defines_no_run(tmp_path):
     assert seen == [{"fsdp": 2}] * 8
     with pytest.raises(ValueError, match=r"optimizer\.b2 is part of a run"):
         work(STUDY, store(tmp_path), train, free={"optimizer.b2": 0.9}, say=quiet)
+
+
+def test_crossover_has_matched_budgets_and_needs_tuned_rates(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="expected crossover or crossover:rates"):
+        load_study("crossover:rate")
+    proxies = expand(load_study("crossover:rates"))
+    names = {(run.labels["sweep"].split()[0], run.labels["model"]) for run in proxies}
+    rows = [{"sweep": f, "model": m, "best rate": 0.001 * i} for i, (f, m) in enumerate(names)]
+    tuned = tmp_path / "rates.csv"
+    study = runpy.run_path(str(ROOT / "experiments/scaling/studies/crossover.py"))
+    monkeypatch.setitem(study["tuned"].__globals__, "TUNED", tuned)
+    with pytest.raises(ValueError, match="run and draw --study=crossover:rates first"):
+        study["get_study"]()
+    write_csv(tuned, rows)
+    runs = [run for run in expand(study["get_study"]()) if run.kind == "pretrain"]
+    assert len(runs) == len(names) * (4 + 3) * 3
+    rates = {(row["sweep"], row["model"]): row["best rate"] for row in rows}
+    for run in runs:
+        family, model = run.labels["set"].split()[0], run.labels["model"]
+        assert run.config["schedule"]["peak"] == rates[family, model]
+        assert run.config["data"]["dataset"] == f"{family}/100"
+    for model, flops in study["FLOPS"].items():
+        config = next(run.config for run in runs if run.labels["model"] == model)
+        built = build_model(build(ModelConfig, config["model"]), study["CLASSES"], (16, 16))
+        assert training_flops(built) == flops
 
 
 def test_bad_studies_are_explained(tmp_path):

@@ -16,7 +16,7 @@ from experiments.scaling.shapes import pooled_models, scaled_models
 from experiments.scaling.study import expand, flatten, load_study
 from experiments.scaling.study_figures import draw_study, drawings, make_looks
 from experiments.scaling.style import label_ends, new_figure
-from experiments.scaling.table import points
+from experiments.scaling.table import losses_by_rate, points
 
 # Invented: the depth 1 model has half of the base's accuracy at a third of its compute.
 VALUES = {"ViT-S/4": (3e6, 0.8), "depth 1": (1e6, 0.4), "ViT-S/4 GAP": (3e6, 0.6)}
@@ -124,6 +124,32 @@ def test_without_pretraining_there_is_a_point_that_cost_nothing():
     found = points(study, records(study, {"ViT-S/4"}))
     (point,) = [p for p in found if (p.examples, p.seed, p.task) == (0, 1, "digits fine-tuned")]
     assert (point.exaflops, point.accuracy, point.set) == (0.0, 80.0, "no pretraining")
+
+
+def test_the_best_learning_rate_of_each_model(axes):
+    """The table's rates are those of the lowest mean loss; a diverged seed rules a rate out."""
+    study, found = load_study("widths"), {}
+    for run in expand(study):
+        rule, rate = run.labels["sweep"].split()
+        best = 4e-3 * (48 / int(run.labels["model"].split()[1]) if rule == "standard" else 1)
+        loss = 2 + np.log2(float(rate) / best) ** 2 + 0.1 * run.labels["seed"]
+        if float(rate) > 0.03 and run.labels["seed"] == 1:
+            loss = np.nan
+        found[run.name] = {
+            **{"status": "done", "kind": run.kind, "labels": run.labels},
+            **{"config": flatten(run.config), "evaluations": [{"validation/loss": loss}]},
+        }
+    rows = {(row["sweep"], row["model"]): row for row in study_figures.best_rates(found)}
+    assert len(rows) == 10
+    for width, rate in ((48, "0.004"), (96, "0.002"), (192, "0.001"), (384, "0.0005")):
+        assert rows["standard", f"width {width}"]["best rate"] == rate
+        assert rows["mup", f"width {width}"]["best rate of each seed"] == "0.004, 0.004, 0.004"
+    models = losses_by_rate(found.values())["mup"]
+    looks = study_figures.make_looks(study)
+    study_panels.by_rate(axes, models, "mup", "strokes", looks)
+    assert all(max(line.get_xdata()) < 0.03 for line in axes.lines)
+    ring = axes.collections[1].get_offsets()
+    np.testing.assert_allclose(ring, [[4e-3, 2.1]])
 
 
 def test_labels_stay_apart_and_in_the_panel(axes):

@@ -10,8 +10,9 @@ features. They choose their options on --dev_split, or on a held-out part of --t
 """
 
 import json
-from collections.abc import Callable
+import os
 from contextlib import ExitStack
+from functools import partial
 
 from absl import flags
 
@@ -52,31 +53,19 @@ def main(_) -> None:
     """Prints the result, and writes it to --output."""
     args = flags.FLAGS
     multihost.initialize(args.distributed, args.join_seconds)
+    options = {name: args[name].value for name in COMMON}
     given = {name: args[name].value for name in OWN if args[name].value is not None}
-    options = {name: numbers(name, v, OWN[name]) for name, v in given.items()}
+    options |= {name: numbers(name, value, OWN[name]) for name, value in given.items()}
     options |= {"seed": args.seed} if args.protocol == "linear" else {}
-    options |= {name: args[name].value for name in COMMON}
     with ExitStack() as stack:
-        write = _lock_output(stack, args.output)
+        lock = partial(locked_output, as_path(args.output or os.devnull))
+        write = multihost.on_main(lambda: stack.enter_context(lock()))
         model = load(args.checkpoint)
         model = model.with_random_weights(args.seed) if args.random_weights else model
         text = json.dumps(evaluate(model, args.dataset, **options).values, indent=2)
         if multihost.is_main():
             print(text)
             write(text + "\n")
-
-
-def _lock_output(stack: ExitStack, output: str | None) -> Callable[[str], None]:
-    """Locks --output on process 0; returns its writer. Raises OSError on all if that fails."""
-    write, problem = lambda text: None, ""
-    if output and multihost.is_main():
-        try:
-            write = stack.enter_context(locked_output(as_path(output)))
-        except OSError as error:
-            problem = str(error)
-    if problem := multihost.first_of_all(problem):
-        raise OSError(problem)
-    return write
 
 
 if __name__ == "__main__":

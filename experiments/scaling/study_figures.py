@@ -16,7 +16,15 @@ from experiments.scaling.runner import Store
 from experiments.scaling.shapes import pooled_models, scaled_models
 from experiments.scaling.study import FAMILIES, Study
 from experiments.scaling.style import ORDER, Looks, new_figure, save
-from experiments.scaling.table import Point, average_tasks, grouped, kind_of, points, write_csv
+from experiments.scaling.table import (
+    Point,
+    average_tasks,
+    grouped,
+    kind_of,
+    losses_by_rate,
+    points,
+    write_csv,
+)
 from vit_jax.config import InputError
 
 Panel = Callable[[Axes], None]
@@ -47,7 +55,7 @@ def draw_study(study: Study, store: Store, folder: Path) -> list[Path]:
     found.sort(key=lambda p: (order.index(p.model), p.examples, p.images_seen, p.seed, p.task))
     written = [folder / "points.csv"]
     write_csv(written[0], found)
-    written += write_tables(found, folder)
+    written += write_tables(found, records, folder)
     for name, drawing in drawings(study, found, records).items():
         shown = [panel for panel in drawing.own if _has_points(panel)]
         if shown:
@@ -116,6 +124,7 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
 
     best = "fine-tuned" if tuned else kind
     of_best = [p for p in found if kind_of(p.task) == best and p.examples == largest]
+    trained = panels.sets_of({p.set for p in found if p.examples})
     every = {"all": sum(study.groups.values(), ()), **study.groups} if study.groups else {}
     return {
         "figure_2": Drawing(
@@ -182,6 +191,14 @@ def drawings(study: Study, found: list[Point], records: dict[str, dict]) -> dict
             "nothing is evaluated yet",
         ),
         "training": Drawing([], training(names, "-"), "nothing is evaluated several times"),
+        "rates": Drawing(
+            [],
+            [
+                partial(panels.by_rate, models=models, name=name, trained=trained, looks=looks)
+                for name, models in losses_by_rate(records.values()).items()
+            ],
+            "no model is pretrained with several learning rates",
+        ),
     }
 
 
@@ -211,8 +228,28 @@ def fade(axes: Axes) -> None:
         axes.get_legend().remove()
 
 
-def write_tables(found: list[Point], folder: Path) -> list[Path]:
-    """Writes Table 5 (fine-tuned, by set and task) and Table 6 (by model and budget)."""
+def best_rates(records: dict[str, dict]) -> list[dict[str, str]]:
+    """Returns a row for each sweep and model: its best peak learning rate, by the last loss."""
+    rows = []
+    for name, models in losses_by_rate(records.values()).items():
+        for model, rates in models.items():
+            best = min(rates, key=lambda rate: np.mean(rates[rate]))
+            seeds = min(map(len, rates.values()))
+            by_seed = (min(rates, key=lambda rate: rates[rate][i]) for i in range(seeds))
+            rows.append(
+                {
+                    "sweep": name,
+                    "model": model,
+                    "best rate": f"{best:g}",
+                    "loss": f"{np.mean(rates[best]):.3f}",
+                    "best rate of each seed": ", ".join(f"{rate:g}" for rate in by_seed),
+                }
+            )
+    return rows
+
+
+def write_tables(found: list[Point], records: dict[str, dict], folder: Path) -> list[Path]:
+    """Writes Table 5 (fine-tuned, by set and task), Table 6 (by model and budget), best rates."""
     written = []
     tuned = [p for p in found if p.task.endswith("fine-tuned")]
     models = list(dict.fromkeys(p.model for p in found))
@@ -245,7 +282,8 @@ def write_tables(found: list[Point], folder: Path) -> list[Path]:
         }
         for (model, where, budget), of in cells.items()
     ]
-    for name, rows in (("table5", table_5), ("table6", table_6)):
+    tables = {"table5": table_5, "table6": table_6, "rates": best_rates(records)}
+    for name, rows in tables.items():
         if rows:
             write_csv(folder / f"{name}.csv", rows)
             written += [folder / f"{name}.csv", figures.write_markdown(folder / f"{name}.md", rows)]

@@ -129,8 +129,32 @@ def while_training(
         axes.set(xlabel="steps of pretraining", ylabel="average few-shot (%)")
         counts = [len(curves[name]) for name, *_ in ends]
         of = {r["labels"]["set"] for r in runs}
-        _title(axes, f"pretrained on {_sets(of)}", _seeds(counts))
+        _title(axes, f"pretrained on {sets_of(of)}", _seeds(counts))
         label_ends(axes, ends)
+
+
+def by_rate(
+    axes: Axes, models: dict[str, dict[float, list]], name: str, trained: str, looks: Looks
+) -> None:
+    """Draws the last loss against the peak learning rate, a line per model, its best rate ringed.
+
+    `models` is {model: {rate: losses of seeds}}. Rates at which a seed diverged are left out.
+    """
+    ends = []
+    for model in [m for m in looks.family if m in models]:
+        rates = {rate: of for rate, of in models[model].items() if max(of) < np.inf}
+        if not rates:
+            continue
+        ends.append(_line(axes, model, [*rates], [*rates.values()], looks))
+        best = min(rates, key=lambda rate: np.mean(rates[rate]))
+        at = [best], [np.mean(rates[best])]
+        axes.scatter(*at, s=150, facecolors="none", edgecolors=[looks.colour(model)], zorder=3)
+    if ends:
+        axes.set_xscale("log")
+        axes.set(xlabel="peak learning rate", ylabel="last loss")
+        counts = [len(of) for rates in models.values() for of in rates.values()]
+        _title(axes, f"{name}: pretrained on {trained}", f"ring: best rate; {_seeds(counts)}")
+        axes.legend(axes.lines, [model for model, *_ in ends])
 
 
 def by_speed(axes: Axes, found: list[Point], looks: Looks) -> None:
@@ -222,10 +246,10 @@ def _title(axes: Axes, trained: str, details: str) -> None:
 
 
 def _pretrained(found: list[Point]) -> str:
-    return f"pretrained on {_sets({p.set for p in found if p.examples})}"
+    return f"pretrained on {sets_of({p.set for p in found if p.examples})}"
 
 
-def _sets(names: set[str]) -> str:
+def sets_of(names: set[str]) -> str:
     """The name of one set, or the words that several begin with: "strokes" of "strokes 500"."""
     words = [name.split() for name in sorted(names)]
     common = list(itertools.takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False)))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -68,6 +69,40 @@ def _task(metric: str, config: dict[str, Any]) -> str | None:
     # Without labels, upstream accuracy is that of patches, which isn't comparable.
     supervised = config.get("loss.name") != "masked_patches"
     return "upstream" if metric == "validation/accuracy" and supervised else None
+
+
+def last_loss(record: dict[str, Any]) -> float:
+    """Returns a run's last loss: the first evaluator's that reports one, else that of training.
+
+    inf if the run didn't finish, or diverged.
+    """
+    if record["status"] != "done":
+        return math.inf
+    last = (record["evaluations"] or [{}])[-1]
+    trained = record.get("loss") or math.inf
+    loss = next((v for k, v in last.items() if k.endswith("/loss")), trained)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def losses_by_rate(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[float, list]]]:
+    """Returns {sweep: {model: {peak learning rate: last losses of its seeds}}} of pretraining.
+
+    Points of a sweep over `schedule.peak` are named "RULE RATE"; the sweep is the RULE. Sweeps and
+    models with one learning rate are left out.
+    """
+    found: dict[str, dict[str, dict[float, list]]] = {}
+    for record in records:
+        name, _, rate = record["labels"]["sweep"].rpartition(" ")
+        if record["kind"] == "pretrain" and record["status"] == "done" and rate:
+            models = found.setdefault(name, {}).setdefault(record["labels"]["model"], {})
+            models.setdefault(record["config"]["schedule.peak"], []).append(last_loss(record))
+    several = {
+        name: {
+            model: dict(sorted(rates.items())) for model, rates in models.items() if len(rates) > 1
+        }
+        for name, models in found.items()
+    }
+    return {name: models for name, models in several.items() if models}
 
 
 def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Iterable[Point]:

@@ -19,6 +19,7 @@ from experiments.scaling.study import (
     Study,
     expand,
 )
+from experiments.scaling.table import last_loss
 from vit_jax.config import InputError, build
 from vit_jax.costs.topology import parse_topology
 from vit_jax.models.variants import ModelConfig, build_model
@@ -149,20 +150,12 @@ def show_tuning(options: argparse.Namespace, store: Store, free: dict[str, Any])
 
 
 def measured(runs: list[Run], store: Store) -> dict[float, float]:
-    """Returns the mean last loss of each learning rate; inf if one of its runs didn't finish.
-
-    It's the loss of the first evaluator that reports one, else that of training.
-    """
+    """Returns the mean `last_loss` of each learning rate."""
     records, found = store.records(), {}
     for run in runs:
-        record, loss = records.get(run.name, {"status": "missing"}), math.inf
-        if record["status"] == "done":
-            last = (record["evaluations"] or [{}])[-1]
-            trained = record.get("loss") or math.inf
-            loss = next((v for k, v in last.items() if k.endswith("/loss")), trained)
+        loss = last_loss(records.get(run.name, {"status": "missing"}))
         found.setdefault(run.config["schedule"]["peak"], []).append(loss)
-    means = {rate: sum(losses) / len(losses) for rate, losses in sorted(found.items())}
-    return {rate: mean if math.isfinite(mean) else math.inf for rate, mean in means.items()}
+    return {rate: sum(losses) / len(losses) for rate, losses in sorted(found.items())}
 
 
 def write_target(tuning: Tuning, rate: float, folder: Path) -> Path:

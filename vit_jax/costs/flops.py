@@ -137,6 +137,8 @@ def _mixer(mixer: Mixer, size: Size) -> tuple[int, int]:
 def _resnet(resnet: ResNet, size: Size) -> tuple[int, int]:
     """Returns MACs and features like `_vit`."""
     macs, _, channels = _stem(resnet.stem, size)
+    if resnet.stage_features:  # channels double from stage to stage
+        channels = sum(3 * channels // 2**i for i in range(len(resnet.stem.stages)))
     return macs, channels
 
 

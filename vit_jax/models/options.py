@@ -77,6 +77,9 @@ class ModelConfig:
     # ResNet v2: max pooling pads with 0, as in BiT's training; False: with -inf, as in big_vision.
     # Logits differ in the fourth digit.
     zero_padded_pool: bool = False
+    # ResNet: features are mean, deviation and maximum of the channels of every stage's output, not
+    # the mean of the last. Better for a head on frozen features (Head2Toe, arXiv 2201.03529).
+    stage_features: bool = False
 
     # token: class token | gap: mean of patches | map: attention pooling (arXiv 2106.04560) |
     # token+gap: the first two in one vector, as DINOv2's linear heads (arXiv 2304.07193).
@@ -151,7 +154,7 @@ _STEM = {"stages", "stem_width"}
 _SIZES = ("width", "depth", "mlp_dim", "num_heads", "token_mlp_dim", "stem_width", "patch_outputs")
 LEAST = dict.fromkeys((*_SIZES, "pool_heads", "pool_mlp_dim", "rotary_reference"), 1)
 LEAST |= {"registers": 0, "representation_size": -1}
-_RESNET = {"preactivation", "zero_padded_pool"}
+_RESNET = {"preactivation", "zero_padded_pool", "stage_features"}
 _VIT = {f.name for f in dataclasses.fields(ModelConfig)} - _STEM - _RESNET - {"token_mlp_dim"}
 _MIXER = {"width", "depth", "mlp_dim", "token_mlp_dim", "dropout", "stochastic_depth", "mlp"}
 FIELDS: dict[str, set[str]] = {

@@ -118,11 +118,11 @@ class StemConfig:
     remat: str  # policy per unit, a key of `transformer.REMAT_POLICIES`
 
 
-def stem(config: StemConfig, x: jax.Array) -> jax.Array:
-    """Applies root and stages: images [B, H, W, 3] -> [B, H / r, W / r, C].
+def stem(config: StemConfig, x: jax.Array) -> list[jax.Array]:
+    """Applies root and stages to images [B, H, W, 3]; returns the outputs of all, root first.
 
-    r is 4 * 2^(stages - 1), or 4 without stages. Call it inside a module, which then owns the
-    parameters.
+    Each is [B, H / r, W / r, C]: r is 4 after the root and the first stage, and twice as large
+    after each further stage. Call it inside a module, which then owns the parameters.
     """
     version, dtype = config.version, config.dtype
     x = StdConv(config.width, 7, 2, version, dtype, name="conv_root")(x)
@@ -134,26 +134,44 @@ def stem(config: StemConfig, x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=outside)
         # jax2onnx supports keyword arguments only, and ignores padding given as numbers.
         x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
+    outputs = [x]
     for i, units in enumerate(config.stages):
         arguments = (units, config.width * 2**i, 2 if i else 1, version, dtype, config.remat)
-        x = Stage(*arguments, name=f"block{i + 1}")(x)
-    return x
+        outputs.append(Stage(*arguments, name=f"block{i + 1}")(outputs[-1]))
+    return outputs
 
 
 class ResNet(nn.Module):
-    """A ResNet classifier: images [B, H, W, 3] in [-1, 1]; features are average-pooled channels."""
+    """A ResNet classifier: images [B, H, W, 3] in [-1, 1].
+
+    Features are the last stage's channels, averaged over the image [B, C]; with `stage_features`
+    mean, deviation and maximum of each stage's channels [B, 3 (C_1 + C_2 + ...)].
+    """
 
     stem: StemConfig
+    stage_features: bool
     num_classes: int
     head_bias: float
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Output:
-        x = stem(self.stem, images.astype(self.stem.dtype))
+        outputs = stem(self.stem, images.astype(self.stem.dtype))
+        x = outputs[-1]
         if self.stem.version == "v2":
             x = nn.relu(group_norm("gn_head", "v2", self.stem.dtype)(x))
-        x = x.astype(jnp.float32).mean(axis=(1, 2))
-        return classify(x, self.num_classes, self.head_bias)
+        if self.stage_features:
+            stages = (*map(nn.relu, outputs[1:-1]), x)
+            features = jnp.concatenate([s for stage in stages for s in statistics(stage)], axis=1)
+        else:
+            features = x.astype(jnp.float32).mean(axis=(1, 2))
+        return classify(features, self.num_classes, self.head_bias)
+
+
+def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns mean, deviation and maximum of [B, H, W, C] over the image, float32 [B, C]."""
+    x = x.astype(jnp.float32)
+    # The constant bounds the gradient where all pixels are equal.
+    return x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-6), x.max((1, 2))
 
 
 def group_norm(

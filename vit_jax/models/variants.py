@@ -184,7 +184,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
 
     classifier = {"num_classes": num_classes, "head_bias": config.head_bias}
     if family == "ResNet":
-        module = ResNet(stem=stem, **classifier)
+        module = ResNet(stem=stem, stage_features=config.stage_features, **classifier)
     else:
         block = {f.name: getattr(config, f.name) for f in dataclasses.fields(TransformerConfig)}
         block = TransformerConfig(**{**block, "dtype": jnp.dtype(config.dtype)})

@@ -92,7 +92,7 @@ class ViT(nn.Module):
         config, positions = self.config, self.positions
         x = images.astype(config.dtype)
         if self.stem is not None:
-            x = stem(self.stem, x)
+            x = stem(self.stem, x)[-1]
         x = nn.Conv(
             config.width,
             (self.patch, self.patch),

@@ -8,10 +8,11 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ALL_HERE = "all here"
 _LINGER_SECONDS = 10  # after an error, so that late processes are told about it
 _QUIET_SECONDS = 10  # until a process says for which others it waits
+
+T = TypeVar("T")
 
 
 def initialize(distributed: bool, seconds: float = JOIN_SECONDS) -> None:
@@ -341,6 +344,22 @@ def first_of_all(text: str) -> str:
     padded = np.frombuffer(text.encode()[:_FACTS_BYTES].ljust(_FACTS_BYTES), np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return next(filter(None, (bytes(row).decode(errors="replace").strip() for row in rows)), "")
+
+
+def on_main(make: Callable[[], T]) -> T | None:
+    """Returns what `make` returns, on process 0, and None on the others.
+
+    An OSError that it raises is raised on all processes.
+    """
+    made, problem = None, ""
+    if is_main():
+        try:
+            made = make()
+        except OSError as error:
+            problem = str(error)
+    if problem := first_of_all(problem):
+        raise OSError(problem)
+    return made
 
 
 def all_agree(value: bool) -> bool:

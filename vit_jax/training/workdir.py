@@ -13,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax.config import InputError, build, covered, fields_where
-from vit_jax.parallel.multihost import barrier, first_of_all, is_main
+from vit_jax.parallel.multihost import barrier, is_main, on_main
 from vit_jax.parallel.run_files import (
     Lock,
     as_path,
@@ -67,15 +67,7 @@ def open_workdir(workdir: str, config: Any) -> tuple[Path, Lock | None]:
 def lock_workdir(path: Path) -> Lock | None:
     """Locks a folder on process 0. Raises OSError on all processes, with the owner, if in use."""
     check_holds_checkpoints(path)
-    lock, problem = None, ""
-    if is_main():
-        try:
-            lock = Lock(path)
-        except OSError as error:
-            problem = str(error)
-    if problem := first_of_all(problem):
-        raise OSError(problem)
-    return lock
+    return on_main(lambda: Lock(path))
 
 
 def or_start_over(path: Path, config: Any, check: Callable[[], list[str]]) -> list[str]:

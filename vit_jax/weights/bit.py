@@ -51,6 +51,8 @@ def to_bit(arrays: Mapping[str, np.ndarray]) -> Arrays:
         )
     renamed = rename(arrays, _bit_name)
     if (head := "resnet/head/conv2d/kernel") in renamed:
+        if len(renamed[head]) != len(arrays["gn_head/scale"]):
+            raise InputError("BiT's ResNets have no stage_features: use another format")
         renamed[head] = renamed[head][None, None]
     return renamed
 

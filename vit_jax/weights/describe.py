@@ -174,6 +174,9 @@ def _resnet(params: dict) -> tuple[dict, int, None]:
         model["preactivation"] = False
     else:
         model["zero_padded_pool"] = True
+    channels = 4 * width * 2 ** (len(stages) - 1)
+    if "head/kernel" in params and len(params["head/kernel"]) != channels:
+        model["stage_features"] = True
     return model, 32, None
 
 

@@ -238,6 +238,8 @@ def _eva_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def _describe_bit(config: ModelConfig) -> tuple:
+    if config.stage_features:
+        raise InputError("timm's ResNets have no stage_features")
     if config.stages not in _BIT_NAMES:
         raise InputError(
             f"timm has no BiT ResNet with stages {config.stages}: expected one of "
