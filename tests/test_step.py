@@ -254,6 +254,15 @@ def test_losses_against_the_textbook():
     )
 
 
+def test_z_loss():
+    logits, targets = jnp.array([[30.0, 31.0, 28.0]]), jnp.array([[0.0, 1.0, 0.0]])
+    plain, more = (example_losses(LossConfig(z_loss=z), logits, targets)[0] for z in (0.0, 1e-4))
+    assert more - plain == pytest.approx(1e-4 * np.log(np.exp(logits[0]).sum()) ** 2, rel=1e-3)
+    for name, z_loss in (("sigmoid", 1e-4), ("softmax", -1.0)):
+        with pytest.raises(ValueError, match=f"z_loss = {z_loss} of the loss '{name}'"):
+            LossConfig(name, z_loss=z_loss)
+
+
 def test_several_labels_an_image():
     targets = make_targets(jnp.array([[0, 2, -1], [1, -1, -1], [-1, -1, -1]]), 4)
     np.testing.assert_array_equal(targets, [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
