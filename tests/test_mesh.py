@@ -4,6 +4,7 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -195,12 +196,9 @@ def test_products_with_gathered_kernels(layer, shape, inputs, split, placed):
     assert "fsdp" in here[name].spec
     shapes = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here[name])} if placed else {}
 
-    def product(x, kernel):
-        return x @ kernel.reshape(x.shape[-1], -1)
-
     def compute(x, kernel, dy):
         with placed_as(shapes):
-            multiply = partial(with_gathered, product, ("encoder", *layer.split("/")))
+            multiply = partial(with_gathered, jnp.matmul, ("encoder", *layer.split("/")))
             y, back = jax.vjp(lambda x, kernel: multiply(x, kernel, inputs), x, kernel)
         return y, *back(dy)
 
@@ -224,21 +222,24 @@ def test_products_with_gathered_kernels(layer, shape, inputs, split, placed):
         assert {c.bytes for c in found if c.group == data} <= {part // split[1]}
 
 
-@pytest.mark.parametrize("sides", [(8,), (2, 4), (4, 2), (2, 2, 2)])
-def test_gathering_along_a_grids_sides_keeps_the_order(sides):
+@pytest.mark.parametrize("tile", [(1, 1), (8, 128)])
+@pytest.mark.parametrize("sides", [(8,), (2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gathering_along_a_grids_sides_keeps_the_order(axis, sides, tile):
     """In several steps a kernel is as whole, and its gradient as large, as in one."""
-    mesh, kernel = make_mesh(MeshConfig(fsdp=8)), np.arange(48.0, dtype=np.float32).reshape(3, 16)
+    mesh, kernel = make_mesh(MeshConfig(fsdp=8)), np.arange(48.0, dtype=np.float32)
+    kernel = kernel.reshape((16, 3) if axis == 0 else (3, 16))
 
     def gather(part):
-        return _gather(part, 1, sides)[None]
+        return _gather(part, axis, sides, tile)[None]
 
     def gathered(kernel):
-        specs = {"in_specs": PartitionSpec(None, "fsdp"), "out_specs": PartitionSpec("fsdp")}
-        return jax.shard_map(gather, **specs)(kernel)
+        split = PartitionSpec(*[None] * axis, "fsdp")
+        return jax.shard_map(gather, in_specs=split, out_specs=PartitionSpec("fsdp"))(kernel)
 
     with use_mesh(mesh):
         whole, back = jax.vjp(jax.jit(gathered), kernel)
-        np.testing.assert_array_equal(whole, np.broadcast_to(kernel, (8, 3, 16)))
+        np.testing.assert_array_equal(whole, np.broadcast_to(kernel, (8, *kernel.shape)))
         weights = np.arange(8.0, dtype=np.float32)[:, None, None] + kernel
         np.testing.assert_array_equal(back(weights)[0], 28 + 8 * kernel)
 

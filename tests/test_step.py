@@ -152,8 +152,25 @@ def test_every_mesh_computes_the_same(plain, mesh):
             next(iter(found.values())).size
         }
     assert_same(plain, sharded)
+    if mesh == (1, 8, 1):
+        assert_gradients_are_scattered(sharded)
     if mesh == (2, 2, 2):
         assert_no_activation_is_gathered(sharded)
+
+
+def assert_gradients_are_scattered(result):
+    """Kernels of blocks are gathered once, and their gradients reduce-scattered."""
+    found = Program(result[2]).collectives
+    sizes = {
+        kind: sorted(c.bytes for c in found if c.kind == kind)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(result[0].params["Transformer"])
+    kernels = sorted(leaf.nbytes for path, leaf in leaves if path_name(path).endswith("/kernel"))
+    assert sizes["reduce-scatter"] == kernels
+    embedding = result[0].params["embedding"]["kernel"].nbytes
+    assert sum(sizes["all-gather"]) <= sum(kernels) + embedding
+    assert sum(sizes["all-reduce"]) < sum(kernels) / 4 + embedding
 
 
 def assert_no_activation_is_gathered(result):

@@ -57,9 +57,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init_kernel).astype(self.dtype)
         bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
-        y = with_gathered(
-            lambda x, k: multiply(x, k.reshape(x.shape[-1], -1)), self.path, x, kernel, self.inputs
-        )
+        y = with_gathered(multiply, self.path, x, kernel, self.inputs)
         if self.rank:
             init_a = nn.initializers.normal(flat[0] ** -0.5)
             a = self.param("lora_a", init_a, (*shape, self.rank)).reshape(flat[0], self.rank)

@@ -20,9 +20,10 @@ from vit_jax.parallel.mesh import (
     path_name,
     place_in_grid,
     placement_of,
+    platform,
 )
 
-LANES = 128  # of a TPU's registers
+TILE = (8, 128)  # rows and columns of a TPU's registers
 # While a step is traced, its parameters by name: shapes with shardings.
 _PLACED: ContextVar[Mapping[str, Any]] = ContextVar("placed", default=MappingProxyType({}))
 
@@ -44,66 +45,70 @@ def placed_as(params: Any) -> Iterator[None]:
 def with_gathered(
     product: Callable, path: tuple[str, ...], x: jax.Array, kernel: jax.Array, inputs: int = 1
 ) -> jax.Array:
-    """Computes product(x, kernel), with the kernel of the layer at `path` gathered over `fsdp`.
+    """Computes product(x, flat kernel) with the kernel of the layer at `path` gathered over `fsdp`.
 
     Inside jit under `use_mesh`. Under `placed_as` the kernel's gradient is reduce-scattered. XLA by
     itself would multiply with one shard after another as they pass around a ring, and would
     all-reduce the gradients before it slices them.
 
     Args:
-        product: of x [B, ..., D] and kernel [*inputs, *outputs] -> [B, ..., F], linear in both.
-            D and F are flat inputs and outputs. It is called with one device's parts.
+        product: of x [B, ..., D] and kernel [D, F] -> [B, ..., F], linear in both. It is called
+            with one device's parts.
         path: the layer's names.
         x: the layer's input.
-        kernel: the layer's kernel.
-        inputs: the number of the kernel's leading axes that the product sums over.
+        kernel: [*inputs, *outputs], whose axes are flat in D and F.
+        inputs: the number of axes that are flat in D.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
-        return product(x, kernel)
+        return product(x, kernel.reshape(x.shape[-1], -1))
     name = "/".join((*path, "kernel"))
     leaf = _PLACED.get().get(name)
     placed = () if leaf is None else (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
     placed = placed[-kernel.ndim :]  # without the axis of stacked layers
-    tensor = placed.index("tensor") if "tensor" in placed else None
-    if (
-        "fsdp" not in placed
-        or x.shape[0] % batch_parts(mesh)
-        or tensor not in (None, 0, inputs)  # consecutive in a flat axis
-    ):
-        return product(x, jax.lax.with_sharding_constraint(kernel, _gathered(name, kernel, mesh)))
+    split = {axis: dim for dim, axis in enumerate(placed) if axis}
+    consecutive = {*split.values()} <= {0, inputs}  # in the flat kernel
+    if "fsdp" not in split or not consecutive or x.shape[0] % batch_parts(mesh):
+        kernel = jax.lax.with_sharding_constraint(kernel, _gathered(name, kernel, mesh))
+        return product(x, kernel.reshape(x.shape[-1], -1))
+    axis, tensor = int(split["fsdp"] > 0), split.get("tensor")
+    sides, tile = _sides(leaf.sharding.mesh), TILE if platform() == "tpu" else (1, 1)
 
     def gathered(x, part):
         part = jax.lax.pcast(part, "data", to="varying")  # sums shards of gradients over it
-        y = product(x, _gather(part, placed.index("fsdp"), _sides(leaf.sharding.mesh)))
+        part = part.reshape(math.prod(part.shape[:inputs]), -1)
+        y = product(x, _gather(part, axis, sides, tile))
         return jax.lax.psum(y, "tensor") if tensor == 0 else y
 
     between = [None] * (x.ndim - 2)
     x_spec, y_spec = (
-        PartitionSpec(BATCH_AXES, *between, "tensor" if split else None)
-        for split in (tensor == 0, tensor == inputs)
+        PartitionSpec(BATCH_AXES, *between, "tensor" if tensor == dim else None)
+        for dim in (0, inputs)
     )
     specs = {"in_specs": (x_spec, PartitionSpec(*placed)), "out_specs": y_spec}
     return jax.shard_map(gathered, **specs)(x, kernel)
 
 
-def _gather(part: jax.Array, axis: int, sides: tuple[int, ...]) -> jax.Array:
-    """Gathers an axis over `fsdp`, along one side of the chips' grid after another.
+def _gather(part: jax.Array, axis: int, sides: tuple[int, ...], tile: tuple[int, int]) -> jax.Array:
+    """Gathers an axis of a matrix over `fsdp`, along one side of the chips' grid after another.
 
-    TPUs reduce-scatter, the transpose, along one side, and parts of whole lanes. Otherwise XLA
-    all-reduces.
+    TPUs reduce-scatter, the transpose, along one side, and whole tiles of registers. Otherwise XLA
+    all-reduces. Parts of tiles are gathered along an axis of their own.
     """
-    if len(sides) == 1:
-        return jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
     grid = np.arange(math.prod(sides)).reshape(sides)
     for side in reversed(range(len(sides))):
         groups = np.moveaxis(grid, side, -1).reshape(-1, sides[side]).tolist()
-        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis_index_groups=groups)
-        if side and axis == part.ndim - 1 and part.shape[axis] % LANES:
-            shape = (*part.shape[:-1], -1)
-            part = jnp.moveaxis(gather(part), 0, -2).reshape(shape)
-        else:
+        gather = partial(
+            jax.lax.all_gather,
+            axis_name="fsdp",
+            axis_index_groups=groups if len(sides) > 1 else None,
+        )
+        if part.shape[axis] % tile[axis] == 0:
             part = gather(part, axis=axis, tiled=True)
+        else:
+            rows = -1 if axis == 0 else part.shape[0]
+            columns = -1 if axis == 1 else part.shape[1]
+            part = jnp.moveaxis(gather(part), 0, axis).reshape(rows, columns)
     return part
 
 
