@@ -172,7 +172,7 @@ def test_a_tensor_axis_that_splits_nothing_is_an_error(variant, options, message
         check_tensor_axis(mesh, state_shardings(mesh, config, shapes))
 
 
-@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("placed", ["split", "unknown", "another"])
 @pytest.mark.parametrize(
     ("layer", "shape", "inputs", "split"),
     [
@@ -194,7 +194,10 @@ def test_products_with_gathered_kernels(layer, shape, inputs, split, placed):
     name = f"encoder/{layer}/kernel"
     here = state_shardings(mesh, config, {name: kernel})
     assert "fsdp" in here[name].spec
-    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here[name])} if placed else {}
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here[name])}
+    if placed == "another":  # a teacher's kernel has the name of the student's
+        shapes[name] = shapes[name].update(shape=(*shape[:-1], 64))
+    shapes = {} if placed == "unknown" else shapes
 
     def compute(x, kernel, dy):
         with placed_as(shapes):
@@ -211,7 +214,7 @@ def test_products_with_gathered_kernels(layer, shape, inputs, split, placed):
     np.testing.assert_allclose(dx, dy @ flat.T, rtol=1e-4, atol=1e-4)
     expected = np.einsum("bnd,bnf->df", x, dy).reshape(shape)
     np.testing.assert_allclose(dk, expected, rtol=1e-4, atol=1e-4)
-    if placed:
+    if placed == "split":
         lines = mesh.devices[:, 0, 0], mesh.devices[0, :, 0], mesh.devices[0, 0, :]
         data, fsdp, tensor = (tuple(device.id for device in line) for line in lines)
         found = [c for c in Program(program.as_text()).collectives if len(c.group) > 1]

@@ -63,9 +63,10 @@ def with_gathered(
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return product(x, kernel.reshape(x.shape[-1], -1))
     name = "/".join((*path, "kernel"))
-    leaf = _PLACED.get().get(name)
-    placed = () if leaf is None else (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
-    placed = placed[-kernel.ndim :]  # without the axis of stacked layers
+    leaf, placed = _PLACED.get().get(name), ()
+    if leaf and leaf.shape[-kernel.ndim :] == kernel.shape:  # not a teacher's of the same name
+        placed = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+        placed = placed[-kernel.ndim :]  # without the axis of stacked layers
     split = {axis: dim for dim, axis in enumerate(placed) if axis}
     consecutive = {*split.values()} <= {0, inputs}  # in the flat kernel
     if "fsdp" not in split or not consecutive or x.shape[0] % batch_parts(mesh):
