@@ -24,6 +24,7 @@ from absl import app, flags
 from experiments.benchmarks.step_table import compiled_by
 
 ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Regex of names of rows to compile.")
+MISSING = flags.DEFINE_bool("missing", False, "Only rows without a result, to go on after a stop.")
 TABLE = flags.DEFINE_bool("table", False, "Only rewrite the table.")
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,6 +46,7 @@ MODELS = {
 }
 FULL = ("--config.model.remat=full",)
 SCAN = ("--config.model.scan=true",)
+SLICES = ("--num_slices=2",)
 # Model, topology, and options, chosen by `--search` or the recipe's own plan.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "v5e:16x16", ()),
@@ -70,6 +72,20 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("L/16", "tpu7x:4x4x8", ()),
     ("H/14", "tpu7x:4x4x8", ()),
     ("G/14", "tpu7x:4x4x8", (*FULL, "--config.mesh.fsdp=32")),
+    ("S/16", "v6e:16x16", ()),
+    ("B/16", "v6e:16x16", ()),
+    ("L/16", "v6e:16x16", ("--config.mesh.fsdp=16",)),
+    ("H/14", "v6e:16x16", ("--config.mesh.fsdp=16",)),
+    ("g/14", "v6e:16x16", (*FULL, "--config.mesh.fsdp=16")),
+    ("G/14", "v6e:16x16", (*FULL, "--config.mesh.fsdp=16")),
+    ("S/16", "tpu7x:4x4x8", ()),
+    ("g/14", "tpu7x:4x4x8", (*FULL, "--config.mesh.fsdp=32")),
+    ("S/16", "v5e:16x16", SLICES),
+    ("B/16", "v5e:16x16", SLICES),
+    ("L/16", "v5e:16x16", (*SLICES, "--config.mesh.fsdp=16")),
+    ("H/14", "v5e:16x16", (*SLICES, "--config.mesh.fsdp=16")),
+    ("g/14", "v5e:16x16", (*SLICES, *FULL, "--config.mesh.fsdp=16")),
+    ("G/14", "v5e:16x16", (*SLICES, *FULL, "--config.mesh.fsdp=64")),
     ("H/14", "v3:16x16", (*FULL, "--mfu=0.32")),
     ("B/16", "h100:8", ("--config.batch_size=1024",)),
     ("B/16", "h100:8", (*SCAN, "--config.batch_size=1024")),
@@ -175,8 +191,10 @@ def main(_) -> None:
     for row in ROWS:
         if TABLE.value or not re.search(ROWS_FLAG.value, name_of(row)):
             continue
-        report = run(row)
         results = json.loads(path.read_text()) if path.exists() else {}
+        if MISSING.value and name_of(row) in results:
+            continue
+        report = run(row)
         path.write_text(json.dumps(results | {name_of(row): report}, indent=1) + "\n")
         print(f"{name_of(row)}: {report['memory_gib']['peak']:.2f} GiB", flush=True)
     (RESULTS / "plan.md").write_text(table(json.loads(path.read_text())))
