@@ -185,19 +185,23 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join([*lines, "", compiled_by(results.values()), ""])
 
 
+def _results(path: Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main(_) -> None:
     """Compiles the selected rows one by one, and writes the results after each."""
     path = RESULTS / "plan.json"
     for row in ROWS:
         if TABLE.value or not re.search(ROWS_FLAG.value, name_of(row)):
             continue
-        results = json.loads(path.read_text()) if path.exists() else {}
-        if MISSING.value and name_of(row) in results:
+        if MISSING.value and name_of(row) in _results(path):
             continue
         report = run(row)
+        results = _results(path)
         path.write_text(json.dumps(results | {name_of(row): report}, indent=1) + "\n")
         print(f"{name_of(row)}: {report['memory_gib']['peak']:.2f} GiB", flush=True)
-    (RESULTS / "plan.md").write_text(table(json.loads(path.read_text())))
+    (RESULTS / "plan.md").write_text(table(_results(path)))
 
 
 if __name__ == "__main__":
