@@ -19,13 +19,23 @@ R+Ti/16 70.13 %. ImageNet-21k, 300 epochs, then fine-tuned on ImageNet at 384 px
 75.40 %. All models: Adam (momentum in bfloat16), learning rate 1e-3, batch 4096, 10k warm-up steps,
 cosine schedule, gradient clipping at 1. Sigmoid loss and the head's bias are big_vision's.
 
+`half=True` takes 0.4 of the FLOPs, with Muon and growing images (`half_cost` in vit_jax/config.py
+has the sources). We haven't trained it: no accuracy is claimed.
+
 Planned for v5e:16x16 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
 B/16 on ImageNet 1.7 of 15.75 GiB, 18 ms per step, MFU 49 %, 116 chip-hours in total.
 """
 
 import ml_collections
 
-from vit_jax.config import InputError, parse_arg, pretraining_data, recipe, unknown
+from vit_jax.config import (
+    InputError,
+    half_cost,
+    parse_arg,
+    pretraining_data,
+    recipe,
+    unknown,
+)
 
 # Layers and magnitude of RandAugment, and alpha of mixup (the paper's section 3).
 AUGMENTATIONS = {
@@ -53,7 +63,10 @@ DATASETS = ("imagenet2012", "imagenet21k")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: [variant][,dataset=][,augmentation=][,regularization=][,weight_decay=][,epochs=]."""
+    """`arg`: [variant][,dataset=][,augmentation=][,regularization=][,weight_decay=][,epochs=] ...
+
+    ... [,half=True], where the epochs are those of the full run.
+    """
     arg = parse_arg(
         arg,
         variant="ViT-B/16",
@@ -62,6 +75,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         regularization=0.0,
         weight_decay=0.1,
         epochs=300.0,
+        half=False,
     )
     if arg.dataset not in DATASETS:
         raise InputError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
@@ -77,7 +91,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     layers, magnitude, mixup = AUGMENTATIONS[arg.augmentation]
     randaugment = f"|randaugment({layers}, {magnitude})" if layers else ""
     on_imagenet = arg.dataset == "imagenet2012"
-    return recipe(
+    values = recipe(
         model={
             "variant": arg.variant,
             # No hidden layer in the head on ImageNet-21k.
@@ -102,3 +116,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         checkpoint={"every": 1000, "keep_every": 50_000},
         eval_every=5000,
     )
+    return half_cost(values) if arg.half else values

@@ -12,12 +12,8 @@ rate 1e-3, batch 1024, cosine schedule, 10k warm-up steps, gradient clipping at 
 global average pooling, fixed 2-D sin-cos positions, a tanh layer in the head; as published in
 big_vision/configs/vit_s16_i1k.py.
 
-`half=True` takes 0.4 of the FLOPs: Muon for 0.6 of the epochs, and of these the first 60 % at 160
-pixels, the next 20 % at 192. "Muon is Scalable for LLM Training" (arXiv 2502.16982) reports about
-half of AdamW's compute, for language models, with AdamW's rates and weight decay. Growing sizes
-follow EfficientTrain (arXiv 2211.09703), which reports less than 2/3 of the time at the same
-accuracy; it crops images' spectra and weakens augmentation early, here images are smaller. The
-shares are ours, and we haven't trained this at its full size: no accuracy is claimed. A small
+`half=True` takes 0.4 of the FLOPs, with Muon and growing images (`half_cost` in vit_jax/config.py
+has the sources). We haven't trained this at its full size: no accuracy is claimed. A small
 comparison is in experiments/efficiency/README.md.
 
 Planned for v5e:4x4 (compiler's estimate, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
@@ -27,20 +23,13 @@ S/16 1.6 of 15.75 GiB, 18 ms per step, MFU 48 %, 9 chip-hours in total; with
 
 import ml_collections
 
-from vit_jax.config import parse_arg, pretraining_data, recipe
-
-HALF_STAGES = (
-    {"share": 0.6, "image_size": 160},
-    {"share": 0.2, "image_size": 192},
-    {"share": 0.2},
-)
+from vit_jax.config import half_cost, parse_arg, pretraining_data, recipe
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: [variant][,epochs=N][,half=True]; with `half` the epochs are those of the full run."""
     arg = parse_arg(arg, variant="ViT-S/16", epochs=90.0, half=False)
-    length = 0.6 if arg.half else 1.0
-    return recipe(
+    values = recipe(
         model={
             "variant": arg.variant,
             "pool": "gap",
@@ -51,11 +40,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         **pretraining_data("imagenet2012", "inception_crop|flip|randaugment(2, 10)"),
         augmentation={"mixup": 0.2},
         batch_size=1024,
-        epochs=length * arg.epochs,
-        stages=HALF_STAGES if arg.half else (),
-        schedule={"peak": 1e-3, "warmup": round(length * 10_000), "decay": "cosine"},
+        epochs=arg.epochs,
+        schedule={"peak": 1e-3, "warmup": 10_000, "decay": "cosine"},
         optimizer={
-            "name": "muon" if arg.half else "adamw",
+            "name": "adamw",
             "momentum_dtype": "bfloat16",
             "weight_decay": 1e-4,
             "weight_decay_convention": "independent",
@@ -64,3 +52,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         checkpoint={"every": 1000, "keep_every": 50_000},
         eval_every=5000,
     )
+    return half_cost(values) if arg.half else values

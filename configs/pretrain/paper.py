@@ -15,6 +15,9 @@ bias and the tanh layer are from the authors' replies in issues 2, 34 and 89; cr
 big_vision. Hybrids are trained like their ViTs (section 4.1). JFT is in jft.py. For preparing
 ImageNet-21k see experiments/launch/README.md.
 
+`half=True` takes 0.4 of the FLOPs, with Muon and growing images (`half_cost` in vit_jax/config.py
+has the sources). We haven't trained it: no accuracy is claimed.
+
 Planned for v5e:16x16 (compiler's estimates, libtpu 0.0.42; experiments/benchmarks/results/plan.md):
 B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms per step, MFU 45 %, 125 chip-hours in total; with
 --config.model.scan=true 2.3 GiB and 29 ms. L/16 on ImageNet-21k with --config.mesh.fsdp=16 2.9 GiB,
@@ -23,7 +26,7 @@ B/16 on ImageNet 1.9 of 15.75 GiB, 19 ms per step, MFU 45 %, 125 chip-hours in t
 
 import ml_collections
 
-from vit_jax.config import InputError, parse_arg, pretraining_data, recipe
+from vit_jax.config import InputError, half_cost, parse_arg, pretraining_data, recipe
 
 DATASETS = {
     "imagenet2012": {
@@ -40,12 +43,15 @@ DATASETS = {
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: [variant][,dataset=imagenet2012|imagenet21k][,epochs=N]."""
-    arg = parse_arg(arg, variant="ViT-B/16", dataset="imagenet2012", epochs=0.0)
+    """`arg`: [variant][,dataset=imagenet2012|imagenet21k][,epochs=N][,half=True].
+
+    With `half` the epochs are those of the full run.
+    """
+    arg = parse_arg(arg, variant="ViT-B/16", dataset="imagenet2012", epochs=0.0, half=False)
     if arg.dataset not in DATASETS:
         raise InputError(f"dataset={arg.dataset}: this recipe is for {' and '.join(DATASETS)}")
     values = DATASETS[arg.dataset]
-    return recipe(
+    values = recipe(
         model={
             "variant": arg.variant,
             "representation_size": -1,
@@ -62,3 +68,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         checkpoint={"every": 1000, "keep_every": 50_000},
         eval_every=5000,
     )
+    return half_cost(values) if arg.half else values

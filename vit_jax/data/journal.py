@@ -32,7 +32,7 @@ class Journal:
         if begun != plan:
             raise InputError(
                 f"{folder} was begun from another input or with other options "
-                f"({differences(begun, plan)}): remove the folder to begin anew"
+                f"({differences(begun, plan)}): remove the folder to begin again"
             )
         for number, line in enumerate(lines[1:], 2):
             shard = self._parse(line, number, "file")
@@ -46,7 +46,7 @@ class Journal:
         except ValueError as error:
             raise InputError(
                 f"{self._file.name}, line {number} is damaged ({error}): remove {self.folder} to "
-                "begin anew"
+                "begin again"
             ) from error
         return found
 

@@ -5,7 +5,7 @@ isn't there, so only one process succeeds. The highest number is valid. Its owne
 while it lives. A claim that hasn't been touched for `lease` seconds has expired, and the first
 process to create NAME.n+1 takes over. The claim of a process of this machine that has ended expires
 at once. Files are never renamed or removed, so two processes can't both win. Times are those of the
-file system. In a bucket a touch writes the object anew, and a claim that is given back is empty.
+file system. In a bucket a touch writes the object again, and a claim that is given back is empty.
 """
 
 import dataclasses

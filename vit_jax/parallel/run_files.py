@@ -150,7 +150,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 class Rewritten:
-    """A file that is written anew again and again, on a disk each time.
+    """A file that is written again and again, on a disk each time.
 
     In a bucket what is written in passing is written in the background, and seldom: the newest
     content follows with the next write.

@@ -88,7 +88,7 @@ def check_whole(folder: Path, items: Collection[str] | None = None) -> None:
         earlier = [p for p in folder.parent.iterdir() if p.name.isdigit() and folder.name.isdigit()]
         earlier = [p for p in earlier if int(p.name) < int(folder.name)]
         newest = max(earlier, key=lambda p: int(p.name), default=None)
-        advice = f"use the one before it, {newest}" if newest else "copy it anew, or make it anew"
+        advice = f"use the one before it, {newest}" if newest else "copy it again, or make it again"
         raise InputError(f"checkpoint {folder} is damaged ({damage}): {advice}")
 
 
