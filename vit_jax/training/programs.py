@@ -47,7 +47,8 @@ class Programs:
             self._stage = self._stages.pop(0)
             with self._clock.within("compile"):
                 self._program = self._next.result() if self._next else self._compile(self._stage)
-            if self._training.config.log_norms_every:
+            every, stop = self._training.config.log_norms_every, self._stage.stop
+            if every and min(stop, self._training.steps) // every > step // every:
                 self._observing = self._pool.submit(self._compile, self._stage, layer_norms)
             self._next = self._pool.submit(self._compile, self._stages[0]) if self._stages else None
         if self._observing and (step + 1) % self._training.config.log_norms_every == 0:
