@@ -47,8 +47,8 @@ MODELS = {
 FULL = ("--config.model.remat=full",)
 SCAN = ("--config.model.scan=true",)
 SLICES = ("--num_slices=2",)
-# Model, topology, and options, chosen by `--search` or the recipe's own plan. v6e and two slices have
-# the options of v5e, not searched again.
+# Model, topology, and options, chosen by `--search` or the recipe's own plan. v6e and two slices
+# have the options of v5e, not searched again.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "v5e:16x16", ()),
     ("B/16", "v5e:16x16", SCAN),
