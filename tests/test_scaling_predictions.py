@@ -8,6 +8,7 @@ import pytest
 from experiments.scaling.__main__ import RESULTS
 from experiments.scaling.extrapolate import Cell, calibrate, predict
 from experiments.scaling.findings import paper_points, prediction_cells, show_predictions
+from experiments.scaling.isoflops import optima, show_isoflops
 from experiments.scaling.runner import Store
 from experiments.scaling.study import load_study
 from experiments.scaling.table import points
@@ -59,6 +60,31 @@ def test_the_interval_holds_the_truth():
     assert np.mean(inside) >= 0.7
     with pytest.raises(ValueError, match="12 times the largest run: the data reach 10 times"):
         predictor(of_task, of_task[-1].times(12))
+
+
+def test_the_best_size_for_a_compute_is_the_laws():
+    """For E = c + A N^-a + B D^-b it is (a A / b B)^(1 / (a + b)) C^(b / (a + b))."""
+    a, b, by_size, by_data = 0.5, 0.4, 0.1, 0.2
+    cells = [
+        dataclasses.replace(c, errors=(0.05 + by_size * c.size**-a + by_data * c.data**-b,) * 2)
+        for c in runs(budgets=8)
+        if c.task == "a"
+    ]
+    found = optima(cells, samples=10)
+    for optimum in found:
+        exact = (a * by_size / (b * by_data)) ** (1 / (a + b)) * optimum.compute ** (b / (a + b))
+        inside = min(max(exact, 1.0), 8.0)
+        assert optimum.size / 1e9 == pytest.approx(inside, rel=0.15)
+        assert optimum.at_end == (exact > 8)
+        assert optimum.interval[0] <= optimum.size <= optimum.interval[1]
+
+
+def test_too_few_sizes_have_no_best(tmp_path, capsys):
+    cells = [cell for cell in runs() if cell.task == "a" and cell.size < 4]
+    assert show_isoflops(cells, tmp_path) == {} and not list(tmp_path.iterdir())
+    assert "no best size of ViT on a: 2 sizes of models, expected at least 3" in (
+        capsys.readouterr().out
+    )
 
 
 def test_too_few_runs_predict_nothing():

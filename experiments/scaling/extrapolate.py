@@ -19,7 +19,7 @@ that makes 90% of the held-out intervals right.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -255,12 +255,8 @@ def _miss(held_out: HeldOut, form: str) -> float:
 
 def spread(form: str, cells: Sequence[Cell], target: Cell, samples: int = SAMPLES) -> float:
     """Standard deviation of a prediction's log odds over resampled models and seeds."""
-    rng = np.random.default_rng(0)
-    models = list(grouped(cells, lambda c: c.model).values())
     found = []
-    for _ in range(samples):
-        drawn = [models[i] for i in rng.integers(len(models), size=len(models))]
-        some = [_redrawn(cell, rng) for cell in itertools.chain(*drawn)]
+    for some in resampled(cells, samples):
         try:
             value = predict(form, some, [target])[0]
         except InputError:
@@ -270,6 +266,15 @@ def spread(form: str, cells: Sequence[Cell], target: Cell, samples: int = SAMPLE
     # The truth has its own noise, and a bootstrap that can't refit says little.
     own = target.noise / (target.error * (1 - target.error))
     return float(np.hypot(np.std(found) if len(found) > samples / 4 else 0.5, max(own, 0.1)))
+
+
+def resampled(cells: Sequence[Cell], samples: int) -> Iterator[list[Cell]]:
+    """Yields samples of the bootstrap: models and seeds drawn with replacement."""
+    rng = np.random.default_rng(0)
+    models = list(grouped(cells, lambda c: c.model).values())
+    for _ in range(samples):
+        drawn = [models[i] for i in rng.integers(len(models), size=len(models))]
+        yield [_redrawn(cell, rng) for cell in itertools.chain(*drawn)]
 
 
 def _redrawn(cell: Cell, rng: np.random.Generator) -> Cell:

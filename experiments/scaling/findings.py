@@ -9,6 +9,7 @@ import numpy as np
 from experiments.scaling.extrapolate import LEVEL, Cell, Predictor, calibrate, make_cells, predict
 from experiments.scaling.figures import IMAGES, paper
 from experiments.scaling.fits import NAMES, compute_ratio, crossing, fit_simplest, frontier
+from experiments.scaling.isoflops import show_isoflops
 from experiments.scaling.runner import Store
 from experiments.scaling.study import Study
 from experiments.scaling.style import HUES, OTHERS, new_figure, save
@@ -58,6 +59,7 @@ def show_fits(study: Study | None, store: Store | None, folder: Path) -> None:
         print(f"\nno law of {len(titles)}: {problem}\n  " + ", ".join(titles))
     results["predictions"] = show_predictions(found)
     folder.mkdir(parents=True, exist_ok=True)
+    results["isoflops"] = show_isoflops(prediction_cells(found).get("exaFLOPs", []), folder)
     (folder / "fits.json").write_text(json.dumps(results, indent=1) + "\n")
     if drawn:
         draw_fits(drawn, folder)
