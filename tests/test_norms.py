@@ -74,6 +74,7 @@ def test_norms_add_up(plain):
     assert all(value > 0 for value in kinds["activation"].values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -104,6 +105,7 @@ def test_other_families_have_blocks_too(variant, layers):
         assert {f"{kind} {layer}" for layer in layers} <= found.keys()
 
 
+@pytest.mark.long
 def test_they_are_recorded_on_schedule(tmp_path):
     """Every second step has them; the others' values, and what is learned, stay as they are."""
     recipe = dataclasses.replace(CONFIG, data=DataConfig("synthetic"), log_every=1)
