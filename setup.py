@@ -35,6 +35,7 @@ setup(
     package_dir={f"vit_jax.shipped.{name}": name.replace(".", "/") for name in SHIPPED},
     package_data={
         "vit_jax": ["py.typed"],
+        "vit_jax.costs": ["measured.json"],
         "vit_jax.weights": ["embedded.*"],
         "vit_jax.shipped.experiments.scaling": ["paper/*.csv"],
     },

@@ -27,6 +27,7 @@ OPTIONAL = {  # module -> (purpose, packages to install)
     "libtpu": ("TPUs, and plans for them", "'jax[tpu]'"),
     "jax_cuda12_plugin": ("NVIDIA GPUs, and plans for them", "'jax[cuda12]'"),
 }
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either is enough
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -63,7 +64,7 @@ def unused(backend: str) -> Iterator[str]:
     if (gpus or shutil.which("nvidia-smi")) and backend != "gpu":
         yield f"{len(gpus) or 'an'} NVIDIA GPU(s), which jax doesn't use{asked}: " + (
             "check that nvidia-smi works"
-            if importlib.util.find_spec("jax_cuda12_plugin")
+            if any(map(importlib.util.find_spec, CUDA_PLUGINS))
             else "pip install 'jax[cuda12]'"
         )
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
@@ -80,6 +81,7 @@ def report() -> Iterator[str]:
     backend, there = devices()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     present = {module: bool(importlib.util.find_spec(module)) for module in OPTIONAL}
+    present[CUDA_PLUGINS[0]] = any(map(importlib.util.find_spec, CUDA_PLUGINS))
     absent = [OPTIONAL[module] for module in OPTIONAL if not present[module]]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield f"vit_jax   {vit_jax.__version__} in {os.path.dirname(vit_jax.__file__)}"

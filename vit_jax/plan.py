@@ -7,10 +7,11 @@ vit_jax plan --config=pretrain/paper:ViT-L/16,dataset=imagenet21k \
 Compiles the recipe's own training step for the named chips, on any machine, without the chips and
 the data. It only needs the compiler: pip install 'jax[tpu]', or 'jax[cuda12]' for GPUs. GPUs are
 h100:8, or h100:32x8 for nodes x GPUs. The printed numbers are the compiler's estimates, not
-measurements; they exclude input, evaluations and checkpoints. `--search` compiles several meshes
-(data, FSDP, tensor), remat policies and numbers of microbatches, and ranks those that fit.
-`--mfu=0.45` computes the time from a stated MFU instead. Any field of the recipe is a flag:
---config.batch_size=512.
+measurements; they exclude input, evaluations and checkpoints. For GPUs, whose time the compiler
+doesn't estimate, it is from shares of the peaks that were measured (vit_jax/costs/gpu_time.py), or
+from an assumed MFU while there are none. `--search` compiles several meshes (data, FSDP, tensor),
+remat policies and numbers of microbatches, and ranks those that fit. `--mfu=0.45` computes the time
+from a stated MFU instead. Any field of the recipe is a flag: --config.batch_size=512.
 """
 
 import json

@@ -12,7 +12,6 @@ including compilation.
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+
+from experiments.benchmarks.machine import processor, versions
 
 CASES = flags.DEFINE_list("cases", ["S/16:16", "B/16:8"], "Variant:batch size.")
 TASKS = flags.DEFINE_list("tasks", ["train", "infer"], "What to measure.")
@@ -63,23 +64,15 @@ def ours(variant: str, batch: dict, task: str) -> Callable[[], object]:
     import jax
     import jax.numpy as jnp
 
-    from vit_jax.data.pipeline import DataConfig
+    from experiments.benchmarks.yardstick import recipe
     from vit_jax.models.variants import ModelConfig, build_model
     from vit_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, use_mesh
     from vit_jax.training.initial import fresh_state
     from vit_jax.training.memory import return_freed_memory
-    from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
-    from vit_jax.training.recipe import TrainConfig, build_training
+    from vit_jax.training.recipe import build_training
 
-    config = TrainConfig(
-        model=ModelConfig(f"ViT-{variant}", dtype="float32", scan=task == "train"),
-        data=DataConfig("imagenet2012", "train"),
-        image_size=224,
-        batch_size=len(batch["label"]),
-        steps=1000,
-        schedule=ScheduleConfig(1e-3, warmup=10),
-        optimizer=OptimizerConfig(weight_decay=0.1),
-    )
+    model = ModelConfig(f"ViT-{variant}", dtype="float32", scan=task == "train")
+    config = recipe(model, len(batch["label"]), momentum_dtype="float32")
     if task == "infer":
         model = build_model(config.model, 1000, (224, 224))
         params = weights(jax.eval_shape(model.init, jax.random.key(0)))
@@ -223,14 +216,6 @@ def compete(variant: str, size: int, task: str) -> dict:
     }
 
 
-def processor() -> str:
-    """Returns the CPU's name from /proc/cpuinfo."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
-
-
 def main(_) -> None:
     """Measures all cases and writes the report."""
     if WORKER.value:
@@ -239,7 +224,7 @@ def main(_) -> None:
     names = ("jax", "jaxlib", "flax", "optax", "torch", "timm")
     report = {
         "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": versions(names),
         "python": platform.python_version(),
         "cases": {},
     }

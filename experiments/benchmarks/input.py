@@ -11,7 +11,6 @@ sample_distorted_bounding_box, decode_and_crop_jpeg, resize, flip. Both decoders
 accurate transform and interpolate chroma.
 """
 
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -30,6 +29,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
+from experiments.benchmarks.machine import processor, versions
 from vit_jax.data import jpeg_markers
 from vit_jax.data.augment import parse_preprocess
 from vit_jax.data.decode import decode_image, open_image
@@ -47,7 +47,8 @@ CROP = "inception_crop|flip"
 MARKED = ", restart markers"
 CORES = os.cpu_count()
 PREFETCH = 2 * CORES  # batches
-PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "jax", "tensorflow")
+PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "jax")
+PACKAGES += ("tensorflow", "tensorflow-cpu")
 
 
 def photographs() -> list[np.ndarray]:
@@ -275,17 +276,10 @@ def main(_) -> None:
     levels = {str(size): quality(jpegs, size) for size in (SIZE, (96, 96))}
     print("\nMean grey levels from decoding all of it and antialiasing:", levels)
     if OUTPUT.value:
-        versions = {}
-        for package in PACKAGES:
-            if importlib.util.find_spec(package.partition("-")[0].replace("opencv", "cv2")) or (
-                package == "pillow"
-            ):
-                names = ("tensorflow", "tensorflow-cpu") if package == "tensorflow" else (package,)
-                versions[package] = next(_versions(names))
         results = {
-            "hardware": {"cpu": _cpu_name(), "cores": CORES, "python": platform.python_version()},
+            "hardware": {"cpu": processor(), "cores": CORES, "python": platform.python_version()},
             "load_average": os.getloadavg(),
-            "versions": versions,
+            "versions": versions(PACKAGES),
             "jpeg": {"pixels": pixels, "kilobytes": kilobytes, "growth with markers": growth},
             "stage_milliseconds": {n: float(np.median(s) * 1e3) for n, s in times.items()},
             "images_per_second": {
@@ -296,21 +290,6 @@ def main(_) -> None:
             "grey_levels_from_antialiased": levels,
         }
         Path(OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _versions(names: tuple[str, ...]) -> Iterator[str]:
-    for name in names:
-        try:
-            yield importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ one to ten minutes on two cores, and 3 GB.
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -21,12 +20,14 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments.benchmarks.machine import versions
 from experiments.benchmarks.step_table import compiled_by
 
 ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Regex of names of rows to compile.")
 MISSING = flags.DEFINE_bool("missing", False, "Only rows without a result, to go on after a stop.")
 TABLE = flags.DEFINE_bool("table", False, "Only rewrite the table.")
 RESULTS = Path(__file__).parent / "results"
+CUDA = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 PAPER, JFT, SCALING, AUGREG, PLAIN, BIT, MASKED = (
     f"configs/pretrain/{name}.py"
@@ -140,17 +141,16 @@ def run(row: tuple[str, str, tuple[str, ...]]) -> dict:
     return {
         "command": " ".join(["python -m vit_jax.plan", *arguments]),
         "date": datetime.date.today().isoformat(),
-        "versions": versions(topology),
+        "versions": compiler_versions(topology),
         "wall_seconds": round(time.perf_counter() - start, 1),
         **report,
     }
 
 
-def versions(topology: str) -> dict[str, str]:
+def compiler_versions(topology: str) -> dict[str, str]:
     """Returns the versions of the compiler's packages."""
     gpu = topology.startswith(("a100", "h100", "h200", "b200"))
-    names = ("jax", "jaxlib", *(("jax-cuda12-plugin", "nvidia-cudnn-cu12") if gpu else ("libtpu",)))
-    return {name: importlib.metadata.version(name) for name in names}
+    return versions(("jax", "jaxlib", *(CUDA if gpu else ("libtpu",))))
 
 
 def table(results: dict[str, dict]) -> str:

@@ -21,7 +21,6 @@ or 'vit_jax[cuda]'.
 import collections
 import datetime
 import importlib
-import importlib.metadata
 import json
 import math
 import re
@@ -34,13 +33,14 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks.bundles import attention_bundles, kernel_name
+from experiments.benchmarks.machine import versions
 from experiments.benchmarks.step_table import table
+from experiments.benchmarks.yardstick import recipe
 from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import Instruction, Program, memory
 from vit_jax.costs.flops import training_flops
 from vit_jax.costs.report import collectives_report
 from vit_jax.costs.topology import Topology, open_topology, parse_topology
-from vit_jax.data.pipeline import DataConfig
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.mesh import (
     MeshConfig,
@@ -50,8 +50,7 @@ from vit_jax.parallel.mesh import (
     use_mesh,
 )
 from vit_jax.training.memory import compile_step
-from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
-from vit_jax.training.recipe import TrainConfig, build_training
+from vit_jax.training.recipe import build_training
 
 MODEL = flags.DEFINE_string("model", "ViT-B/16", "The variant.")
 PER_CHIP = flags.DEFINE_integer("per_chip", 64, "Images per device.")
@@ -142,16 +141,9 @@ def started(program: Program) -> dict[str, int]:
 def compile_ours(devices: list, depth: int | None):
     """Compiles our step with the yardstick's settings."""
     options = {**json.loads(OPTIONS.value), **({"depth": depth} if depth else {})}
-    config = TrainConfig(
-        model=ModelConfig(MODEL.value, **options),
-        data=DataConfig("imagenet2012", "train"),
-        image_size=SIZE.value,
-        batch_size=PER_CHIP.value * len(devices),
-        steps=1000,
-        schedule=ScheduleConfig(1e-3, warmup=10),
-        optimizer=OptimizerConfig(weight_decay=0.1, momentum_dtype="bfloat16"),
-        mesh=MeshConfig(**json.loads(MESH.value)),
-    )
+    model = ModelConfig(MODEL.value, **options)
+    mesh = MeshConfig(**json.loads(MESH.value))
+    config = recipe(model, PER_CHIP.value * len(devices), SIZE.value, mesh=mesh)
     return compile_step(build_training(config, make_mesh(config.mesh, devices), 1000, 1_281_167))
 
 
@@ -227,7 +219,7 @@ def main(_) -> None:
     depths = list(map(int, DEPTHS.value)) or [None]
     found = [measure(depth, bundles, topology) for depth in depths]
     flops = training_flops(model) * PER_CHIP.value
-    compiler = "libtpu" if topology.chip.is_tpu else "jax-cuda12-plugin"
+    compilers = ("libtpu",) if topology.chip.is_tpu else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     report = {
         "what": STEP.value or "vit_jax",
         "model": MODEL.value,
@@ -239,7 +231,7 @@ def main(_) -> None:
         "from_depths": DEPTHS.value,
         "model_flops": flops,
         "compiled": found,
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", compiler, "flax", "optax")},
+        "versions": versions(("jax", *compilers, "flax", "optax")),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python -m experiments.benchmarks.step", *sys.argv[1:]]),
     }

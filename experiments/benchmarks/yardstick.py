@@ -6,13 +6,37 @@ weight decay. Sizes are those of arXiv 2010.11929.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.models.variants import VIT_SIZES
+from vit_jax.data.pipeline import DataConfig
+from vit_jax.models.variants import VIT_SIZES, ModelConfig
+from vit_jax.training.optimizer import OptimizerConfig, ScheduleConfig
+from vit_jax.training.recipe import TrainConfig
+
+
+def recipe(
+    model: ModelConfig,
+    batch_size: int,
+    image_size: int = 224,
+    momentum_dtype: str = "bfloat16",
+    **fields: Any,
+) -> TrainConfig:
+    """Returns our recipe with the settings of the yardsticks; `fields` are of `TrainConfig`."""
+    return TrainConfig(
+        model=model,
+        data=DataConfig("imagenet2012", "train"),
+        image_size=image_size,
+        batch_size=batch_size,
+        steps=1000,
+        schedule=ScheduleConfig(1e-3, warmup=10),
+        optimizer=OptimizerConfig(weight_decay=0.1, momentum_dtype=momentum_dtype),
+        **fields,
+    )
 
 
 class Block(nn.Module):

@@ -222,9 +222,9 @@ class Program:
         total = 0
         for times, scope, instruction in self.instructions():
             if instruction.opcode == "convolution":
-                total += times * _convolution_flops(scope, instruction)
+                total += times * convolution_flops(scope, instruction)
             elif instruction.opcode == "dot":
-                total += times * _dot_flops(scope, instruction)
+                total += times * dot_flops(scope, instruction)
         return total + sum(kernel.times * (kernel.flops or 0) for kernel in self.kernels)
 
     @property
@@ -257,7 +257,7 @@ class Program:
                 kind, group = match[1].lower().replace("_", "-"), self._slices
             if kind in COLLECTIVES:
                 channel = instruction.attribute("channel_id") or instruction.name
-                size = sum(_bytes(scope[operand].shape) for operand in instruction.operands)
+                size = sum(array_bytes(scope[operand].shape) for operand in instruction.operands)
                 group = group or first_group(instruction.attributes)
                 if kind == "all-gather":
                     size *= len(group)
@@ -299,7 +299,8 @@ def _constant(scope: dict[str, Instruction], name: str) -> int | None:
     return int(value) if re.fullmatch(r"-?\d+", value) else None
 
 
-def _bytes(shape: str) -> int:
+def array_bytes(shape: str) -> int:
+    """Returns the bytes of an array or a tuple of arrays, written as in HLO."""
     total = 0
     for name, bits, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", shape)):
         width = 8 if name == "pred" else int(bits or 0)
@@ -307,24 +308,26 @@ def _bytes(shape: str) -> int:
     return total
 
 
-def _dims(shape: str) -> list[int]:
+def dims(shape: str) -> list[int]:
+    """Returns the shape of an array, or of the first of a tuple, written as in HLO."""
     return [int(n) for n in _SHAPE.search(shape)[3].split(",") if n]
 
 
-def _dot_flops(scope: dict[str, Instruction], dot: Instruction) -> int:
-    lhs = _dims(scope[dot.operands[0]].shape)
+def dot_flops(scope: dict[str, Instruction], dot: Instruction) -> int:
+    """Counts 2 FLOPs per multiply-accumulate of a product."""
+    lhs = dims(scope[dot.operands[0]].shape)
     contracted = re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")
-    return 2 * math.prod(_dims(dot.shape)) * math.prod(lhs[int(d)] for d in contracted)
+    return 2 * math.prod(dims(dot.shape)) * math.prod(lhs[int(d)] for d in contracted)
 
 
-def _convolution_flops(scope: dict[str, Instruction], conv: Instruction) -> int:
+def convolution_flops(scope: dict[str, Instruction], conv: Instruction) -> int:
     """Counts 2 FLOPs per kernel tap on an element, none on padding, as XLA does.
 
     The TPU compiler writes matrix products as convolutions whose windows are mostly padding.
     """
     lhs_labels, kernel_labels, out_labels = re.split("_|->", conv.attribute("dim_labels"))
-    lhs, kernel = (_dims(scope[operand].shape) for operand in conv.operands)
-    out = _dims(conv.shape)
+    lhs, kernel = (dims(scope[operand].shape) for operand in conv.operands)
+    out = dims(conv.shape)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", conv.attribute("window") or ""))
 
     def option(name: str, axis: int, default: int) -> int:

@@ -21,6 +21,7 @@ LIBTPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 # XLA's GPU parameters: multiprocessors, FP32 units and bytes of shared memory per multiprocessor,
 # bytes of L2 cache, clock in GHz, compute capability. From NVIDIA's white papers of Ampere, Hopper
 # and Blackwell.
@@ -127,10 +128,10 @@ def open_topology(topology: Topology) -> list[jax.Device]:
 
     Raises ValueError if the compiler for them isn't installed or rejects the topology.
     """
-    kind, module, package = ("GPU", "jax_plugins.xla_cuda12", "jax[cuda12]")
+    kind, modules, package = "GPU", CUDA_PLUGINS, "jax[cuda12]"
     if topology.chip.is_tpu:
-        kind, module, package = ("TPU", "libtpu", "jax[tpu]")
-    if not _installed(module):
+        kind, modules, package = "TPU", ("libtpu",), "jax[tpu]"
+    if not any(map(_installed, modules)):
         raise InputError(
             f"{topology}: the compiler for {kind}s is not installed; it needs no {kind}: "
             f"pip install '{package}'"

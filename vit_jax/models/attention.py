@@ -6,7 +6,8 @@
   `intermediates`, relative positions, masks and the decoder's cache require it.
 - `pallas`: the TPU kernel of `models.flash`. Other platforms interpret it, for tests.
 - `cudnn`: NVIDIA's flash attention, in bfloat16.
-- `auto`: in bfloat16 `pallas` on TPUs from v4 on and `cudnn` on GPUs; otherwise `xla`.
+- `auto`: in bfloat16 `pallas` on TPUs from v4 on; on GPUs what was measured on this model of GPU,
+  else `cudnn`; otherwise `xla`.
 
 Letters in shapes: B images, N tokens, M tokens attended to, H heads, K head's width.
 """

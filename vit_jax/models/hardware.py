@@ -15,7 +15,11 @@ from vit_jax.models.flash_plan import MAX_TOKENS
 from vit_jax.parallel.mesh import device_kind, platform
 
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
+# The fastest in bfloat16 by platform. For GPUs this is an assumption, not a measurement.
 _FASTEST = {"tpu": "pallas", "gpu": "cudnn"}
+# By device kind: (most tokens, the fastest up to them), ascending; beyond them `_FASTEST`. From
+# `python -m experiments.benchmarks.gpu --part=choose`. No GPU is measured yet.
+_MEASURED: dict[str, tuple[tuple[int, str], ...]] = {}
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")  # their compiler refuses the kernel's matrix products
 
 
@@ -24,8 +28,9 @@ def choose_attention(
 ) -> str:
     """Returns the implementation of attention to use: "xla", "pallas" or "cudnn".
 
-    "auto" takes the platform's fused kernel in bfloat16 where it accepts the head width, because
-    the kernel never writes the N x N scores to memory.
+    In bfloat16 "auto" takes what was measured to be the fastest on the device for this many tokens,
+    elsewhere the platform's fused kernel, which never writes the N x N scores to memory; where that
+    doesn't accept the head width, and in other dtypes, "xla".
 
     Args:
         wanted: one of `ATTENTIONS`.
@@ -47,9 +52,17 @@ def choose_attention(
         )
     if wanted != "auto":
         return wanted
-    fastest = "xla" if without_kernel else _FASTEST.get(platform(), "xla")
+    fastest = "xla" if without_kernel else _fastest(tokens)
     fits = dtype == jnp.bfloat16 and not misfit(fastest, head_dim, dtype)
     return fastest if fits else "xla"
+
+
+def _fastest(tokens: int) -> str:
+    """Returns the fastest attention of the device for a number of tokens."""
+    for most, attention in _MEASURED.get(device_kind(), ()):
+        if tokens <= most:
+            return attention
+    return _FASTEST.get(platform(), "xla")
 
 
 def misfit(attention: str, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:

@@ -14,6 +14,7 @@ import jax
 from vit_jax.config import build
 from vit_jax.costs.chips import GIB
 from vit_jax.costs.compiled import OutOfMemory, Program, memory
+from vit_jax.costs.gpu_time import efficiency, take_apart
 from vit_jax.costs.report import (
     collectives_report,
     kernels_report,
@@ -29,7 +30,7 @@ from vit_jax.parallel.mesh import MeshConfig, batch_parts, check_batch_size, mak
 from vit_jax.training.memory import compile_init, compile_step
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 
-# For GPUs, whose cycles XLA doesn't estimate.
+# For GPUs, whose cycles XLA doesn't estimate, until `costs.gpu_time` has measurements.
 ASSUMED_MFU = 0.4
 
 
@@ -245,8 +246,14 @@ def _plan_stage(
         source = "the compiler's estimated cycles" + " and its kernels' rooflines" * (kernels > 0)
         report["run"] = {"from": source, **run_report(topology, **run)}
     elif mfu is not None or sizes["fits"]:
-        source = f"an assumed MFU of {ASSUMED_MFU}: --mfu" if mfu is None else f"an MFU of {mfu}"
-        run["mfu"] = mfu or ASSUMED_MFU
+        measured = efficiency(topology.chip) if mfu is None else None
+        if measured:  # assumes no overlap
+            seconds = measured.seconds(take_apart(program), topology.chip)
+            run["seconds"] = seconds + (report["collective_seconds"] or 0.0)
+            source = measured.describe(topology.chip)
+        else:
+            run["mfu"] = mfu or ASSUMED_MFU
+            source = f"an MFU of {mfu}" if mfu else f"an assumed MFU of {ASSUMED_MFU}: --mfu"
         report["run"] = {"from": source, **run_report(topology, **run)}
     return report | {"compile_seconds": time.perf_counter() - start}
 

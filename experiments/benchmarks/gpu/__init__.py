@@ -1,0 +1,1 @@
+"""Measures training on one NVIDIA GPU; see `__main__`."""
