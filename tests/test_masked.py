@@ -96,7 +96,7 @@ def test_nothing_of_a_masked_patch_is_seen(variant, target):
         np.testing.assert_array_equal(apply(other, sources), found)
         sources[:, 0] = 1
         assert np.abs(apply(other, sources) - found).max() > 1e-4
-    losses, right = masked_patch_losses(config, model, params, images, keys(2), train=False)
+    losses, right, _ = masked_patch_losses(config, model, params, images, keys(2), train=False)
     assert losses.shape == right.shape == (2,) and np.isfinite(losses).all()
     if target == "mean_color":
         assert abs(losses.mean() - np.log(512)) < 1  # as good as a guess

@@ -4,16 +4,19 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from vit_jax.costs.compiled import Program
 from vit_jax.models.variants import ModelConfig, build_model
+from vit_jax.parallel.fsdp import _gather, placed_as, with_gathered
 from vit_jax.parallel.mesh import (
     MeshConfig,
+    batch_sharding,
     check_batch_size,
     check_tensor_axis,
-    gather_kernel,
     local_rows,
     make_mesh,
     path_name,
@@ -186,31 +189,81 @@ def test_a_tensor_axis_that_splits_nothing_is_an_error(variant, options, message
         check_tensor_axis(mesh, state_shardings(mesh, config, shapes))
 
 
+@pytest.mark.parametrize("placed", ["split", "unknown", "another"])
 @pytest.mark.parametrize(
-    ("layer", "shape", "split", "spec"),
+    ("layer", "shape", "inputs", "split"),
     [
-        ("MlpBlock_0/Dense_0", (8, 16), (4, 2), (None, "tensor")),
-        ("MlpBlock_0/Dense_1", (16, 8), (4, 2), ("tensor",)),
-        ("attention/query", (16, 2, 4), (4, 2), (None, "tensor")),
-        ("attention/out", (2, 4, 16), (4, 2), ("tensor",)),
-        ("attention/out", (2, 4, 16), (8, 1), ()),
+        ("MlpBlock_0/Dense_0", (8, 16), 1, (2, 2, 2)),
+        ("MlpBlock_0/Dense_1", (16, 8), 1, (1, 4, 2)),
+        ("attention/query", (16, 2, 4), 1, (1, 4, 2)),
+        ("attention/out", (2, 4, 16), 2, (2, 2, 2)),
+        ("attention/out", (2, 4, 16), 2, (1, 8, 1)),
+        ("head", (16, 6), 1, (2, 2, 2)),
     ],
 )
-def test_a_kernel_is_gathered_over_fsdp_alone(layer, shape, split, spec):
-    config = MeshConfig(fsdp=split[0], tensor=split[1], min_size=1)
+def test_products_with_gathered_kernels(layer, shape, inputs, split, placed):
+    """The product and both gradients are those of one device; gradients are reduce-scattered."""
+    config = MeshConfig(*split, min_size=1)
     mesh = make_mesh(config)
-    kernel = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    random = np.random.default_rng(0)
+    kernel = random.normal(size=shape).astype(np.float32)
+    flat = kernel.reshape(np.prod(shape[:inputs]), -1)
+    tokens = () if layer == "head" else (3,)
+    x, dy = (random.normal(size=(8, *tokens, n)).astype(np.float32) for n in flat.shape)
     name = f"encoder/{layer}/kernel"
-    here = state_shardings(mesh, config, {name: kernel})[name]
-    assert "fsdp" in here.spec
+    here = state_shardings(mesh, config, {name: kernel})
+    assert "fsdp" in here[name].spec
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here[name])}
+    if placed == "another":  # a teacher's kernel has the name of the student's
+        shapes[name] = shapes[name].update(shape=(*shape[:-1], 64))
+    shapes = {} if placed == "unknown" else shapes
+
+    def compute(x, kernel, dy):
+        with placed_as(shapes):
+            multiply = partial(with_gathered, jnp.matmul, ("encoder", *layer.split("/")))
+            y, back = jax.vjp(lambda x, kernel: multiply(x, kernel, inputs), x, kernel)
+        return y, *back(dy)
+
+    rows = batch_sharding(mesh)
     with use_mesh(mesh):
-        gathered = jax.jit(partial(gather_kernel, ("encoder", *layer.split("/"))))(
-            put_tree(kernel, here)
-        )
-    assert gathered.sharding.is_equivalent_to(
-        jax.NamedSharding(mesh, PartitionSpec(*spec)), kernel.ndim
-    )
-    np.testing.assert_array_equal(gathered, kernel)
+        given = (put_tree(x, rows), put_tree(kernel, here[name]), put_tree(dy, rows))
+        program = jax.jit(compute, out_shardings=(rows, rows, here[name])).lower(*given).compile()
+        y, dx, dk = program(*given)
+    np.testing.assert_allclose(y, x @ flat, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dx, dy @ flat.T, rtol=1e-4, atol=1e-4)
+    expected = (x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])).reshape(shape)
+    np.testing.assert_allclose(dk, expected, rtol=1e-4, atol=1e-4)
+    if placed == "split":
+        lines = mesh.devices[:, 0, 0], mesh.devices[0, :, 0], mesh.devices[0, 0, :]
+        data, fsdp, tensor = (tuple(device.id for device in line) for line in lines)
+        found = [c for c in Program(program.as_text()).collectives if len(c.group) > 1]
+        assert {c.group for c in found} <= {data, fsdp, tensor}
+        part = kernel.nbytes // (split[2] if "tensor" in here[name].spec else 1)
+        over = sorted((c.kind, c.bytes) for c in found if c.group == fsdp)
+        assert over == [("all-gather", part), ("reduce-scatter", part)]
+        assert {c.bytes for c in found if c.group == data} <= {part // split[1]}
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (8, 128)])
+@pytest.mark.parametrize("sides", [(8,), (2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gathering_along_a_grids_sides_keeps_the_order(axis, sides, tile):
+    """In several steps a kernel is as whole, and its gradient as large, as in one."""
+    mesh, kernel = make_mesh(MeshConfig(fsdp=8)), np.arange(48.0, dtype=np.float32)
+    kernel = kernel.reshape((16, 3) if axis == 0 else (3, 16))
+
+    def gather(part):
+        return _gather(part, axis, sides, tile)[None]
+
+    def gathered(kernel):
+        split = PartitionSpec(*[None] * axis, "fsdp")
+        return jax.shard_map(gather, in_specs=split, out_specs=PartitionSpec("fsdp"))(kernel)
+
+    with use_mesh(mesh):
+        whole, back = jax.vjp(jax.jit(gathered), kernel)
+        np.testing.assert_array_equal(whole, np.broadcast_to(kernel, (8, *kernel.shape)))
+        weights = np.arange(8.0, dtype=np.float32)[:, None, None] + kernel
+        np.testing.assert_array_equal(back(weights)[0], 28 + 8 * kernel)
 
 
 def test_batches_divide():

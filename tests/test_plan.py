@@ -13,7 +13,8 @@ from processes import command
 
 from vit_jax.costs import topology
 from vit_jax.costs.chips import CHIPS
-from vit_jax.costs.compiled import Collective, Kernel, OutOfMemory
+from vit_jax.costs.collectives import Collective
+from vit_jax.costs.compiled import Kernel, OutOfMemory
 from vit_jax.costs.flops import TABLE_2, device_days, pretraining_exaflops, training_flops
 from vit_jax.costs.report import (
     collectives_report,
@@ -193,12 +194,14 @@ def test_collectives_are_summed_by_kind_and_size():
     chips = parse_topology("v5e:4x4", 2)
     inside, across = tuple(range(16)), (0, 16)
     found = [
-        Collective("all-gather", 2**30, inside, 12),
+        Collective("all-gather", 2**30, inside, 12, beside=15 * 10**5),
         Collective("all-gather", 2**29, inside, 2),
         Collective("all-reduce", 2**20, across),
     ]
     gathers, reduces = collectives_report(found, chips)
     assert (gathers["count"], gathers["gib"], gathers["devices"]) == (14, 13.0, 16)
+    assert gathers["asynchronous"] == 12
+    assert gathers["beside_seconds"] == pytest.approx(12 * 1e-3, rel=0.01)  # at 1.5 GHz
     expected = sum(c.seconds(chips.chip, 16) for c in found[:2])
     assert gathers["roofline_seconds"] == pytest.approx(expected)
     network = 2**20 / chips.chip.network_bandwidth  # 2 (2 - 1) / 2 of the bytes

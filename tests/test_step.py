@@ -152,8 +152,25 @@ def test_every_mesh_computes_the_same(plain, mesh):
             next(iter(found.values())).size
         }
     assert_same(plain, sharded)
+    if mesh == (1, 8, 1):
+        assert_gradients_are_scattered(sharded)
     if mesh == (2, 2, 2):
         assert_no_activation_is_gathered(sharded)
+
+
+def assert_gradients_are_scattered(result):
+    """Kernels of blocks are gathered once, and their gradients reduce-scattered."""
+    found = Program(result[2]).collectives
+    sizes = {
+        kind: sorted(c.bytes for c in found if c.kind == kind)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(result[0].params["Transformer"])
+    kernels = sorted(leaf.nbytes for path, leaf in leaves if path_name(path).endswith("/kernel"))
+    assert sizes["reduce-scatter"] == kernels
+    embedding = result[0].params["embedding"]["kernel"].nbytes
+    assert sum(sizes["all-gather"]) <= sum(kernels) + embedding
+    assert sum(sizes["all-reduce"]) < sum(kernels) / 4 + embedding
 
 
 def assert_no_activation_is_gathered(result):
@@ -252,6 +269,15 @@ def test_losses_against_the_textbook():
         -(smoothed * log_softmax(logits, axis=-1)).sum(-1),
         rtol=1e-5,
     )
+
+
+def test_z_loss():
+    logits, targets = jnp.array([[30.0, 31.0, 28.0]]), jnp.array([[0.0, 1.0, 0.0]])
+    plain, more = (example_losses(LossConfig(z_loss=z), logits, targets)[0] for z in (0.0, 1e-4))
+    assert more - plain == pytest.approx(1e-4 * np.log(np.exp(logits[0]).sum()) ** 2, rel=1e-3)
+    for name, z_loss in (("sigmoid", 1e-4), ("softmax", -1.0)):
+        with pytest.raises(ValueError, match=f"z_loss = {z_loss} of the loss '{name}'"):
+            LossConfig(name, z_loss=z_loss)
 
 
 def test_several_labels_an_image():

@@ -30,11 +30,12 @@ from vit_jax.command_line import run
 from vit_jax.config import InputError, build, printable
 from vit_jax.data.pipeline import open_data, train_batches
 from vit_jax.data.sources import Source
-from vit_jax.parallel.mesh import MeshConfig, local_rows, make_mesh, path_name, put_batch, use_mesh
+from vit_jax.parallel.mesh import MeshConfig, local_rows, make_mesh, put_batch, use_mesh
 from vit_jax.parallel.run_files import as_path, read_json, saved_steps, written_locally
 from vit_jax.training.checkpoint import restore, restore_other
 from vit_jax.training.initial import fresh_state, loaded_state
-from vit_jax.training.origins import Examination, Origin, layer_of
+from vit_jax.training.norms import layer_norms
+from vit_jax.training.origins import Examination, Origin
 from vit_jax.training.recipe import TrainConfig, Training, build_training
 from vit_jax.training.stages import Stage
 from vit_jax.training.step import TrainState, make_losses, with_draws
@@ -96,16 +97,6 @@ def state_before(training: Training, workdir: Any, step: int) -> TrainState:
             )
         return loaded_state(training, load_adapted(config, training.model, training.shapes.params))
     return fresh_state(training)(jax.random.key(config.seed))
-
-
-def layer_norms(gradients: Any, updates: Any) -> dict[str, jax.Array]:
-    """Returns {"gradient LAYER": norm, "update LAYER": norm} of trees like the parameters."""
-    squares: dict[str, jax.Array] = {}
-    for kind, tree in (("gradient", gradients), ("update", updates)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = f"{kind} {layer_of(path_name(path))}"
-            squares[name] = squares.get(name, 0.0) + jnp.square(leaf.astype(jnp.float32)).sum()
-    return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
 def take_steps(training: Training, source: Source, state: TrainState, last: int) -> Iterator[Step]:

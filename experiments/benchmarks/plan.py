@@ -24,6 +24,7 @@ from experiments.benchmarks.machine import versions
 from experiments.benchmarks.step_table import compiled_by
 
 ROWS_FLAG = flags.DEFINE_string("rows", ".*", "Regex of names of rows to compile.")
+MISSING = flags.DEFINE_bool("missing", False, "Only rows without a result, to go on after a stop.")
 TABLE = flags.DEFINE_bool("table", False, "Only rewrite the table.")
 RESULTS = Path(__file__).parent / "results"
 CUDA = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -46,7 +47,9 @@ MODELS = {
 }
 FULL = ("--config.model.remat=full",)
 SCAN = ("--config.model.scan=true",)
-# Model, topology, and options, chosen by `--search` or the recipe's own plan.
+SLICES = ("--num_slices=2",)
+# Model, topology, and options, chosen by `--search` or the recipe's own plan. v6e and two slices
+# have the options of v5e, not searched again.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B/16", "v5e:16x16", ()),
     ("B/16", "v5e:16x16", SCAN),
@@ -71,6 +74,20 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("L/16", "tpu7x:4x4x8", ()),
     ("H/14", "tpu7x:4x4x8", ()),
     ("G/14", "tpu7x:4x4x8", (*FULL, "--config.mesh.fsdp=32")),
+    ("S/16", "v6e:16x16", ()),
+    ("B/16", "v6e:16x16", ()),
+    ("L/16", "v6e:16x16", ("--config.mesh.fsdp=16",)),
+    ("H/14", "v6e:16x16", ("--config.mesh.fsdp=16",)),
+    ("g/14", "v6e:16x16", (*FULL, "--config.mesh.fsdp=16")),
+    ("G/14", "v6e:16x16", (*FULL, "--config.mesh.fsdp=16")),
+    ("S/16", "tpu7x:4x4x8", ()),
+    ("g/14", "tpu7x:4x4x8", (*FULL, "--config.mesh.fsdp=32")),
+    ("S/16", "v5e:16x16", SLICES),
+    ("B/16", "v5e:16x16", SLICES),
+    ("L/16", "v5e:16x16", (*SLICES, "--config.mesh.fsdp=16")),
+    ("H/14", "v5e:16x16", (*SLICES, "--config.mesh.fsdp=16")),
+    ("g/14", "v5e:16x16", (*SLICES, *FULL, "--config.mesh.fsdp=16")),
+    ("G/14", "v5e:16x16", (*SLICES, *FULL, "--config.mesh.fsdp=64")),
     ("H/14", "v3:16x16", (*FULL, "--mfu=0.32")),
     ("B/16", "h100:8", ("--config.batch_size=1024",)),
     ("B/16", "h100:8", (*SCAN, "--config.batch_size=1024")),
@@ -169,17 +186,23 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join([*lines, "", compiled_by(results.values()), ""])
 
 
+def _results(path: Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main(_) -> None:
     """Compiles the selected rows one by one, and writes the results after each."""
     path = RESULTS / "plan.json"
     for row in ROWS:
         if TABLE.value or not re.search(ROWS_FLAG.value, name_of(row)):
             continue
+        if MISSING.value and name_of(row) in _results(path):
+            continue
         report = run(row)
-        results = json.loads(path.read_text()) if path.exists() else {}
+        results = _results(path)
         path.write_text(json.dumps(results | {name_of(row): report}, indent=1) + "\n")
         print(f"{name_of(row)}: {report['memory_gib']['peak']:.2f} GiB", flush=True)
-    (RESULTS / "plan.md").write_text(table(json.loads(path.read_text())))
+    (RESULTS / "plan.md").write_text(table(_results(path)))
 
 
 if __name__ == "__main__":

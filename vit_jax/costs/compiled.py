@@ -13,13 +13,12 @@ import numpy as np
 
 from vit_jax.config import InputError
 from vit_jax.costs.chips import Chip
+from vit_jax.costs.collectives import COLLECTIVES, Collective, first_group
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)?(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$")
 # TPUs communicate between slices through their hosts.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _KERNEL = re.compile(
     r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*|__gpu\$xla\.gpu\.triton)"'
 )
@@ -62,40 +61,6 @@ class Kernel:
             return None
         compute = self.flops / chip.device_peak_flops
         return self.times * max(compute, self.bytes * chip.devices / chip.hbm_bandwidth)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective operation.
-
-    `bytes`: size of the full (gathered) array on one device. `times`: calls per step.
-    """
-
-    kind: str
-    bytes: int
-    group: tuple[int, ...]  # participating devices; the first of several groups
-    times: int = 1
-
-    def seconds(self, chip: Chip, island: int) -> float | None:
-        """Minimum time of all calls in seconds; None if the network bandwidth is unknown.
-
-        `island`: number of devices connected by the chip's own links. A group over several islands
-        reduces within each island first, then over the network.
-        """
-        islands = len({device // island for device in self.group})
-        inside = len(self.group) // islands
-        factor = 2 if self.kind == "all-reduce" else 1
-        if self.kind == "collective-permute":
-            inside, links, network = 1, self.bytes, self.bytes * (islands > 1)
-        else:
-            links = factor * self.bytes * (inside - 1) / inside
-            network = factor * self.bytes / inside * (islands - 1) / islands
-        if network and chip.network_bandwidth is None:
-            return None
-        seconds = links * chip.devices / chip.link_bandwidth
-        if network:
-            seconds += network * chip.devices / chip.network_bandwidth
-        return self.times * seconds
 
 
 class OutOfMemory(Exception):
@@ -196,6 +161,7 @@ class Program:
         if not self._entry:
             raise InputError("no ENTRY in the program's text: expected the result of as_text()")
         self._times: dict[str, int] = {}  # computation -> runs per step
+        self._callers: dict[str, Instruction] = {}  # computation -> what runs it
         self._run(self._entry, 1)
 
     def _run(self, name: str, times: int) -> None:
@@ -205,6 +171,7 @@ class Program:
                 continue  # repeats the computation of its start
             trips = self._trips(name, instruction) if instruction.opcode == "while" else 1
             for called in instruction.called():
+                self._callers[called] = instruction
                 self._run(called, times * trips)
 
     def _trips(self, computation: str, loop: Instruction) -> int:
@@ -280,7 +247,7 @@ class Program:
     @property
     def collectives(self) -> list[Collective]:
         """All collectives; those that the compiler splits into parts count once."""
-        found: dict[str, Collective] = {}
+        found: dict[tuple, Collective] = {}
         for times, scope, instruction in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
             group = None
@@ -291,15 +258,33 @@ class Program:
             if kind in COLLECTIVES:
                 channel = instruction.attribute("channel_id") or instruction.name
                 size = sum(array_bytes(scope[operand].shape) for operand in instruction.operands)
-                group = group or _first_group(instruction.attributes)
+                group = group or first_group(instruction.attributes)
                 if kind == "all-gather":
                     size *= len(group)
                 if instruction.computation.startswith(
                     "all-reduce-scatter"
                 ):  # a reduce-scatter on TPUs
                     kind = "reduce-scatter"
-                found[channel] = Collective(kind, size, group, times)
+                # Those that jax writes, as in `shard_map`, share a channel.
+                source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+                key = (channel, group, source and source[1])
+                beside = self._beside(instruction) + (found[key].beside if key in found else 0)
+                found[key] = Collective(kind, size, group, times, beside)
         return list(found.values())
+
+    def _beside(self, collective: Instruction) -> int:
+        """Returns the cycles of the fusion that a part of a collective is in, or until its end."""
+        if collective.computation.startswith("async_collective_fusion"):
+            return self._callers[collective.computation].cycles or 0
+        if not collective.opcode.endswith("-start"):
+            return 0
+        cycles, started = 0, False
+        for other in self._computations[collective.computation].values():  # as scheduled
+            if other.opcode.endswith("-done") and collective.name in other.operands:
+                break
+            cycles += started * (other.cycles or 0)
+            started |= other is collective
+        return cycles
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:
@@ -359,30 +344,3 @@ def convolution_flops(scope: dict[str, Instruction], conv: Instruction) -> int:
         taps *= int(((at >= 0) & (at % spread == 0) & (at // spread < size)).sum())
     batch = out[out_labels.index("b")] // int(conv.attribute("batch_group_count") or 1)
     return 2 * taps * batch * out[out_labels.index("f")] * kernel[kernel_labels.index("i")]
-
-
-def _first_group(attributes: str) -> tuple[int, ...]:
-    """Returns the first group of a collective, in any of XLA's notations."""
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
-        return tuple(map(int, match[1].split(",")))
-    if match := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes):
-        return tuple(_iota(match[3], match[4])[: int(match[2])].tolist())
-    device_ids = rf"(?:, device_ids=\((?:{_IOTA}|([\d,]+))\))?"
-    if match := re.search(rf"groups=mesh\[([^\]]*)\]{device_ids} \{{([^}}]*)\}}", attributes):
-        axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        ids = np.arange(math.prod(axes.values()))
-        if match[2]:
-            ids = _iota(match[2], match[3])
-        elif match[4]:
-            ids = np.array([int(n) for n in match[4].split(",")])
-        inside = tuple(slice(None) if f"'{axis}'" in match[5] else 0 for axis in axes)
-        if ":" not in match[5]:  # a colon marks part of an axis
-            return tuple(ids.reshape(*axes.values())[inside].reshape(-1).tolist())
-    raise InputError(f"cannot read the devices of a collective: {attributes[:200]}")
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Expands XLA's short form of a device list: [2,4]T(1,0) is 0 4 1 5 2 6 3 7."""
-    shape = [int(n) for n in dims.split(",")]
-    axes = [int(n) for n in order.split(",")] if order else range(len(shape))
-    return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(-1)

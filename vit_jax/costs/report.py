@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from vit_jax.costs.chips import GIB, Chip
-from vit_jax.costs.compiled import Collective, Kernel, OutOfMemory, memory
+from vit_jax.costs.collectives import Collective
+from vit_jax.costs.compiled import Kernel, OutOfMemory, memory
 from vit_jax.costs.topology import Topology
 
 
@@ -53,18 +54,26 @@ def memory_report(
 
 
 def collectives_report(collectives: list[Collective], topology: Topology) -> list[dict]:
-    """Sums one device's collectives of a step by kind and group size."""
+    """Sums one device's collectives of a step by kind and group size.
+
+    "asynchronous" of the "count" run beside computations, which take "beside_seconds" by the TPU
+    compiler's estimate.
+    """
     island = topology.num_devices // topology.islands
     rows: dict[tuple[str, int], dict] = {}
     for collective in collectives:
         kind, size = collective.kind, len(collective.group)
         row = rows.setdefault(
             (kind, size),
-            {"kind": kind, "devices": size, "count": 0, "gib": 0.0, "roofline_seconds": 0.0},
+            {"kind": kind, "devices": size, "count": 0, "gib": 0.0, "roofline_seconds": 0.0}
+            | ({"asynchronous": 0, "beside_seconds": 0.0} if topology.chip.is_tpu else {}),
         )
         seconds = collective.seconds(topology.chip, island)
         row["count"] += collective.times
         row["gib"] += collective.times * collective.bytes / GIB
+        if topology.chip.is_tpu:
+            row["asynchronous"] += collective.times * (collective.beside > 0)
+            row["beside_seconds"] += collective.times * collective.beside / topology.chip.clock
         if seconds is None or row["roofline_seconds"] is None:
             row["roofline_seconds"] = None
         else:
@@ -197,6 +206,8 @@ def show(report: dict) -> str:
         for row in report["collectives"]:
             seconds = row["roofline_seconds"]
             shown = "unknown network bandwidth" if seconds is None else f"{seconds * 1e3:9.2f} ms"
+            if beside := row.get("asynchronous"):
+                shown += f", {beside} beside {row['beside_seconds'] * 1e3:.2f} ms of computation"
             lines.append(
                 f"  {row['count']:4} x {row['kind']:18} of {row['devices']:4} devices "
                 f"{row['gib']:8.3f} GiB {shown}"

@@ -23,11 +23,14 @@ class LossConfig:
         class with n of the N training images of C classes. {"cat": 2.0}, or as text
         "cat=2,dog=0.5", names classes; others have 1. A list has a number for each class, in their
         order. An image with several labels, or a mixture of images, has the weights' mean.
+      z_loss: adds this times log(Z)^2 to a softmax's loss, where Z is the sum of the exponentials
+        of the logits, against logits that drift away (PaLM, arXiv 2204.02311, section 5: 1e-4).
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
     class_weights: str | tuple[float, ...] | dict[str, float] = ()
+    z_loss: float = 0.0
 
     def __post_init__(self):
         if self.name not in (known := ("softmax", "sigmoid", "masked_patches")):
@@ -38,6 +41,11 @@ class LossConfig:
             raise InputError("label_smoothing: masked_patches has no labels to smooth")
         if self.class_weights and self.masks_patches:
             raise InputError("class_weights: masked_patches has no labels to weigh")
+        if self.z_loss < 0 or (self.z_loss and self.name != "softmax"):
+            raise InputError(
+                f"z_loss = {self.z_loss} of the loss {self.name!r}: expected at least 0, and the "
+                "loss 'softmax' if more"
+            )
         given = self._by_name() if self.class_weights != "balanced" else {}
         if wrong := [f"{k}: {v:g}" for k, v in given.items() if not 0 < v < float("inf")]:
             raise InputError(f"class_weights {', '.join(wrong)}: expected more than 0")
@@ -113,6 +121,8 @@ def example_losses(config: LossConfig, logits: jax.Array, targets: jax.Array) ->
     targets = targets * (1.0 - config.label_smoothing) + config.label_smoothing / num_classes
     if config.name == "softmax":
         losses = optax.softmax_cross_entropy(logits, targets)
+        if config.z_loss:
+            losses += config.z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
     else:
         losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
     return losses if weights is None else weights * losses

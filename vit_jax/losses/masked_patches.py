@@ -136,7 +136,7 @@ def masked_patch_losses(
     keys: jax.Array,
     *,
     train: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, dict | None]:
     """Computes losses and accuracies over the corrupted patches of each image.
 
     The loss is cross-entropy, or mean squared error for "pixels".
@@ -150,15 +150,16 @@ def masked_patch_losses(
         train: whether dropout is on.
 
     Returns:
-        The mean loss [B] and the share of correct predictions [B]. A predicted pixel is correct
-        within 1/8, half a step of 3 bits.
+        The mean loss [B], the share of correct predictions [B], and the model's mean squares if it
+        measures them. A predicted pixel is correct within 1/8, half a step of 3 bits.
     """
     images = normalize(images)
     target = TARGETS[config.target](split_patches(images, model.grid))  # [B, N, K]
     corrupt_image = jax.vmap(corrupt, (None, 0, None))
     # The model folds 0, 1 and 2 into each image's key.
     patch_indices, corrupted = corrupt_image(config, fold_keys(keys, 3), target.shape[1])
-    predicted = model.apply(params, images, keys if train else None, patch_indices).patches
+    output = model.apply(params, images, keys if train else None, patch_indices)
+    predicted = output.patches
     if config.target == "pixels":
         losses = jnp.square(predicted - target)
         right = jnp.abs(predicted - target) < 1 / 8
@@ -167,4 +168,5 @@ def masked_patch_losses(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         right = logits.argmax(axis=-1) == target
     share = corrupted / corrupted.sum(axis=1, keepdims=True)
-    return (losses.mean(axis=-1) * share).sum(axis=1), (right.mean(axis=-1) * share).sum(axis=1)
+    losses, hits = ((x.mean(axis=-1) * share).sum(axis=1) for x in (losses, right))
+    return losses, hits, output.squares

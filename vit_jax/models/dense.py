@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.hardware import add_bias, multiply
-from vit_jax.parallel.mesh import gather_kernel
+from vit_jax.parallel.fsdp import with_gathered
 
 
 class Dense(nn.Module):
@@ -55,10 +55,9 @@ class Dense(nn.Module):
             return self.bias_init(key, flat[1:]).reshape(self.outputs)
 
         kernel = self.param("kernel", init_kernel).astype(self.dtype)
-        kernel = gather_kernel(self.path, kernel).reshape(flat)
         bias = self.param("bias", init_bias).reshape(flat[1]) if self.use_bias else None
         x = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.inputs], flat[0])
-        y = multiply(x, kernel)
+        y = with_gathered(multiply, self.path, x, kernel, self.inputs)
         if self.rank:
             init_a = nn.initializers.normal(flat[0] ** -0.5)
             a = self.param("lora_a", init_a, (*shape, self.rank)).reshape(flat[0], self.rank)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from vit_jax.models.dense import Dense
 from vit_jax.parallel.mesh import constrain_batch
 
 
@@ -17,6 +19,15 @@ class Output(NamedTuple):
     logits: jax.Array  # [B, classes]
     features: jax.Array  # [B, D]: the head's input, after the tanh layer where there is one
     patches: jax.Array | None = None  # [B, N, K]: the outputs of masked patch prediction
+    squares: dict | None = None  # of a model that `measures`: see `measured`
+
+
+def measured(block: nn.Module, x: jax.Array) -> jax.Array:
+    """Returns x, a block's output; notes its mean square, float32 [], for `Model.measures`."""
+    if block.is_mutable_collection("squares") and not block.is_initializing():
+        square = jnp.square(x.astype(jnp.float32)).mean()
+        block.sow("squares", "output", square, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return x
 
 
 def classify(features: jax.Array, num_classes: int, bias: float, name: str = "head") -> Output:
@@ -28,8 +39,9 @@ def classify(features: jax.Array, num_classes: int, bias: float, name: str = "he
     features = constrain_batch(features)
     if not num_classes:
         return Output(logits=features, features=features)
-    head = nn.Dense(
-        num_classes,
+    head = Dense(
+        (num_classes,),
+        to_nonlinearity=True,
         kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(bias),
         name=name,

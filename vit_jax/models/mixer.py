@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.head import Output, classify
+from vit_jax.models.head import Output, classify, measured
 from vit_jax.models.transformer import (
     MlpBlock,
     TransformerConfig,
@@ -40,7 +40,7 @@ class MixerBlock(nn.Module):
         x = x + drop_branch(y.swapaxes(1, 2), drop, fold_keys(keys, 1))
         y = layer_norm(self.config, "LayerNorm_1")(x)
         y = MlpBlock(self.config, init, name="channel_mixing")(y, fold_keys(keys, 2))
-        return x + drop_branch(y, drop, fold_keys(keys, 3))
+        return measured(self, x + drop_branch(y, drop, fold_keys(keys, 3)))
 
 
 class Mixer(nn.Module):

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.head import Output, classify
+from vit_jax.models.head import Output, classify, measured
 from vit_jax.models.transformer import rematted
 
 
@@ -74,7 +74,7 @@ class ResidualUnit(nn.Module):
                 if i == 1 and projects:
                     shortcut = conv("conv_proj", outputs, stride=self.stride)(x)
                 x = conv(f"conv{i}", *step)(x)
-            return x + shortcut
+            return measured(self, x + shortcut)
         if projects:
             shortcut = conv("conv_proj", outputs, stride=self.stride)(x)
             shortcut = group_norm("gn_proj", self.version, self.dtype)(shortcut)
@@ -84,7 +84,7 @@ class ResidualUnit(nn.Module):
             scale = nn.initializers.zeros if i == 3 else nn.initializers.ones
             x = group_norm(f"gn{i}", self.version, self.dtype, scale)(x)
             x = nn.relu(x if i < 3 else x + shortcut)
-        return x
+        return measured(self, x)
 
 
 class Stage(nn.Module):

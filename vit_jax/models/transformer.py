@@ -22,6 +22,7 @@ from vit_jax.config import InputError
 from vit_jax.models.attention import attention_weights, flash_attention, pallas_attention
 from vit_jax.models.dense import Dense
 from vit_jax.models.hardware import choose_attention, recomputed_on_cpu
+from vit_jax.models.head import measured
 from vit_jax.models.positions import Positions, position_table, rotary_table, rotate
 from vit_jax.parallel.mesh import constrain_batch
 
@@ -337,7 +338,7 @@ class EncoderBlock(nn.Module):
         y = branch(MlpBlock(config, name="MlpBlock_0")(y, fold_keys(keys, 1)), 1)
         x = x + attended + y if config.parallel else x + y
         self.sow("intermediates", "output", x)
-        return x, None
+        return measured(self, x), None
 
 
 class Encoder(nn.Module):
@@ -373,7 +374,7 @@ class Encoder(nn.Module):
         if looped:
             scanned = nn.scan(
                 rematted(EncoderBlock, config.remat, in_scan=True),
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "squares": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=looped,

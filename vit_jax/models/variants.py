@@ -56,12 +56,16 @@ def list_models(pattern: str = "*") -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network for a fixed image size and number of classes."""
+    """A network for a fixed image size and number of classes.
+
+    If it `measures`, its outputs have the mean squares of its blocks' outputs.
+    """
 
     config: ModelConfig
     num_classes: int
     image_size: tuple[int, int]
     module: ViT | ResNet | Mixer
+    measures: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -106,7 +110,11 @@ class Model:
         """
         chex.assert_shape(images, (None, *self.image_size, 3))
         indices = () if patch_indices is None else (patch_indices,)
-        return self.module.apply({"params": params}, self._standardised(images), keys, *indices)
+        given = ({"params": params}, self._standardised(images), keys, *indices)
+        if not self.measures:
+            return self.module.apply(*given)
+        output, measured = self.module.apply(*given, mutable=["squares"])
+        return output._replace(squares=measured["squares"])
 
     def _standardised(self, images: jax.Array) -> jax.Array:
         """Maps uint8 pixels, or floats in [-1, 1], to what the network was trained on."""

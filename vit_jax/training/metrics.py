@@ -234,7 +234,8 @@ class Recorder:
         if "skipped" in values:
             self._skipped += int(values.pop("skipped"))
         self._losses.append(values["loss"])
-        if not (due or must_check):
+        norms = [name for name in values if " " in name]  # of layers
+        if not (due or must_check or norms):
             return
         fetched = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, fetched.values())):
@@ -242,14 +243,17 @@ class Recorder:
             good = (
                 "no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is good"
             )
+            shown = {k: v for k, v in fetched.items() if k not in norms or not math.isfinite(v)}
             raise FloatingPointError(
-                f"not finite after step {step}: {fetched}. It was finite after step "
+                f"not finite after step {step}: {shown}. It was finite after step "
                 f"{self._checked}; {good} ({self.metrics.workdir}). Lower "
                 "the learning rate, lengthen the warm-up, clip gradients, or look at the data of "
                 f"steps {self._checked + 1} to {step}. To find the cause: "
                 f"vit_jax replay --workdir={self.metrics.workdir} --step={step}"
             )
         self._checked = step
+        if norms:  # without "/", which is in names of evaluations' values
+            self.metrics.write(step, {n.replace("/", "."): fetched.pop(n) for n in norms})
         if due:
             if self._skipped:
                 fetched["skipped"], self._skipped = self._skipped, 0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
-_LAYER = re.compile(r"(.*?(?:block_?\d+|block\[\d+\]|unit\d+)|[^/]+)(?=/|$)")
+_LAYER = re.compile(r"(.*?(?:block\d+/unit\d+|block_?\d+|block\[\d+\])|[^/]+)(?=/|$)")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of operations that call a function
 
 
@@ -181,4 +181,4 @@ def describe(scope: str) -> tuple[str, str]:
 
 def layer_of(name: str) -> str:
     """Returns the block, or the part outside blocks, of a parameter or an operation."""
-    return _LAYER.match(name)[1]
+    return re.sub(r"block\[(\d+)\]$", r"block_\1", _LAYER.match(name)[1])  # of a scan

@@ -22,6 +22,7 @@ from vit_jax.losses.classification import LossConfig
 from vit_jax.losses.distillation import DistillConfig
 from vit_jax.losses.masked_patches import MaskedPatchConfig, predicting
 from vit_jax.models.variants import Model, ModelConfig, build_model
+from vit_jax.parallel.fsdp import placed_as
 from vit_jax.parallel.mesh import (
     MeshConfig,
     batch_parts,
@@ -73,6 +74,8 @@ class TrainConfig:
       metrics: where metrics are written.
       profile_steps: "100:105" writes an XProf trace of steps 100 to 105.
       log_every, eval_every: steps; without `eval_every` the run is evaluated only at its end.
+      log_norms_every: steps after which each layer's norms are recorded: see `norms.layer_norms`.
+        A second program of the step computes them, so that other steps take no longer.
       evaluators: name -> evaluator, of any protocol of `evaluation.registry`.
       early_stopping: ends the run after this many evaluations without a better accuracy, or a
         better value of `watch`.
@@ -109,6 +112,7 @@ class TrainConfig:
     profile_steps: str = setting("", changes="speed")
     metrics: MetricsConfig = setting(MetricsConfig(), changes="speed")
     log_every: int = setting(50, changes="speed")
+    log_norms_every: int | None = setting(None, changes="records")
     eval_every: int | None = setting(None, changes="records")
     early_stopping: int | None = None
     watch: str = ""
@@ -179,8 +183,8 @@ class TrainConfig:
             raise InputError(
                 f"steps = {self.steps} and epochs = {self.epochs}: set exactly one of them"
             )
-        at_least_1 = ("accumulation", "log_every", "eval_every", "steps", "image_size")
-        least = dict.fromkeys((*at_least_1, "early_stopping"), 1) | {"stop": 0}
+        at_least_1 = ("accumulation", "log_every", "log_norms_every", "eval_every", "steps")
+        least = dict.fromkeys((*at_least_1, "image_size", "early_stopping"), 1) | {"stop": 0}
         for name, smallest in least.items():
             if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise InputError(f"{name} = {getattr(self, name)}: expected at least {smallest}")
@@ -275,7 +279,7 @@ class Training:
         batch: dict,
         peak: jax.Array,
         taught_by: dict | None = None,
-        observe: Callable[[Any, Any], dict] | None = None,
+        observe: Callable[[Any, Any, Any], dict] | None = None,
     ) -> tuple[TrainState, dict]:
         """Computes the training step at a peak learning rate: see `step.make_train_step`.
 
@@ -303,9 +307,15 @@ class Training:
             teacher=teacher and partial(teacher.logits, taught_by),
             observe=observe,
         )
-        return train_step(state, batch)
+        with placed_as(self.placed_shapes.params):
+            return train_step(state, batch)
 
-    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
+    def lower(
+        self,
+        state: TrainState,
+        batch: dict,
+        observe: Callable[[Any, Any, Any], dict] | None = None,
+    ) -> jax.stages.Lowered:
         """Lowers the step for arrays, or shapes with shardings, like these; it donates `state`.
 
         The step's third argument is the peak learning rate, float32 []. With a teacher, the fourth
@@ -316,7 +326,7 @@ class Training:
         def step(
             state: TrainState, batch: dict, peak: jax.Array, taught_by: dict | None = None
         ) -> tuple[TrainState, dict]:
-            return self.step(state, batch, peak, taught_by)
+            return self.step(state, batch, peak, taught_by, observe)
 
         out = (self.shardings, replicated(self.mesh))
         rest = [jax.ShapeDtypeStruct((), jnp.float32), *([teacher.shapes] if teacher else [])]

@@ -70,7 +70,7 @@ def make_train_step(
     ema_warmup: bool = False,
     distill: DistillConfig | None = None,
     teacher: Callable[[jax.Array], jax.Array] | None = None,
-    observe: Callable[[Any, Any], dict] | None = None,
+    observe: Callable[[Any, Any, Any], dict] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns the step for batches {"image": uint8 [B, H, W, 3], "label": int32 [B] or [B, K]}.
 
@@ -86,16 +86,17 @@ def make_train_step(
       param_norm: after the update; not finite if any parameter isn't.
       skipped: broken examples that others replaced, if the batch has this count.
       spikes: updates skipped so far, if the optimizer skips any.
-      And what `observe` returns for the gradients and the updates.
+      And what `observe` returns for the gradients, the updates and the blocks' mean squares.
     """
-    losses_fn = make_losses(model, loss, masked, distill, teacher)
+    measuring = dataclasses.replace(model, measures=observe is not None)
+    losses_fn = make_losses(measuring, loss, masked, distill, teacher)
 
     def loss_fn(params, batch, keys):
         params = jax.tree.map(
             lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable
         )
-        losses, hits = losses_fn(params, batch, keys)
-        return losses.mean(), hits.mean()
+        losses, hits, squares = losses_fn(params, batch, keys)
+        return losses.mean(), (hits.mean(), squares)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -103,7 +104,7 @@ def make_train_step(
         batch, keys = with_draws(augmentation, seed, state.step, batch)
         together = 2 if augmentation.mixes else 1
         gradients = _accumulate(grad_fn, accumulation, together, state.params, batch, keys)
-        (loss_value, accuracy), grads = gradients
+        (loss_value, (accuracy, squares)), grads = gradients
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -126,7 +127,8 @@ def make_train_step(
         if spikes := count_spikes(opt_state):
             metrics["spikes"] = spikes[0]
         if observe:
-            metrics |= observe(grads, jax.tree.map(jnp.subtract, params, state.params))
+            changes = jax.tree.map(jnp.subtract, params, state.params)
+            metrics |= observe(grads, changes, squares)
         if "skipped" in batch:
             metrics["skipped"] = batch["skipped"].sum()
         return TrainState(state.step + 1, params, opt_state, ema), metrics
@@ -140,19 +142,24 @@ def make_losses(
     masked: MaskedPatchConfig,
     distill: DistillConfig | None = None,
     teacher: Callable[[jax.Array], jax.Array] | None = None,
-) -> Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns a function (parameters, *`with_draws`' batch and keys) -> (losses [B], hits)."""
+) -> Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict | None]]:
+    """Returns a function of parameters, and batch and keys as `with_draws` returns them.
+
+    It returns (losses [B], hits, the mean squares of a model that measures them).
+    """
 
     def losses_fn(params, batch, keys):
         labels = make_targets(batch["label"], model.num_classes)
         images, targets = augment(batch["image"], share_targets(loss, labels), batch["draws"])
         if loss.masks_patches:
             return masked_patch_losses(masked, model, params, images, keys, train=True)
-        logits = model.apply(params, images, keys).logits
+        output = model.apply(params, images, keys)
+        logits = output.logits
         losses = example_losses(loss, logits, targets)
         if teacher is not None:
             losses = mix_losses(distill, loss, losses, logits, teacher(images))
-        return losses, jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        hits = jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)
+        return losses, hits, output.squares
 
     return losses_fn
 

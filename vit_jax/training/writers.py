@@ -80,7 +80,7 @@ class TensorBoard:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name.replace(" ", "/"), value, step)  # norms grouped by kind
 
     def close(self) -> None:
         self._board.close()

@@ -36,7 +36,7 @@ def make(
     def count(params, batch):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["index"])
         images = batch["image"]
-        losses, right = masked_patch_losses(masked, model, params, images, keys, train=False)
+        losses, right, _ = masked_patch_losses(masked, model, params, images, keys, train=False)
         mask = batch["mask"]
         return {
             "loss": jnp.where(mask, losses, 0.0).sum(),
