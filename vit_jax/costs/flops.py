@@ -138,7 +138,7 @@ def _resnet(resnet: ResNet, size: Size) -> tuple[int, int]:
     """Returns MACs and features like `_vit`."""
     macs, _, channels = _stem(resnet.stem, size)
     if resnet.stage_features:  # channels double from stage to stage
-        channels = sum(3 * channels // 2**i for i in range(len(resnet.stem.stages)))
+        channels = sum(2 * channels // 2**i for i in range(len(resnet.stem.stages)))
     return macs, channels
 
 

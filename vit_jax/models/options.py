@@ -80,8 +80,8 @@ class ModelConfig:
     # ResNet v2: max pooling pads with 0, as in BiT's training; False: with -inf, as in big_vision.
     # Logits differ in the fourth digit.
     zero_padded_pool: bool = False
-    # ResNet: features are mean, deviation and maximum of the channels of every stage's output, not
-    # the mean of the last. Better for a head on frozen features (Head2Toe, arXiv 2201.03529).
+    # ResNet: features are mean and deviation of the channels of every stage's output, not the mean
+    # of the last. Better for a head on frozen features (Head2Toe, arXiv 2201.03529).
     stage_features: bool = False
 
     # token: class token | gap: mean of patches | map: attention pooling (arXiv 2106.04560) |

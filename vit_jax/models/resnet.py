@@ -145,7 +145,7 @@ class ResNet(nn.Module):
     """A ResNet classifier: images [B, H, W, 3] in [-1, 1].
 
     Features are the last stage's channels, averaged over the image [B, C]; with `stage_features`
-    mean, deviation and maximum of each stage's channels [B, 3 (C_1 + C_2 + ...)].
+    mean and deviation of each stage's channels [B, 2 (C_1 + C_2 + ...)].
     """
 
     stem: StemConfig
@@ -167,11 +167,11 @@ class ResNet(nn.Module):
         return classify(features, self.num_classes, self.head_bias)
 
 
-def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns mean, deviation and maximum of [B, H, W, C] over the image, float32 [B, C]."""
+def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and deviation of [B, H, W, C] over the image, float32 [B, C]."""
     x = x.astype(jnp.float32)
     # The constant bounds the gradient where all pixels are equal.
-    return x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-6), x.max((1, 2))
+    return x.mean((1, 2)), jnp.sqrt(x.var((1, 2)) + 1e-6)
 
 
 def group_norm(
