@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.study import Study, expand
+from vit_jax.config import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,22 @@ def losses_by_rate(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dic
         for name, models in found.items()
     }
     return {name: models for name, models in several.items() if models}
+
+
+def tuned_rate(path: Path, study: str, sweep: str, model: str) -> float:
+    """Returns a model's learning rate from `rates.csv`, which the figures of STUDY:rates write.
+
+    Raises ValueError if the file or the model's row is missing.
+    """
+    if not path.exists():
+        raise InputError(f"no {path}: run and draw --study={study}:rates first")
+    rates = {(row["sweep"], row["model"]): row["best rate"] for row in read_csv(path)}
+    if (sweep, model) not in rates:
+        raise InputError(
+            f"{path} has no rate of {model} on {sweep}: finish --study={study}:rates and draw it "
+            "again"
+        )
+    return float(rates[sweep, model])
 
 
 def _transfers(study: Study, done: list[dict], upstream: dict[str, dict]) -> Iterable[Point]:

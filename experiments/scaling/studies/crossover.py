@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments.scaling.study import Budget, Choice, Grid, PretrainingSet, Study, load_study, merge
-from experiments.scaling.table import read_csv
+from experiments.scaling.table import tuned_rate
 from vit_jax.config import InputError
 
 FAMILIES = ("strokes", "textures")
@@ -109,7 +109,4 @@ def steps(model: str, flops: float) -> int:
 
 def tuned(family: str, model: str) -> float:
     """The learning rate that `rates` found best."""
-    if not TUNED.exists():
-        raise InputError(f"no {TUNED}: run and draw --study=crossover:rates first")
-    rates = {(row["sweep"], row["model"]): row["best rate"] for row in read_csv(TUNED)}
-    return float(rates[family, model])
+    return tuned_rate(TUNED, "crossover", family, model)
