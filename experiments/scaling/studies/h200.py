@@ -9,7 +9,7 @@ python -m experiments.scaling run --study=h200
 so that some draw images and compile while others train. Images are `strokes/200` at 32 px, tasks
 are scikit-learn's digits, few-shot and fine-tuned. `rates` chooses each model's learning rate on a
 proxy: a third of the steps, 60,000 images, the validation loss. Then Figure 4: four sizes of data,
-always for one pass over the largest. Then Figure 5: a ninth and a third of the steps on the largest.
+always for one pass over the largest. Then Figure 5: a ninth and a third of these steps.
 
 Compilation takes longer than a short run, so runs share programs: the learning rate and the images
 are a program's arguments, and the proxies are as long as one of the budgets. For the same reason
@@ -47,10 +47,9 @@ MODELS = (
     }),
 )  # fmt: skip
 # For a rehearsal on a CPU: fields of a model by its family, and of the recipe.
-SMALL = {
-    "ViT": {"model.width": 32, "model.depth": 1, "model.mlp_dim": 32},
-    "ResNet": {"model.stages": [1], "model.stem_width": 16},
-}
+SMALL_VIT = {"model.width": 48, "model.depth": 1, "model.mlp_dim": 48}
+SMALL_BIT = {"model.stages": [1], "model.stem_width": 32}
+SMALL = {"ViT": SMALL_VIT, "ResNet": SMALL_BIT, "hybrid": SMALL_VIT | SMALL_BIT}
 SHORT = {
     "batch_size": 8,
     "schedule.warmup": 1,
@@ -79,8 +78,7 @@ def get_study(arg: str | None = None) -> Study:
         grid = Grid(
             merge(recipe, SHORT),
             models=tuple(
-                dataclasses.replace(m, fields={**m.fields, **SMALL[m.family]})
-                for m in (MODELS[0], MODELS[2])
+                dataclasses.replace(m, fields={**m.fields, **SMALL[m.family]}) for m in MODELS[::2]
             ),
             sets=tuple(map(subset, SIZES[:2])),
             budgets=(Budget(3),),
