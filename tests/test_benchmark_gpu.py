@@ -12,7 +12,7 @@ import pytest
 
 from experiments.benchmarks import machine
 from experiments.benchmarks.gpu import __main__ as command
-from experiments.benchmarks.gpu import attention, bench, correct, input, plan, trace, train
+from experiments.benchmarks.gpu import attention, bench, correct, input, plan, study, trace, train
 from experiments.benchmarks.gpu.bench import Bench, read_results
 from experiments.benchmarks.gpu.choose import choices, efficiency, fastest_attention
 from experiments.benchmarks.gpu.drawing import draw, encode
@@ -499,6 +499,7 @@ PARTS = {
     "input": (input.measure, "input train ViT-Ti/16 with markers"),
     "correct": (correct.measure, "correct losses float32"),
     "batches": (train.measure_batches, "batches ViT-Ti/16 scan 2"),
+    "study": (study.measure, "study h200:rehearsal"),
 }
 
 

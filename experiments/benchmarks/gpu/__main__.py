@@ -13,7 +13,8 @@ time. Started again, it measures what is missing. Parts, in the order of their w
 - input: training from JPEGs, transfer, time to the first step;
 - correct: losses against a CPU's, a killed run, int8 and fp8 products;
 - batches: other batch sizes;
-- predict: the predictions for `plan`, which need no GPU and may be made elsewhere.
+- predict: the predictions for `plan`, which need no GPU and may be made elsewhere;
+- study: the scaling study `h200`, as far as the time goes.
 
 --part=choose only prints what the results say about the defaults of the package. Without torch,
 timm or other packages, what needs them fails, and the rest is measured.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmarks.gpu import attention, correct, input, plan, trace, train
+from experiments.benchmarks.gpu import attention, correct, input, plan, study, trace, train
 from experiments.benchmarks.gpu.bench import Bench, read_results
 from experiments.benchmarks.gpu.choose import choices
 from experiments.benchmarks.gpu.page import page
@@ -46,6 +47,7 @@ PARTS = {
     "correct": (correct.measure, 1.0),
     "batches": (train.measure_batches, 1.0),
     "predict": (plan.predict, 1.0),
+    "study": (study.measure, 1.0),
 }
 WITHOUT_GPU = ("predict",)
 NEEDED = ("jax", "torch", "timm", "grain", "simplejpeg", "tensorflow-datasets")

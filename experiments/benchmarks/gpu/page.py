@@ -26,6 +26,11 @@ a network takes wheels along:
         docstring-parser importlib_resources googleapis-common-protos
     pip wheel --no-deps -w wheels promise    # 11 MB in all; there: pip install --no-deps wheels/*
 
+`--part=study` runs the scaling study `h200`, in about eight minutes of its own. Keep its results,
+h200_rates.jsonl and h200.jsonl, with gpu.json: the next start makes what they lack. Its figures:
+
+    python -m experiments.scaling figures --study=h200 --results=runs/gpu/h200.jsonl
+
 On a machine without a GPU, `--part=predict` adds the predictions of `vit_jax plan`. gpu.json and
 gpu.md are then copied here, and what `--part=choose` prints into the package. Rates are medians of
 five windows of a second; spread is the largest minus the smallest window over the median. MFU is
@@ -245,6 +250,16 @@ def _correct(results: dict) -> list[str]:
     return ["## Correctness, and products of 8 bits", "", *table(["what", "result"], rows)]
 
 
+def _studies(results: dict) -> list[str]:
+    rows = []
+    for name, found in values(results, "study").items():
+        minutes = f"{found['seconds_of_runs'] / 60:.1f}"
+        counts = [f"{found['runs']}", f"{found['images']:,}", f"{found['exaflops']:.3g}", minutes]
+        rows.append([name, *counts, found["processes"]])
+    columns = ["study", "runs", "images", "exaFLOPs", "minutes of all runs", "at the same time"]
+    return ["## A scaling study. STUDY.jsonl has its results", "", *table(columns, rows)]
+
+
 def _missing(results: dict) -> list[str]:
     rows = [
         [name, kind.replace("_", " "), found[kind].replace("|", "\\|")]
@@ -269,7 +284,18 @@ def _machines(results: dict) -> list[str]:
     return ["## Hardware and software", "", *table(columns, rows)]
 
 
-SECTIONS = (_train, _attention, _plan, _trace, _input, _correct, _batches, _missing, _machines)
+SECTIONS = (
+    _train,
+    _attention,
+    _plan,
+    _trace,
+    _input,
+    _correct,
+    _batches,
+    _studies,
+    _missing,
+    _machines,
+)
 
 
 def page(results: dict) -> str:

@@ -1,0 +1,79 @@
+"""Runs the scaling study `h200` in the time that is left, and resumes it at the next start.
+
+The study's folders are in runs/scaling/. The results are beside gpu.json, to be kept with it: from
+them a machine without the folders makes only what is missing.
+"""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.gpu.bench import LEAST_SECONDS, Bench
+from experiments.benchmarks.gpu.worker import ROOT, Failed, run_module
+from experiments.scaling.runner import Store, statuses
+from experiments.scaling.study import load_study
+
+COMMAND = "experiments.scaling"
+STUDIES = ("h200:rates", "h200")
+# A run draws 7,000 images a second with one core, and a GPU waits while it compiles. So several
+# runs share the GPU.
+PROCESSES = 6
+LONGEST = 60  # seconds of a long run: with less time left none begins
+
+
+def measure(bench: Bench) -> None:
+    """Runs the proxies of the learning rates, then the study with the best ones."""
+    for name in ("h200:rehearsal",) if bench.rehearsal else STUDIES:
+        if not bench.measure(f"study {name}", partial(_run, bench, name), LONGEST):
+            return
+        if name.endswith(":rates"):
+            results, rates = _results(bench, name), ROOT / "experiments/scaling/results/h200"
+            draw = [COMMAND, "figures", f"--study={name}", f"--results={results}"]
+            log, patience = bench.folder / "log.txt", bench.patience(LEAST_SECONDS)
+            run_module([*draw, f"--output={rates}"], log, bench.environment, patience)
+
+
+def _results(bench: Bench, name: str) -> Path:
+    return bench.folder.absolute() / f"{name.replace(':', '_')}.jsonl"
+
+
+def _run(bench: Bench, name: str) -> dict[str, Any]:
+    """Runs a study in several processes; returns what its runs took together.
+
+    Raises Failed if runs are missing in the end.
+    """
+    study, results = load_study(name), _results(bench, name)
+    folder = (bench.scratch if bench.rehearsal else ROOT / "runs/scaling").absolute()
+    store = Store(folder / study.name, results)
+    minutes = max(bench.left - LONGEST, 0) / 60
+    arguments = [COMMAND, "run", f"--study={name}", f"--folder={store.folder}"]
+    arguments += [f"--results={results}", f"--minutes={minutes:.2f}"]
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment, patience = {**bench.environment, **compiled}, bench.patience(bench.left)
+
+    def work(_: int) -> str:
+        try:
+            run_module(arguments, bench.folder / "log.txt", environment, patience)
+        except Failed as error:  # the other processes' runs count
+            return str(error)
+        return ""
+
+    processes = 1 if bench.rehearsal else PROCESSES
+    with ThreadPoolExecutor(processes) as pool:
+        errors = [error for error in pool.map(work, range(processes)) if error]
+    states = Counter(status.state for status in statuses(study, store))
+    if set(states) != {"done"}:
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        raise Failed("; ".join([f"runs: {counts}. Start again for the rest", *errors[:1]]))
+    runs = store.records().values()
+    images = [run["steps"] * run["batch_size"] for run in runs]
+    flops = sum(n * run["flops_per_image"] for n, run in zip(images, runs, strict=True))
+    return {
+        "runs": len(runs),
+        "images": sum(images),
+        "exaflops": flops / 1e18,
+        "seconds_of_runs": sum(run["seconds"] for run in runs),
+        "processes": processes,
+    }
