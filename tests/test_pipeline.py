@@ -410,6 +410,9 @@ def test_the_cache_reads_the_first_examples_once():
         read.append(records.read)
     assert read[0] == 10
     assert 20 < read[1] < 40
+    drawn = Counting({"image": np.zeros((8, 8, 3), np.uint8), "label": 0} for _ in range(10))
+    train(Source(drawn, 10), 4, cache_gib=5.5 * 192 / 2**30, num_threads=0, **options)
+    assert drawn.read > 20  # five of ten are kept
 
 
 # The errors.

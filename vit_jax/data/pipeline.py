@@ -43,8 +43,8 @@ class DataConfig:
         Workers are spawned, so the program must guard its `__main__`. They pass batches through
         /dev/shm, which is small in containers by default.
       prefetch: local batches that each worker makes ahead, at least one per thread.
-      cache_gib: GiB of encoded examples that each process or worker keeps in memory: those that it
-        reads first.
+      cache_gib: GiB of examples, encoded or drawn, that each process or worker keeps in memory:
+        those that it reads first.
       skip_broken: broken examples (undecodable, or with a label out of range) that each process
         skips with a warning; one more is an error. In training another example of the same dataset
         replaces each.
@@ -302,7 +302,7 @@ class _Cache:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if (record := self._kept.get(index)) is None:
             record = self._source[index]
-            self._left -= len(record["image"])
+            self._left -= memoryview(record["image"]).nbytes  # bytes, or an array that is drawn
             if self._left > 0:
                 self._kept[index] = record
         return record
