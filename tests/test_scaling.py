@@ -1,6 +1,7 @@
 """The study's grid, claims and runner, with a fake training loop; one real run."""
 
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -8,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from experiments.scaling import runner
 from experiments.scaling.__main__ import main, show
+from experiments.scaling.cost import estimate, total
 from experiments.scaling.runner import Store, statuses, work
 from experiments.scaling.study import (
     Budget,
@@ -31,6 +34,7 @@ from experiments.scaling.study import (
 from experiments.scaling.table import write_csv
 from vit_jax.config import build
 from vit_jax.costs.flops import training_flops
+from vit_jax.costs.topology import parse_topology
 from vit_jax.models.variants import ModelConfig, build_model
 from vit_jax.parallel.claims import Claims
 
@@ -372,6 +376,41 @@ def test_crossover_has_matched_budgets_and_needs_tuned_rates(tmp_path, monkeypat
         config = next(run.config for run in runs if run.labels["model"] == model)
         built = build_model(build(ModelConfig, config["model"]), study["CLASSES"], (16, 16))
         assert training_flops(built) == flops
+
+
+def test_h200_fits_into_minutes_and_needs_tuned_rates(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="expected h200, h200:rates or h200:rehearsal"):
+        load_study("h200:rate")
+    file, tuned = runpy.run_path(str(ROOT / "experiments/scaling/studies/h200.py")), tmp_path / "r"
+    monkeypatch.setitem(file["tuned"].__globals__, "TUNED", tuned)
+    with pytest.raises(ValueError, match="run and draw --study=h200:rates first"):
+        file["get_study"]()
+    families = {model.name: model.family for model in file["MODELS"]}
+    rows = [{"sweep": "strokes", "model": m, "best rate": 1e-3 * i} for i, m in enumerate(families)]
+    write_csv(tuned, rows[1:])
+    with pytest.raises(ValueError, match="no rate of ViT-Ti/4 on strokes: finish --study=h200:ra"):
+        file["get_study"]()
+    write_csv(tuned, rows)
+
+    proxies, runs = expand(load_study("h200:rates")), expand(file["get_study"]())
+    assert not {run.name for run in proxies} & {run.name for run in runs}
+    assert Counter(families.values()) == {"ViT": 2, "ResNet": 2, "hybrid": 1}
+    pretrained = [run for run in runs if run.kind == "pretrain"]
+    for run, row in itertools.product(pretrained, rows):
+        if run.labels["model"] == row["model"]:
+            assert run.config["schedule"]["peak"] == row["best rate"]
+    sizes = {run.labels["examples"] for run in pretrained}
+    assert max(sizes) >= 1000 * min(sizes)
+    # What a program doesn't depend on: images, seed, learning rate.
+    arguments = {"data.split": "", "seed": 0, "schedule.peak": 1.0}
+    programs = {Run("pretrain", {}, merge(r.config, arguments)).hash for r in proxies + pretrained}
+    budgets = {run.labels["budget"] for run in pretrained}
+    assert len(programs) == len(budgets) * len(families) == 15
+
+    h200 = parse_topology("h200:1")
+    costs = [estimate(run, h200, 0.4, None) for run in proxies + runs]
+    assert 4 < 60 * total(costs).chip_hours < 8
+    assert max(3600 * c.chip_hours for c in costs if c.run.labels["budget"] == "130 steps") < 5
 
 
 def test_bad_studies_are_explained(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import runpy
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -117,6 +118,25 @@ def test_a_figure_that_a_study_cannot_have_says_why(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out
     assert "figure_8: not drawn, no two ViTs of the study differ in depth" in said
     assert "figure_9: not drawn, no two models of the study differ in model.pool" in said
+
+
+def test_h200_gives_figures_4_and_5(axes, monkeypatch):
+    file = runpy.run_path(str(RESULTS.parent / "studies" / "h200.py"))
+    monkeypatch.setitem(file["get_study"].__globals__, "tuned", lambda model: 1e-3)
+    for number, model in enumerate(file["MODELS"], start=1):
+        monkeypatch.setitem(VALUES, model.name, (number * 1e9, 0.1 * number))
+    study = file["get_study"]()
+    made = records(study, {model.name for model in file["MODELS"]})
+    for record in made.values():
+        record["steps"] = record["config"]["steps"]
+    some, shown = drawings(study, points(study, made), made), {}
+    for name in ("figure_4", "figure_5"):
+        axes.clear()
+        some[name].own[0](axes)
+        shown[name] = [line.get_xdata() for line in axes.lines if len(line.get_xdata())]
+    assert len(shown["figure_4"]) == len(shown["figure_5"]) == len(file["MODELS"])
+    assert all(list(sizes) == [600, 6_000, 60_000, 600_000] for sizes in shown["figure_4"])
+    assert all(len(compute) == 3 for compute in shown["figure_5"])
 
 
 def test_without_pretraining_there_is_a_point_that_cost_nothing():
