@@ -4,6 +4,7 @@ The study's folders are in runs/scaling/. The results are beside gpu.json, to be
 them a machine without the folders makes only what is missing.
 """
 
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +20,7 @@ COMMAND = "experiments.scaling"
 STUDIES = ("h200:rates", "h200")
 # A run draws 7,000 images a second with one core, and a GPU waits while it compiles. So several
 # runs share the GPU.
-PROCESSES = 6
+PROCESSES = min(8, os.cpu_count() or 1)
 LONGEST = 60  # seconds of a long run: with less time left none begins
 
 
@@ -60,9 +61,8 @@ def _run(bench: Bench, name: str) -> dict[str, Any]:
             return str(error)
         return ""
 
-    processes = 1 if bench.rehearsal else PROCESSES
-    with ThreadPoolExecutor(processes) as pool:
-        errors = [error for error in pool.map(work, range(processes)) if error]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        errors = [error for error in pool.map(work, range(PROCESSES)) if error]
     states = Counter(status.state for status in statuses(study, store))
     if set(states) != {"done"}:
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -75,5 +75,5 @@ def _run(bench: Bench, name: str) -> dict[str, Any]:
         "images": sum(images),
         "exaflops": flops / 1e18,
         "seconds_of_runs": sum(run["seconds"] for run in runs),
-        "processes": processes,
+        "processes": PROCESSES,
     }

@@ -58,13 +58,13 @@ SHORT = {
     "eval_every": None,
     "evaluators.validation.data.split": "validation[:16]",
 }
+SHORT_TRANSFER = {"steps": 3, "schedule.warmup": 1, "classification.test.data.split": "test[:16]"}
 
 
 def get_study(arg: str | None = None) -> Study:
     """`arg`: "rates" for the proxies, "rehearsal" for a reduced study, None for the study."""
     recipe, task = _recipe(), _digits()
-    about = {"select": "validation/accuracy", "groups": {"characters": ("digits",)}}
-    about["about"] = __doc__
+    about = {"select": "validation/accuracy", "about": __doc__}
     if arg == "rates":
         grid = _grid(
             recipe,
@@ -83,7 +83,9 @@ def get_study(arg: str | None = None) -> Study:
             sets=tuple(map(subset, SIZES[:2])),
             budgets=(Budget(3),),
         )
-        return Study("h200_rehearsal", (grid,), **about)
+        shorter = dataclasses.replace(task, recipe=merge(task.recipe, SHORT_TRANSFER))
+        transfer = dataclasses.replace(grid, sets=grid.sets[:1], tasks=(shorter,))
+        return Study("h200_rehearsal", (grid, transfer), **about)
     if arg is not None:
         raise InputError(f"h200:{arg}: expected h200, h200:rates or h200:rehearsal")
     models = tuple(
