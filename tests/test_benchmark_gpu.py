@@ -18,6 +18,8 @@ from experiments.benchmarks.gpu.choose import choices, efficiency, fastest_atten
 from experiments.benchmarks.gpu.drawing import draw, encode
 from experiments.benchmarks.gpu.page import page
 from experiments.benchmarks.gpu.worker import Failed, Worker
+from experiments.scaling.runner import Store
+from experiments.scaling.study import expand, load_study
 from vit_jax.costs import gpu_time, topology
 from vit_jax.costs.chips import CHIPS
 from vit_jax.costs.compiled import Program
@@ -489,6 +491,36 @@ class Here:
 
     def close(self, patience=5):
         self.instance = None
+
+
+def test_the_study_goes_on_until_all_runs_are_done(tmp_path, monkeypatch):
+    """Processes that end early leave runs to the next start, which keeps what is done."""
+    began, stops = [], [4, 100]
+
+    def run_part(arguments, log, environment, patience):
+        began.append(arguments)
+        folder, results = (Path(a.partition("=")[2]) for a in arguments[3:5])
+        some = Store(folder, results)
+        for run in expand(load_study("h200:rehearsal"))[: stops[0]]:
+            values = {"steps": 3, "batch_size": 8, "flops_per_image": 1e15, "evaluations": []}
+            some.record(run, {"status": "done", "seconds": 2, **values})
+        if stops[0] == 4:
+            raise Failed("experiments.scaling did not end within 60 s")
+
+    monkeypatch.setattr(study, "run_module", run_part)
+    monkeypatch.setattr(study, "PROCESSES", 2)
+    study.measure(here := make(tmp_path, seconds=100))
+    said = here.results["measurements"]["study h200:rehearsal"]["failed"]
+    # Three of the four are to be fine-tuned, and their checkpoints aren't here.
+    assert re.match("runs: 5 missing, 1 done, 3 waits. Start again .*; .* within 60 s", said)
+    stops.pop(0)
+    study.measure(here := make(tmp_path, seconds=100))
+    found = here.values("study h200:rehearsal")
+    assert found["runs"] == 9 and found["exaflops"] == pytest.approx(9 * 24 / 1000)
+    assert len(began) == 4 and all("--minutes=0.67" in arguments for arguments in began)
+    assert "h200:rehearsal | 9 | 216 | 0.216" in page(here.results)
+    study.measure(make(tmp_path, seconds=100))
+    assert len(began) == 4
 
 
 PARTS = {
