@@ -254,9 +254,10 @@ def _studies(results: dict) -> list[str]:
     rows = []
     for name, found in values(results, "study").items():
         minutes = f"{found['seconds_of_runs'] / 60:.1f}"
-        counts = [f"{found['runs']}", f"{found['images']:,}", f"{found['exaflops']:.3g}", minutes]
-        rows.append([name, *counts, found["processes"]])
-    columns = ["study", "runs", "images", "exaFLOPs", "minutes of all runs", "at the same time"]
+        counts = [found["runs"], found["failed"], f"{found['images']:,}"]
+        rows.append([name, *counts, f"{found['exaflops']:.3g}", minutes, found["processes"]])
+    columns = ["study", "runs", "failed", "images", "exaFLOPs", "minutes of all runs"]
+    columns += ["at the same time"]
     return ["## A scaling study. STUDY.jsonl has its results", "", *table(columns, rows)]
 
 
