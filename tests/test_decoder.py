@@ -37,6 +37,7 @@ def test_a_later_token_has_no_gradient_to_an_earlier_position(depth):
     assert (strength[~later] > 1e-3).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "mlp": "swiglu"}], ids=["plain", "qk"])
 def test_step_by_step_equals_all_at_once(depth, options):
@@ -56,6 +57,7 @@ def test_hears_the_encoder_and_each_sequence_its_own():
     assert np.abs(logits[1] - changed[1]).max() > 1e-3
 
 
+@pytest.mark.long
 def test_dropout_depends_on_each_sequences_key_alone():
     model, params = decoder(2, dropout=0.5, attention_dropout=0.5)
     keys = jax.random.split(jax.random.key(0), 2)

@@ -98,6 +98,7 @@ def prepare(workdir, teacher, **changes):
     return loop.prepare(config, str(workdir), lane=make_lanes(1)[0])
 
 
+@pytest.mark.long
 def test_the_student_learns_what_the_teacher_says(teacher, tmp_path, monkeypatch):
     """Whatever the labels are; in stages of other sizes; and after a kill, to the bit."""
     teacher = shutil.copytree(teacher, tmp_path / "teacher")

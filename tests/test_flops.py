@@ -59,6 +59,7 @@ def forward(model):
 
 # Scanned layers are traced once; XLA's count of a layer is multiplied by their number.
 # Any width of a ResNet, and any ViT on a stem, is counted as the others are.
+@pytest.mark.long
 @pytest.mark.parametrize("variant", [v for v in KNOWN if not re.search("x[34]$|[+]ViT-[TL]", v)])
 def test_every_variant(variant):
     model = make(variant, scan="ViT" in variant)
@@ -68,6 +69,7 @@ def test_every_variant(variant):
 VIT, HYBRID, MIXER = "ViT-nano/16", "R26+ViT-Ti/32", "Mixer-S/32"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("image_size", [(384, 384), (96, 160), (32, 32)])
 @pytest.mark.parametrize("variant", [VIT, HYBRID, "R+ViT-Ti/16", MIXER])
 def test_every_family_at_other_resolutions(variant, image_size):

@@ -59,6 +59,7 @@ def rebuild(description):
     return build_model(config, description["num_classes"], tuple(description["image_size"]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "format"), CELLS)
 def test_round_trip(name, format, tmp_path):
     params, description = make(name)
@@ -70,6 +71,7 @@ def test_round_trip(name, format, tmp_path):
     assert rebuild(described).config == rebuild(description).config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name for name in MODELS if name not in ("options", "map", "resnet_v2")]
 )

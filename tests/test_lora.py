@@ -46,6 +46,7 @@ def pixels():
     return np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fields", [{}, {"scan": True}, {"pool": "map", "parallel": True}])
 def test_merged_numbers_are_equal_and_the_first_are_unchanged(fields, pixels):
     model = adapted(**fields)
@@ -129,6 +130,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_a_run_trains_its_adapters_and_resumes_to_the_same_bits(checkpoint, tmp_path, monkeypatch):
     """With a scan of one block; the second one is outside of it."""
     whole, one = config(str(checkpoint), model={"scan": True}), Lane((jax.devices()[0],))

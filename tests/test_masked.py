@@ -71,6 +71,7 @@ def test_targets():
     np.testing.assert_array_equal(pixels(patches)[0, 4].reshape(8, 8, 3), images[0, 8:16, 8:16])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("variant", "target"),
     [("ViT-Ti/8", "mean_color"), ("ViT-Ti/8", "pixels"), ("R+Ti/16", "mean_color")],

@@ -41,6 +41,7 @@ def test_what_fits_is_left_alone(training, whole):
     assert device_memory() > whole.peak
 
 
+@pytest.mark.long
 def test_microbatches_make_it_fit(training, whole):
     capacity = whole.arguments + 0.6 * (whole.peak - whole.arguments)
     accumulation, remat, found = fit_memory(training, capacity)

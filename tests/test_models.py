@@ -468,18 +468,23 @@ def test_features_of_all_stages():
     params = init(model)
     images = jax.random.uniform(jax.random.key(1), (2, 16, 24, 3))
     features = run(model, params, images).features
-    plain = build_model(ModelConfig("R26x1", **options), 0, (16, 24))
-    _, state = plain.module.apply({"params": params}, images, capture_intermediates=True)
-    first, last = (
-        nn.relu(state["intermediates"][name]["__call__"][0]) for name in ("block1", "gn_head")
-    )
-    expected = [f(stage, axis=(1, 2)) for stage in (first, last) for f in (np.mean, np.std)]
+    plain = build_model(ModelConfig("R26x1", **options), 0, (16, 24)).module
+
+    @jax.jit
+    def stages(params: dict) -> list[jax.Array]:
+        _, state = plain.apply({"params": params}, images, capture_intermediates=True)
+        captured = state["intermediates"]
+        return [nn.relu(captured[name]["__call__"][0]) for name in ("block1", "gn_head")]
+
+    expected = [f(stage, axis=(1, 2)) for stage in stages(params) for f in (np.mean, np.std)]
     np.testing.assert_allclose(features, np.concatenate(expected, axis=1), atol=1e-3)
 
-    def total(params: dict) -> jax.Array:
+    @jax.jit
+    @jax.grad
+    def gradient(params: dict) -> jax.Array:
         return model.apply(params, jnp.zeros((1, 16, 24, 3))).features.sum()
 
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(total)(params)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
 def test_a_model_can_be_built_again_from_its_own_description():

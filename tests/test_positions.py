@@ -48,6 +48,7 @@ def test_without_positions_patches_are_a_set(pool):
     np.testing.assert_allclose(features(model, params), moved, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "place"), CELLS)
 def test_every_cell_knows_where_patches_are(kind, place):
     model, params = vit(kind, place)
@@ -55,6 +56,7 @@ def test_every_cell_knows_where_patches_are(kind, place):
     assert np.abs(features(model, params) - moved).max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "place"), CELLS)
 def test_loop_and_scan_agree(kind, place):
     model, params = vit(kind, place)

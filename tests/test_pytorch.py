@@ -118,6 +118,7 @@ def assert_identical(a, b):
         assert a[name].shape == b[name].shape
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", MODELS)
 def test_timm_and_back_loses_nothing(kind):
     params, description = case(kind)

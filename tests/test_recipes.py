@@ -112,6 +112,7 @@ def config_class(path):
     return {"pretrain": loop.TrainConfig, "transfer": TransferConfig}[path.parent.name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "argument"),
     list(recipes(lambda name: (None, *TRAINED.get(name, []), *BUILT.get(name, [])))),
@@ -128,6 +129,7 @@ def test_recipe_builds_at_full_size(path, argument):
         parse_preprocess(data.preprocess, size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "argument"), list(recipes(lambda name: (None, *TRAINED.get(name, []))))
 )

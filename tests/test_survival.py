@@ -73,6 +73,7 @@ def preempt_at(monkeypatch, step):
     monkeypatch.setattr(Preemption, "reached", lambda self, done: done == step)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [3, 4])
 def test_preempted_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
     """Also at step 3 without time left for its evaluation, and at step 4 by Ctrl-C."""
