@@ -118,7 +118,7 @@ def _recipe() -> dict:
                 "cache_gib": 0.25,
             },
             "schedule.warmup": 50,
-            "checkpoint.every": SHORTER[-1],
+            "checkpoint.every": STEPS // 2 + 1,
             "evaluators": {
                 "validation": {
                     "protocol": "classification",
