@@ -214,7 +214,7 @@ def test_random_bytes(folder, start, data, suffix):
 @pytest.mark.parametrize(
     ("start", "match"),
     [
-        (b"", "expected the contents of a .npz or .safetensors file: it begins with b''"),
+        (b"", "expected the contents of a .npz or .safetensors file: it is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "a web page: the download failed"),
         (b"\x80\x02}q\x00.", "a pickle, which can run code and is never read"),

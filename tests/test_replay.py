@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.parallel.mesh import use_mesh
-from vit_jax.replay import examine, open_run, replay, state_before, take_steps
+from vit_jax.replay import open_run, replay, state_before
 from vit_jax.training.loop import pretrain
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.origins import Examination, describe, layer_of
+from vit_jax.training.repeat import examine, take_steps
 
 RECIPE = {
     "model": {"variant": "ViT-mu/8", "dtype": "float32", "depth": 2, "mlp_dim": 16},

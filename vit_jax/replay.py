@@ -8,53 +8,30 @@ operation, and its largest input. It also shows the norms of each layer's gradie
 activations beside those of earlier steps, and the images, labels and losses.
 """
 
-import base64
 import dataclasses
-import html
-import io
-import math
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from vit_jax.classifier.recipe import TransferConfig
 from vit_jax.classifier.start import load_adapted
 from vit_jax.command_line import run
-from vit_jax.config import InputError, build, printable
-from vit_jax.data.pipeline import open_data, train_batches
+from vit_jax.config import InputError, build
+from vit_jax.data.pipeline import open_data
 from vit_jax.data.sources import Source
-from vit_jax.parallel.mesh import MeshConfig, local_rows, make_mesh, put_batch, use_mesh
+from vit_jax.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from vit_jax.parallel.run_files import as_path, read_json, saved_steps, written_locally
+from vit_jax.pictures.step_page import make_page, norms_table
 from vit_jax.training.checkpoint import restore, restore_other
 from vit_jax.training.initial import fresh_state, loaded_state
-from vit_jax.training.norms import layer_norms
-from vit_jax.training.origins import Examination, Origin
 from vit_jax.training.recipe import TrainConfig, Training, build_training
-from vit_jax.training.stages import Stage
-from vit_jax.training.step import TrainState, make_losses, with_draws
+from vit_jax.training.repeat import batch_losses, examine, take_steps
+from vit_jax.training.step import TrainState
 from vit_jax.training.workdir import CONFIG
 from vit_jax.weights.trained import find_checkpoint
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A repeated step: its number, the state before it, its batch and its metrics."""
-
-    number: int
-    state: TrainState
-    batch: dict
-    values: dict[str, float]
-
-    @property
-    def is_finite(self) -> bool:
-        return all(map(math.isfinite, self.values.values()))
 
 
 def open_run(workdir: Any, microbatch: int) -> tuple[Training, Source]:
@@ -99,127 +76,6 @@ def state_before(training: Training, workdir: Any, step: int) -> TrainState:
     return fresh_state(training)(jax.random.key(config.seed))
 
 
-def take_steps(training: Training, source: Source, state: TrainState, last: int) -> Iterator[Step]:
-    """Yields the steps from `state` to `last`; ends at the first that isn't finite."""
-    config, start = training.config, int(state.step)
-    local = train_batches(
-        source,
-        config.data,
-        batch_size=config.batch_size,
-        image_size={stage.start: stage.model.image_size for stage in training.stages},
-        seed=config.seed,
-        start_step=start,
-        rows=local_rows(training.mesh, config.batch_size),
-    )
-    programs = {
-        stage: jax.jit(partial(training.during(stage).step, observe=layer_norms))
-        for stage in training.stages
-    }
-    try:
-        for number in range(start + 1, last + 1):
-            batch = put_batch(training.mesh, next(local))
-            take = programs[_stage_of(training, number)]
-            after, values = take(state, batch, *_rest(training))
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
-            step = Step(number, state, batch, values)
-            yield step
-            if not step.is_finite:
-                return
-            state = after
-    finally:
-        local.close()
-
-
-def _stage_of(training: Training, number: int) -> Stage:
-    """Returns the stage of step `number`, counted from 1."""
-    return next(stage for stage in training.stages if number <= stage.stop)
-
-
-def _rest(training: Training) -> list[Any]:
-    """Returns a step's further arguments: the peak learning rate, a teacher's parameters."""
-    teacher = [training.teacher.place()] if training.teacher else []
-    return [jnp.float32(training.config.schedule.peak), *teacher]
-
-
-def examine(training: Training, step: Step) -> tuple[Origin | None, dict]:
-    """Returns the origin of the step's first value that isn't finite, and layers' activations."""
-    during = training.during(_stage_of(training, step.number))
-    given, examination = (step.state, step.batch, *_rest(training)), Examination()
-    outputs = examination.run(jax.make_jaxpr(during.step)(*given), examination.arguments(given))
-    origins = [value.origin for value in outputs if value.origin]
-    first = min(origins, key=lambda origin: origin.order, default=None)
-    return first, examination.activations
-
-
-def batch_losses(training: Training, step: Step, microbatch: int) -> np.ndarray:
-    """Returns each example's loss, float32 [B], without a teacher's part."""
-    config, model = training.config, _stage_of(training, step.number).model
-    losses = make_losses(model, config.loss, config.masked_patches)
-    batch, keys = with_draws(config.augmentation, config.seed, step.state.step, step.batch)
-    compute, size = jax.jit(lambda *given: losses(*given)[0]), 2 * -(-microbatch // 2)
-    parts = [
-        compute(step.state.params, *jax.tree.map(lambda x, a=a: x[a : a + size], (batch, keys)))
-        for a in range(0, config.batch_size, size)
-    ]
-    return np.concatenate(parts)
-
-
-def make_page(
-    title: str,
-    summary: list[str],
-    rows: list[tuple[str, ...]],
-    images: Sequence[np.ndarray],
-    captions: list[str],
-) -> str:
-    """Returns the page as self-contained HTML."""
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
-    table = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{_png(image)}" height="128">'
-        f"<figcaption>{html.escape(printable(caption))}</figcaption></figure>"
-        for image, caption in zip(images, captions, strict=True)
-    )
-    style = "body{font:14px sans-serif}figure{display:inline-block}td{padding:0 1em}"
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style><h1>{html.escape(title)}</h1><ul>{lines}</ul>"
-        f"<table>{table}</table>{figures}\n"
-    )
-
-
-def _png(image: np.ndarray) -> str:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def table_of(steps: list[Step], before: dict, now: dict) -> list[tuple[str, ...]]:
-    """Returns each layer's norms in the last step, with the earlier steps' medians in brackets."""
-    *earlier, last = [step.values for step in steps]
-
-    def cell(kind: str, layer: str) -> str:
-        if (name := f"{kind} {layer}") not in last:
-            return ""
-        medians = f" ({np.median([v[name] for v in earlier]):.3g})" if earlier else ""
-        return f"{last[name]:.3g}{medians}"
-
-    def activation(layer: str) -> str:
-        if layer not in now:
-            return ""
-        medians = f" ({before[layer][0]:.3g})" if layer in before else ""
-        return f"{now[layer][0]:.3g}{medians}"
-
-    layers = [name.removeprefix("gradient ") for name in last if name.startswith("gradient ")]
-    layers = list(dict.fromkeys([*now, *layers]))
-    head = ("layer", "gradient (before)", "update (before)", "activations' RMS (step before)")
-    return [head] + [
-        (layer, cell("gradient", layer), cell("update", layer), activation(layer))
-        for layer in layers
-    ]
-
-
 def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tuple[list[str], str]:
     """Repeats the run's steps up to `last`: (lines of findings, HTML page).
 
@@ -258,7 +114,8 @@ def replay(workdir: Any, last: int, shown: int = 32, microbatch: int = 64) -> tu
         for row, label in zip(order, labels, strict=True)
     ]
     title = f"{workdir}, step {step.number}"
-    return summary, make_page(title, summary, table_of(steps, before, now), images, captions)
+    norms = norms_table([step.values for step in steps], before, now)
+    return summary, make_page(title, summary, norms, images, captions)
 
 
 def _name(source: Source, label: np.ndarray) -> str:

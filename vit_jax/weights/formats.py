@@ -4,6 +4,7 @@ A description is the JSON in our own checkpoints: {"model": fields of ModelConfi
 int, "image_size": [height, width]} and, if known, "class_names".
 """
 
+import contextlib
 import json
 import os
 import re
@@ -136,9 +137,10 @@ def _described(params: dict, image_size: tuple[int, int] | None) -> dict[str, An
     try:
         return describe(params, image_size)
     except InputError:
-        if image_size is None:
-            raise
-        return describe(params)
+        if image_size is not None:
+            with contextlib.suppress(InputError):  # the grid isn't square: the size doesn't fit
+                return describe(params)
+        raise
 
 
 def _read_pytorch(
