@@ -1,6 +1,6 @@
 """Runs the scaling study `h200` in the time that is left, and resumes it at the next start.
 
-The study's folders are in runs/scaling/, in the end about 20 GB. The results are beside gpu.json, to
+The study's folders are in runs/scaling/ and take up to 20 GB. The results are beside gpu.json, to
 be kept with it: from them a machine without the folders makes what is missing, and again the runs
 that are still to be fine-tuned.
 """
