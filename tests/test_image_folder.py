@@ -282,7 +282,7 @@ def test_splits_of_a_table_in_any_case(tmp_path, name):
     fill(tmp_path, "0.png", "1.png", "2.png")
     rows = [
         {"path": f"{i}.png", "label": "a", "split": split}
-        for i, split in enumerate(("Train", "train", "TEST"))
+        for i, split in enumerate(("Train", "train ", "TEST"))
     ]
     path = write_table(tmp_path, name, rows)
     assert len(open_source(path, "train")) == len(open_source(path, "Train")) == 2

@@ -51,8 +51,8 @@ def read_table(path: Path) -> Listing:
                 "path, label (or, in all lines, labels), and optionally split"
             )
         file, split = str(row["path"]), str(row.get("split") or "train")
-        if split.lower() in SPLIT_FOLDERS:  # Train and train are the same
-            split = split.lower()
+        if (known := split.strip().lower()) in SPLIT_FOLDERS:  # "Train " and train are the same
+            split = known
         other_split, other_line = first.setdefault(os.path.normpath(file), (split, line))
         if other_split != split:
             raise InputError(
