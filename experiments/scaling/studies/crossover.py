@@ -45,7 +45,7 @@ def get_study(arg: str | None = None) -> Study:
     recipe = merge(first.recipe, {"schedule.cooldown": STEPS // 5, "eval_every": STEPS // 4})
     about = {"select": "validation/accuracy", "groups": mini.groups, "about": __doc__}
     if arg == "rates":
-        proxy = {"schedule.cooldown": PROXY_STEPS // 5, "eval_every": None}
+        proxy = {"schedule.cooldown": PROXY_STEPS // 5, "eval_every": None, "fewshot": {}}
         grids = [
             Grid(
                 of_family(merge(recipe, proxy), family),
