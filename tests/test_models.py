@@ -493,6 +493,12 @@ def test_a_model_can_be_built_again_from_its_own_description():
         assert build_model(model.config, 3, (32, 32)) == model
 
 
+@pytest.mark.parametrize("side", [0, -1, 10**30])
+def test_sizes_that_no_image_has(side):
+    with pytest.raises(ValueError, match="expected sides of 1 to 32,768 pixels"):
+        build_model(ModelConfig("R26x1"), 3, (32, side))
+
+
 def test_uint8_images_are_normalised():
     model = small()
     params = init(model)

@@ -46,6 +46,7 @@ from vit_jax.models.transformer import (
 )
 from vit_jax.models.vit import ViT
 
+MAX_SIDE = 1 << 15  # pixels of an image for a ResNet
 MAX_PATCHES = 1 << 18  # of an image; tables of fixed positions take memory for each
 
 
@@ -183,8 +184,10 @@ def build_model(config: ModelConfig, num_classes: int, image_size: tuple[int, in
             remat=config.remat,
         )
         downsampling *= 4 * 2 ** max(len(config.stages) - 1, 0)
-    if family != "ResNet":  # ResNets take any size
+    if family != "ResNet":
         _check_image_size(config.variant, image_size, downsampling)
+    elif not all(0 < side <= MAX_SIDE for side in image_size):
+        raise InputError(f"image size {image_size}: expected sides of 1 to {MAX_SIDE:,} pixels")
 
     classifier = {"num_classes": num_classes, "head_bias": config.head_bias}
     if family == "ResNet":
