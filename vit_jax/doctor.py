@@ -56,6 +56,11 @@ def devices() -> tuple[str, str]:
         return "", f"none: {str(error).splitlines()[0]}"
 
 
+def has_cuda() -> bool:
+    """Returns whether jax's plugin for NVIDIA GPUs is installed, of any version of CUDA."""
+    return any(map(importlib.util.find_spec, CUDA_PLUGINS))
+
+
 def unused(backend: str) -> Iterator[str]:
     """Yields accelerators of this machine that jax doesn't use, and what to do."""
     forced = os.environ.get("JAX_PLATFORMS")
@@ -64,7 +69,7 @@ def unused(backend: str) -> Iterator[str]:
     if (gpus or shutil.which("nvidia-smi")) and backend != "gpu":
         yield f"{len(gpus) or 'an'} NVIDIA GPU(s), which jax doesn't use{asked}: " + (
             "check that nvidia-smi works"
-            if any(map(importlib.util.find_spec, CUDA_PLUGINS))
+            if has_cuda()
             else "pip install 'jax[cuda12]'"
         )
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
@@ -81,7 +86,7 @@ def report() -> Iterator[str]:
     backend, there = devices()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     present = {module: bool(importlib.util.find_spec(module)) for module in OPTIONAL}
-    present[CUDA_PLUGINS[0]] = any(map(importlib.util.find_spec, CUDA_PLUGINS))
+    present[CUDA_PLUGINS[0]] = has_cuda()
     absent = [OPTIONAL[module] for module in OPTIONAL if not present[module]]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield f"vit_jax   {vit_jax.__version__} in {os.path.dirname(vit_jax.__file__)}"
