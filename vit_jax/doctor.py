@@ -68,9 +68,7 @@ def unused(backend: str) -> Iterator[str]:
     gpus = glob.glob("/dev/nvidia[0-9]*")
     if (gpus or shutil.which("nvidia-smi")) and backend != "gpu":
         yield f"{len(gpus) or 'an'} NVIDIA GPU(s), which jax doesn't use{asked}: " + (
-            "check that nvidia-smi works"
-            if has_cuda()
-            else "pip install 'jax[cuda12]'"
+            "check that nvidia-smi works" if has_cuda() else "pip install 'jax[cuda12]'"
         )
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     if chips and backend != "tpu":
